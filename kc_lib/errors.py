@@ -1,0 +1,32 @@
+"""The one family of exceptions a user of the suite can meet.
+
+Every message says what was given, where, and what to do about it, in one line; ``kc`` prints that line and exits with
+code 2. Anything that is not a ``KnowledgeCircuitsError`` is a fault of ours.
+"""
+
+
+class KnowledgeCircuitsError(Exception):
+    """Base of every error the suite raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ModelError(KnowledgeCircuitsError):
+    """A model that cannot be found, loaded, or written as a sum over the residual stream."""
+
+
+class TaskError(KnowledgeCircuitsError):
+    """Task data that is missing, malformed, or leaves nothing to work on."""
+
+
+class GraphError(KnowledgeCircuitsError):
+    """A node, edge or circuit file that does not fit the model's graph."""
+
+
+class MethodError(KnowledgeCircuitsError):
+    """A method, metric or option that does not exist or does not apply here."""
+
+
+class RunError(KnowledgeCircuitsError):
+    """A run folder, a notebook parameter or an output path that cannot be used."""

@@ -1,0 +1,158 @@
+"""Edge scores without splitting the residual stream.
+
+Published code gives every head's queries, keys and values, and every MLP, a residual copy of its own, back-propagates
+through the copies and contracts at every interpolation step. The same numbers come from the plain forward pass:
+
+1. autograd stops at the queries, keys and values (head space) and at the MLP's normed input; what lies between there
+   and the residual stream is one matrix and one norm, whose vector-Jacobian product is known in closed form;
+2. with ``y = W (w . xhat) + const`` and ``xhat = s (x - mean)``, the gradient at the input of a reader is
+   ``s [centre(w . W^T g) - xhat (g . (y - const)) / d_model]``. Its first term is linear in ``s g``, so the
+   interpolation steps are summed in head space *before* the matrix; the second is one number per step and position;
+3. the steps are one batch, and one contraction with the activation differences serves all of them;
+4. only the answer positions go through the unembedding, and no parameter needs a gradient.
+
+EAP: Nanda 2023, Syed et al. 2023 (arXiv:2310.10348). EAP-IG: Hanna et al. 2024 (arXiv:2403.17806), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from kc_lib.graph import Graph
+from kc_lib.kernels.writers import Ablation, writer_outputs
+from kc_lib.metrics import Metric
+from kc_lib.tasks.batches import Batch
+from kc_lib.wiring import Attention, Norm, Wiring, frozen
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What one block leaves behind: stream before its norms, and the tensors at which autograd stops."""
+
+    attention_input: Tensor
+    projections: dict[str, Tensor]  # "q", "k", "v" -> step*batch pos head d_head
+    mlp_input: Tensor
+    mlp_normed: Tensor
+
+
+def edge_scores(
+    wiring: Wiring,
+    graph: Graph,
+    batch: Batch,
+    metric: Metric,
+    ablation: Ablation,
+    alphas: Sequence[float],
+    reference: Float[Tensor, "batch answer vocab"] | None = None,
+) -> Float[Tensor, "writer reader"]:
+    """Sum over the batch's examples of each edge's attribution score, in units of the metric.
+
+    score(u -> v) = sum over positions and d_model of (ablated_u - clean_u) . d loss / d input_v, with loss the metric
+    signed so that lower is better, and the gradient averaged over inputs ``ablated + alpha (clean - ablated)``. A
+    positive score means that ablating the edge is predicted to hurt.
+    """
+    clean = writer_outputs(wiring, batch.clean)
+    difference = ablation.outputs - clean
+    start = ablation.outputs[0].expand_as(clean[0])
+    path = torch.stack([start + alpha * (clean[0] - start) for alpha in alphas])
+    n_steps = len(alphas)
+    with frozen(wiring.model), torch.enable_grad():
+        records, final, loss = _recorded_run(wiring, graph, path, batch, metric, reference)
+        targets = [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
+        gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final]))
+
+    scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
+    with torch.no_grad():
+        for layer, record in enumerate(records):
+            block, before = wiring.blocks[layer], graph.writers_before(layer)
+            for kind, outputs in record.projections.items():
+                reader_gradient = _head_reader_gradient(
+                    block.attention, kind, record.attention_input, outputs, next(gradients), n_steps
+                )
+                scores[:before, graph.reader_columns(layer, kind)] = _contract(difference[:before], reader_gradient)
+            mlp_gradient = block.mlp_norm.vjp(record.mlp_input, next(gradients))
+            mlp_gradient = rearrange(mlp_gradient, "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
+            before_mlp = before if graph.parallel else before + graph.n_heads
+            scores[:before_mlp, graph.reader_columns(layer, "mlp")] = _contract(difference[:before_mlp], mlp_gradient)
+        at_answers = _at(difference, batch.answer_positions)
+        final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
+        scores[:, -1:] = _contract(at_answers, final_gradient)
+    return scores
+
+
+def _recorded_run(
+    wiring: Wiring,
+    graph: Graph,
+    path: Float[Tensor, "step batch pos d_model"],
+    batch: Batch,
+    metric: Metric,
+    reference: Tensor | None,
+) -> tuple[list[_Recorded], Tensor, Tensor]:
+    """A plain run of all interpolated inputs as one batch: per-block records, final stream at the answers, loss."""
+    n_steps = path.shape[0]
+    resid = path.flatten(0, 1).requires_grad_()
+    repeat = graph.n_kv_readers // wiring.n_kv_heads  # 1, or the group size in the ungrouped view
+    records = []
+    for block in wiring.blocks:
+        attention = block.attention
+        x = attention.norm(resid)
+        projections = {kind: attention.project(kind, x) for kind in "qkv"}
+        if repeat > 1:
+            projections |= {kind: projections[kind].repeat_interleave(repeat, dim=2) for kind in "kv"}
+        after_attention = resid + attention.output(attention.attend(*projections.values()))
+        mlp_input = resid if block.parallel else after_attention
+        mlp_normed = block.mlp_norm(mlp_input)
+        records.append(_Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))
+        resid = after_attention + block.mlp_output(mlp_normed)
+    final = _at(resid[None], batch.answer_positions.repeat(n_steps, 1))[0]
+    logits = rearrange(wiring.unembed(final).float(), "(s b) a v -> s b a v", s=n_steps)
+    loss = sum(metric.loss(step, batch, reference).sum() for step in logits)
+    return records, final, torch.as_tensor(loss)
+
+
+def _head_reader_gradient(
+    attention: Attention,
+    kind: str,
+    stream: Float[Tensor, "step_batch pos d_model"],
+    outputs: Float[Tensor, "step_batch pos reader d_head"],
+    gradient: Float[Tensor, "step_batch pos reader d_head"],
+    n_steps: int,
+) -> Float[Tensor, "reader batch pos d_model"]:
+    """Gradients at the residual inputs of a layer's q, k or v readers, summed over the steps (point 2 above)."""
+    weight, bias = attention.weights(kind)
+    copies = outputs.shape[2] // weight.shape[0]
+    weight, bias = weight.repeat_interleave(copies, 0).float(), bias.repeat_interleave(copies, 0).float()
+    norm = attention.norm
+    gradient = gradient.float()
+    scale = norm.scale(stream).float()
+    in_head_space = rearrange(gradient * scale[..., None], "(s b) p r h -> s b p r h", s=n_steps).sum(0)
+    result = norm.centre(norm.weighted(torch.einsum("bprh,rdh->rbpd", in_head_space, weight)))
+    if norm.kind == "none":
+        return result
+    along = (gradient * (outputs.float() - _constant(norm, weight, bias))).sum(-1) * scale / stream.shape[-1]
+    normalised = rearrange(norm.normalised(stream).float(), "(s b) p d -> s b p d", s=n_steps)
+    along = rearrange(along, "(s b) p r -> s b p r", s=n_steps)
+    return result - torch.einsum("sbpd,sbpr->rbpd", normalised, along)
+
+
+def _constant(norm: Norm, weight: Tensor, bias: Tensor) -> Float[Tensor, "reader d_head"]:
+    """The part of a projection that does not depend on the stream."""
+    if norm.bias is None:
+        return bias
+    return bias + torch.einsum("d,rdh->rh", norm.bias.float(), weight)
+
+
+def _at(x: Float[Tensor, "n batch pos d"], positions: Tensor) -> Float[Tensor, "n batch answer d"]:
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    return x[:, rows, positions]
+
+
+def _contract(
+    difference: Float[Tensor, "writer batch pos d_model"], gradient: Float[Tensor, "reader batch pos d_model"]
+) -> Float[Tensor, "writer reader"]:
+    return difference.flatten(1).float() @ gradient.flatten(1).float().T

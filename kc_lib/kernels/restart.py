@@ -1,0 +1,93 @@
+"""Restarting a run from one reader: change what a single reader sees, recompute only what lies above it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from kc_lib.graph import Graph, Reader
+from kc_lib.kernels.writers import Ablation, writer_outputs
+from kc_lib.tasks.batches import Batch
+from kc_lib.wiring import Wiring
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A plain run's writer outputs and the stream before each block, last the final one."""
+
+    outputs: Float[Tensor, "writer batch pos d_model"]
+    streams: Float[Tensor, "layer batch pos d_model"]
+
+
+@torch.no_grad()
+def clean_run(wiring: Wiring, graph: Graph, batch: Batch) -> CleanRun:
+    """The clean prompts' writer outputs, and the streams they sum to."""
+    outputs = writer_outputs(wiring, batch.clean)
+    streams = [outputs[: graph.writers_before(layer)].sum(0) + wiring.bias_before[layer] for layer in range(graph.n_layers + 1)]
+    return CleanRun(outputs, torch.stack(streams))
+
+
+@torch.no_grad()
+def patch_edges(
+    wiring: Wiring,
+    graph: Graph,
+    batch: Batch,
+    run: CleanRun,
+    ablation: Ablation,
+    reader: Reader,
+    writers: Sequence[int],
+) -> Float[Tensor, "edge batch answer vocab"]:
+    """Logits with one edge writer -> ``reader`` ablated at a time, everything else as in the full model.
+
+    All edges go through the blocks above the reader as one batch; nothing below it is computed again.
+    """
+    rows = list(writers)
+    change = ablation.outputs[rows] - run.outputs[rows]
+    n_edges, n_examples = len(rows), len(batch)
+    positions = batch.answer_positions.repeat(n_edges, 1)
+    index = torch.arange(n_edges * n_examples, device=positions.device)[:, None]
+
+    def flat(x: Tensor) -> Tensor:
+        return rearrange(x.expand(n_edges, *x.shape[-3:]), "e b p d -> (e b) p d")
+
+    if reader.kind == "logits":
+        final = flat(run.streams[-1] + change)
+    else:
+        layer = reader.layer
+        block = wiring.blocks[layer]
+        attention = block.attention
+        before = flat(run.streams[layer])
+        heads = run.outputs[graph.head_writers(layer)]
+        after_attention = flat(run.streams[layer] + heads.sum(0) + attention.b_O)
+        mlp_input = before if block.parallel else after_attention
+        if reader.kind == "mlp":
+            seen = mlp_input + flat(change)
+        else:
+            after_attention = before + _attention_with(wiring, graph, reader, before, flat(change))
+            seen = before if block.parallel else after_attention
+        final = wiring.run(after_attention + block.mlp_output(block.mlp_norm(seen)), first_layer=layer + 1)
+    logits = wiring.unembed(final[index, positions]).float()
+    return rearrange(logits, "(e b) a v -> e b a v", e=n_edges)
+
+
+def _attention_with(wiring: Wiring, graph: Graph, reader: Reader, stream: Tensor, change: Tensor) -> Tensor:
+    """The attention layer's write when one q, k or v reader sees ``stream + change`` and the others ``stream``."""
+    attention = wiring.blocks[reader.layer].attention
+    x, changed = attention.norm(stream), attention.norm(stream + change)
+    projections = []
+    for kind in "qkv":
+        y = attention.project(kind, x)
+        n_readers = graph.n_heads if kind == "q" else graph.n_kv_readers
+        y = y.repeat_interleave(n_readers // y.shape[2], dim=2)
+        if kind == reader.kind:
+            weight, bias = attention.weights(kind)
+            own = reader.index * weight.shape[0] // n_readers
+            y = y.clone()
+            y[:, :, reader.index] = changed @ weight[own] + bias[own]
+        projections.append(y)
+    return attention.output(attention.attend(*projections))

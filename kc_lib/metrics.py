@@ -1,0 +1,117 @@
+"""What is measured at the answer: one number per example, from the logits at the answer positions.
+
+A metric is a function ``(logits, batch, reference) -> value per example``: logits ``[batch, answer, vocab]`` in float32,
+the batch (answer and distractor ids, which answer positions are real), and the full model's logits at the same
+positions for metrics that compare with it (``needs_reference``). Values over several answer tokens (teacher forcing) are
+means over the answer's tokens. Any callable of that signature serves: wrap it in ``Metric``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kc_lib.errors import MethodError
+from kc_lib.tasks.batches import Batch
+
+MetricFunction = Callable[[Tensor, Batch, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric with its name, unit, and which direction is better."""
+
+    name: str
+    unit: str
+    function: MetricFunction
+    higher_is_better: bool = True
+    needs_reference: bool = False
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "batch answer vocab"],
+        batch: Batch,
+        reference: Float[Tensor, "batch answer vocab"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        if self.needs_reference and reference is None:
+            raise MethodError(f"metric {self.name!r} compares with the full model: give its logits as reference")
+        return self.function(logits, batch, reference)
+
+    def loss(self, logits: Tensor, batch: Batch, reference: Tensor | None = None) -> Float[Tensor, " batch"]:
+        """The metric signed so that lower is better."""
+        value = self(logits, batch, reference)
+        return -value if self.higher_is_better else value
+
+
+def _answer_log_probability(logits: Tensor, batch: Batch) -> Tensor:
+    log_probability = logits.log_softmax(-1).gather(-1, batch.answers[..., None])[..., 0]
+    return _mean(log_probability, batch)
+
+
+def _mean(per_token: Float[Tensor, "batch answer"], batch: Batch) -> Float[Tensor, " batch"]:
+    real = batch.answer_mask.to(per_token.dtype)
+    return (per_token * real).sum(-1) / real.sum(-1)
+
+
+def _logit_difference(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
+    first = logits[:, 0]
+    answer = first.gather(-1, batch.answers[:, :1])
+    distractor = first.gather(-1, batch.distractors[:, None])
+    return (answer - distractor)[:, 0]
+
+
+def _log_probability(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
+    return _answer_log_probability(logits, batch)
+
+
+def _probability(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
+    log_probability = logits.log_softmax(-1).gather(-1, batch.answers[..., None])[..., 0]
+    return _mean(log_probability.exp(), batch)
+
+
+def _kl(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
+    full = torch.as_tensor(reference).log_softmax(-1)
+    return _mean((full.exp() * (full - logits.log_softmax(-1))).sum(-1), batch)
+
+
+def _match_nll(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
+    return _answer_log_probability(torch.as_tensor(reference), batch) - _answer_log_probability(logits, batch)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        # logit of the answer's first token minus the distractor's (Wang et al. 2023, section 2)
+        Metric("logit_difference", "logits", _logit_difference),
+        Metric("log_probability", "nats", _log_probability),
+        Metric("probability", "probability", _probability),
+        # KL(full model || circuit) over the vocabulary (Conmy et al. 2023, section 3)
+        Metric("kl", "nats", _kl, higher_is_better=False, needs_reference=True),
+        # negative log-likelihood minus the full model's (Knowledge Circuits, Yao et al. 2024, section 3.1)
+        Metric("match_nll", "nats", _match_nll, higher_is_better=False, needs_reference=True),
+    )
+}
+
+
+def get_metric(metric: str | Metric) -> Metric:
+    """A metric by name, or the given one.
+
+    Raises:
+        MethodError: the name is none of ``METRICS``.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise MethodError(f"unknown metric {metric!r}: use one of {', '.join(METRICS)}")
+    return METRICS[metric]
+
+
+def answer_rank(logits: Float[Tensor, "batch answer vocab"], batch: Batch) -> Int[Tensor, " batch"]:
+    """Rank of the answer's first token among all tokens, 1 for the most probable (ties count against it)."""
+    first = logits[:, 0]
+    answer = first.gather(-1, batch.answers[:, :1])
+    return (first >= answer).sum(-1)
