@@ -375,13 +375,13 @@ def _rope(
     if hasattr(model, "rotary_emb"):
         module = model.rotary_emb.original_component
         by_type = getattr(inner, "layer_type", None) if _takes_layer_type(module) else None
-        reference = model.unembed.W_U
+        reference = torch.zeros(1, device=model.unembed.W_U.device)  # the module reads its device and dtype only
 
         def from_module(n_pos: int) -> tuple[Tensor, Tensor]:
             positions = torch.arange(n_pos, device=reference.device)[None]
             extra = () if by_type is None else (by_type,)
             with torch.no_grad():
-                cos, sin = module(reference[:1].float(), positions, *extra)
+                cos, sin = module(reference, positions, *extra)
             if getattr(cfg, "rotary_interleaved_cos_sin", False):
                 return cos[0, :, ::2], sin[0, :, ::2]
             half = cos.shape[-1] // 2

@@ -1,0 +1,22 @@
+"""Facts and tasks as clean/corrupted token pairs with named positions."""
+
+from kc_lib.tasks.batches import Batch, TokenPair, batches, make_batch
+from kc_lib.tasks.relations import Fact, Relation, load_relation, relation_files
+from kc_lib.tasks.task import GENERATED, Task, load_task
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
+
+__all__ = [
+    "GENERATED",
+    "Batch",
+    "Fact",
+    "Relation",
+    "Task",
+    "TokenPair",
+    "Tokenizer",
+    "batches",
+    "load_relation",
+    "load_task",
+    "make_batch",
+    "relation_files",
+    "tokenizer_of",
+]

@@ -1,0 +1,31 @@
+"""Plain runs read at the answer, and the reference means that some interventions need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kc_lib.kernels.writers import Means, mean_outputs
+from kc_lib.tasks.batches import Batch, TokenPair, batches
+from kc_lib.wiring import Wiring
+
+
+@torch.no_grad()
+def full_logits(wiring: Wiring, batch: Batch) -> Float[Tensor, "batch answer vocab"]:
+    """The whole model's logits at the answer positions of the clean prompts, in float32."""
+    final = wiring.run(wiring.embed(batch.clean))
+    rows = torch.arange(len(batch), device=final.device)[:, None]
+    return wiring.unembed(final[rows, batch.answer_positions]).float()
+
+
+def reference_means(
+    wiring: Wiring, intervention: str, pairs: Sequence[TokenPair], batch_size: int, full_answer: bool = False
+) -> Means | None:
+    """Means over the pairs' clean prompts where the intervention needs them, else None."""
+    if intervention not in ("mean", "positional_mean"):
+        return None
+    reference = batches(pairs, batch_size, full_answer, wiring.device)
+    return mean_outputs(wiring, reference, positional=intervention == "positional_mean")

