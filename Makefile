@@ -64,9 +64,8 @@ clean: ## remove caches and build products
 	@find . \( -path ./.git -o -path ./$(VENV) \) -prune -o \
 	  -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv and all results in outputs/
+distclean: clean ## clean, and remove .venv (results in outputs/ stay)
 	@rm -rf $(VENV)
-	@if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; fi
 
 # pip is brought to the pinned version first: old ones resolve far slower. setuptools comes
 # along, so that building this project downloads nothing more. pip would write byte code on

@@ -25,7 +25,7 @@ from kc_lib.kernels.writers import ablation
 from kc_lib.methods.attribution import EdgeScores
 from kc_lib.methods.selection import random_circuit, select
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
-from kc_lib.stats import bootstrap_ratio
+from kc_lib.stats import bootstrap_ratio, empirical_p
 from kc_lib.tasks import Batch, TokenPair, batches
 from kc_lib.wiring import wiring_of
 
@@ -45,15 +45,28 @@ class Evaluation:
     examples: pd.DataFrame
     metric: Metric
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``evaluation.parquet`` (summary) and ``evaluation_examples.parquet``."""
-        self.summary.to_parquet(Path(folder) / "evaluation.parquet", index=False)
-        self.examples.to_parquet(Path(folder) / "evaluation_examples.parquet", index=False)
+    def save(self, path: str | Path) -> Path:
+        """Write the summary as parquet, and the examples beside it (``..._examples.parquet``)."""
+        path = Path(path)
+        self.examples.to_parquet(_examples_path(path), index=False)
+        self.summary.to_parquet(path, index=False)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what ``save`` wrote."""
+        path = Path(path)
+        summary = pd.read_parquet(path)
+        return cls(summary, pd.read_parquet(_examples_path(path)), get_metric(str(summary["metric"].iloc[0])))
 
     def row(self, circuit: str, split: str) -> pd.Series:
         """One circuit's summary on one split."""
         found = self.summary[(self.summary["circuit"] == circuit) & (self.summary["split"] == split)]
         return found.iloc[0]
+
+
+def _examples_path(path: Path) -> Path:
+    return path.with_name(f"{path.name.lstrip('.').removesuffix('.parquet')}_examples.parquet")
 
 
 def evaluate_circuits(
@@ -102,46 +115,76 @@ def evaluate_circuits(
     return Evaluation(_summarise(examples, sizes, metric, seed), examples, metric)
 
 
-def faithfulness_over_sizes(
-    model: TransformerBridge,
+def circuits_by_size(
     scores: EdgeScores,
-    splits: Mapping[str, Sequence[TokenPair]],
-    *,
     selection: str = "absolute",
     shares: Sequence[float] = SHARES,
     n_random: int = 3,
-    metric: str | Metric = "logit_difference",
-    intervention: str = "patching",
-    reference: Sequence[TokenPair] = (),
-    full_answer: bool = False,
-    batch_size: int = 16,
     seed: int = 0,
-    progress: bool = False,
-) -> Evaluation:
-    """Faithfulness of the circuits a ranking gives at each share of the edges, beside random circuits of those sizes.
+) -> dict[str, Circuit]:
+    """The circuits a ranking gives at each share of the edges, and random ones of those sizes.
 
-    Rows are named ``top 0.005`` and ``random 0.005 #1``; the whole graph needs no null and has none.
+    Named ``top 0.005`` and ``random 0.005 #1``; the whole graph needs no null and has none. As in MIB, a share counts the
+    edges before pruning.
     """
     circuits = {}
     for share in shares:
-        circuit = select(scores, selection, float(share))
-        circuits[f"top {share:g}"] = circuit
+        circuits[f"top {share:g}"] = select(scores, selection, float(share), fill=False)
+    for share in shares:
         if share < 1.0:
-            for draw in range(n_random):
-                null = random_circuit(scores.graph, circuit.n_edges, seed=seed + draw)
-                circuits[f"random {share:g} #{draw + 1}"] = null
-    return evaluate_circuits(
-        model,
-        circuits,
-        splits,
-        metric=metric,
-        intervention=intervention,
-        reference=reference,
-        full_answer=full_answer,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
+            for draw, null in enumerate(random_nulls(circuits[f"top {share:g}"], n_random, seed).values(), start=1):
+                circuits[f"random {share:g} #{draw}"] = null
+    return circuits
+
+
+def random_nulls(circuit: Circuit, n: int, seed: int = 0) -> dict[str, Circuit]:
+    """``n`` random connected circuits of the circuit's size, named ``null #1`` and so on."""
+    return {f"null #{draw + 1}": random_circuit(circuit.graph, circuit.n_edges, seed + draw) for draw in range(n)}
+
+
+def headline(evaluation: Evaluation, circuit: Circuit, split: str) -> dict[str, str]:
+    """The figures that matter: size, faithfulness with its interval, and that of random circuits of the same size."""
+    own, nulls = evaluation.row("circuit", split), _nulls(evaluation, split)
+    edges, nodes = circuit.graph.n_edges, len(circuit.nodes)
+    random = f"{nulls.mean():.3f} ({nulls.min():.3f} to {nulls.max():.3f}, n = {len(nulls)})" if len(nulls) else "none drawn"
+    return {
+        "size": f"{circuit.n_edges} of {edges} edges ({circuit.share:.2%}), {nodes} nodes",
+        f"faithfulness, {split}": (
+            f"{own.faithfulness:.3f} [{own.faithfulness_low:.3f}, {own.faithfulness_high:.3f}] (95%, n = {own.n} facts)"
+        ),
+        "faithfulness, random circuits": random,
+    }
+
+
+def conclusion(evaluation: Evaluation, circuit: Circuit, split: str) -> str:
+    """One paragraph (Markdown) that says what was found and what it does not say."""
+    own, nulls = evaluation.row("circuit", split), _nulls(evaluation, split)
+    facts = f"{own.n} {'held-out' if split == 'held_out' else split} facts"
+    if np.isnan(own.faithfulness):
+        return (
+            f"On {facts} the corrupted prompts change the metric by next to nothing, so faithfulness is undefined: choose "
+            "another task, metric or intervention."
+        )
+    against = "No random circuits were drawn."
+    if len(nulls):
+        p = empirical_p(own.faithfulness, nulls.tolist())
+        against = (
+            f"Random circuits of that size have {nulls.mean():.2f} on average and {nulls.max():.2f} at most "
+            f"(p = {p:.2f}, {len(nulls)} draws)."
+        )
+    held_out = "" if split == "held_out" else " No facts were held out, so the circuit is judged on those it was found on."
+    return (
+        f"On {facts} the circuit of **{circuit.n_edges:,} edges ({circuit.share:.2%})** has a faithfulness of "
+        f"**{own.faithfulness:.2f}** (95% interval {own.faithfulness_low:.2f} to {own.faithfulness_high:.2f}).{held_out} "
+        f"{against} The right answer is among its first ten tokens for {own.hit_at_10:.0%} of the facts.\n\n"
+        "Faithful means that these edges *suffice* for this metric under this intervention. It does not mean that no other "
+        "set would, or that every edge in it is needed."
     )
+
+
+def _nulls(evaluation: Evaluation, split: str) -> pd.Series:
+    summary = evaluation.summary
+    return summary.loc[(summary["kind"] == "null") & (summary["split"] == split), "faithfulness"]
 
 
 def _measure(name: str, split: str, logits: Tensor, full: Tensor, batch: Batch, metric: Metric) -> pd.DataFrame:
@@ -155,11 +198,10 @@ def _measure(name: str, split: str, logits: Tensor, full: Tensor, batch: Batch, 
     return frame.assign(circuit=name, split=split)
 
 
-def _summarise(
-    examples: pd.DataFrame, sizes: Mapping[str, tuple[int, float]], metric: Metric, seed: int
-) -> pd.DataFrame:
+def _summarise(examples: pd.DataFrame, sizes: Mapping[str, tuple[int, float]], metric: Metric, seed: int) -> pd.DataFrame:
     rows = []
-    by_circuit = {key: group.sort_values("fact") for key, group in examples.groupby(["circuit", "split"], sort=False)}
+    groups = examples.groupby(["circuit", "split"], sort=False)
+    by_circuit = {(str(name), str(split)): group.sort_values("fact") for (name, split), group in groups}
     for (name, split), group in by_circuit.items():
         full = by_circuit[("full", split)]["value"].to_numpy()
         empty = by_circuit[("empty", split)]["value"].to_numpy()

@@ -192,9 +192,7 @@ class Circuit:
     @cached_property
     def nodes(self) -> list[str]:
         """Writers with an outgoing edge, and the logits."""
-        return [name for name, kept in zip(self.graph.writers, self.mask.any(1).tolist(), strict=True) if kept] + [
-            "logits"
-        ]
+        return [name for name, kept in zip(self.graph.writers, self.mask.any(1).tolist(), strict=True) if kept] + ["logits"]
 
     def pruned(self) -> Circuit:
         return replace(self, mask=self.graph.prune(self.mask))

@@ -108,9 +108,7 @@ class Attention:
         """``(W, b)`` of a reader kind: "q", "k" or "v"."""
         return {"q": (self.W_Q, self.b_Q), "k": (self.W_K, self.b_K), "v": (self.W_V, self.b_V)}[kind]
 
-    def project(
-        self, kind: str, x: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    def project(self, kind: str, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
         """Queries, keys or values of all heads from one normed input."""
         weight, bias = self.weights(kind)
         flat = F.linear(x, rearrange(weight, "head d_model d_head -> (head d_head) d_model"))
@@ -149,9 +147,7 @@ class Attention:
         out = flat @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model") + self.b_O
         return out if self.post_norm is None else self.post_norm(out)
 
-    def contributions(
-        self, heads: Float[Tensor, "head batch pos d_model"]
-    ) -> Float[Tensor, "head batch pos d_model"]:
+    def contributions(self, heads: Float[Tensor, "head batch pos d_model"]) -> Float[Tensor, "head batch pos d_model"]:
         """What each head adds to the stream: its write, times the output norm's scale in this run."""
         if self.post_norm is None:
             return heads
@@ -238,9 +234,7 @@ class Wiring:
         mlp_input = resid if block.parallel else after_attention
         return after_attention + block.mlp_output(block.mlp_norm(mlp_input))
 
-    def run(
-        self, resid: Float[Tensor, "batch pos d_model"], first_layer: int = 0
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def run(self, resid: Float[Tensor, "batch pos d_model"], first_layer: int = 0) -> Float[Tensor, "batch pos d_model"]:
         """The final residual stream, restarted from the stream before ``first_layer``."""
         for layer in range(first_layer, self.n_layers):
             resid = self.run_block(layer, resid)
@@ -365,9 +359,7 @@ def _norm(bridge: nn.Module | None, cfg: Any) -> Norm:
     return Norm("rms", weight, None, float(cfg.eps if eps is None else eps))
 
 
-def _rope(
-    model: TransformerBridge, layer: int, inner: Any
-) -> tuple[Callable[[int], tuple[Tensor, Tensor]] | None, bool]:
+def _rope(model: TransformerBridge, layer: int, inner: Any) -> tuple[Callable[[int], tuple[Tensor, Tensor]] | None, bool]:
     """A function from length to the rotation's ``(cos, sin)``, one column per rotated pair, and the pairing."""
     cfg = model.cfg
     if getattr(cfg, "positional_embedding_type", "") != "rotary":

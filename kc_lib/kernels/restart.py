@@ -28,7 +28,9 @@ class CleanRun:
 def clean_run(wiring: Wiring, graph: Graph, batch: Batch) -> CleanRun:
     """The clean prompts' writer outputs, and the streams they sum to."""
     outputs = writer_outputs(wiring, batch.clean)
-    streams = [outputs[: graph.writers_before(layer)].sum(0) + wiring.bias_before[layer] for layer in range(graph.n_layers + 1)]
+    streams = [
+        outputs[: graph.writers_before(layer)].sum(0) + wiring.bias_before[layer] for layer in range(graph.n_layers + 1)
+    ]
     return CleanRun(outputs, torch.stack(streams))
 
 

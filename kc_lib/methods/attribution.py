@@ -17,7 +17,7 @@ examples; ours is the mean over examples, which does not depend on the batch siz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.graph import Graph, edge_frame
+from kc_lib.graph import Graph, edge_frame, scores_from_frame
 from kc_lib.kernels.gradients import edge_scores
 from kc_lib.kernels.restart import clean_run, patch_edges
 from kc_lib.kernels.runs import full_logits, reference_means
-from kc_lib.kernels.writers import Ablation, Means, ablation
+from kc_lib.kernels.writers import INTERVENTIONS, Ablation, Means, ablation
 from kc_lib.metrics import Metric, get_metric
 from kc_lib.models import model_name
 from kc_lib.tasks import Batch, TokenPair, batches
@@ -61,9 +61,18 @@ class EdgeScores:
         return edge_frame(self.graph, self.scores)
 
     def save(self, path: str | Path) -> Path:
-        """Write ``to_frame`` as parquet."""
-        self.to_frame().to_parquet(path, index=False)
+        """Write ``to_frame`` as parquet; graph and provenance go into the file's metadata."""
+        frame = self.to_frame()
+        frame.attrs = {"graph": asdict(self.graph), "provenance": dict(self.provenance)}
+        frame.to_parquet(path, index=False)
         return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EdgeScores:
+        """Read what ``save`` wrote."""
+        frame = pd.read_parquet(path)
+        graph = Graph(**frame.attrs["graph"])
+        return cls(graph, scores_from_frame(graph, frame), frame.attrs["provenance"])
 
 
 def path_points(method: str, steps: int = 5, ig_rule: str = "left") -> list[float]:
@@ -79,6 +88,30 @@ def path_points(method: str, steps: int = 5, ig_rule: str = "left") -> list[floa
     if steps < 1:
         raise MethodError(f"steps is {steps}; integrated gradients need at least 1")
     return [IG_RULES[ig_rule](k, steps) for k in range(steps)]
+
+
+def check_attribution(
+    method: str = "eap_ig",
+    *,
+    steps: int = 5,
+    ig_rule: str = "left",
+    metric: str | Metric = "logit_difference",
+    intervention: str = "patching",
+) -> None:
+    """Refuse what ``attribute_edges`` would refuse, before a model is loaded.
+
+    Raises:
+        MethodError: unknown method, metric, rule or intervention, or one that does not fit the method.
+    """
+    get_metric(metric)
+    if method != "exact":
+        path_points(method, steps, ig_rule)
+    if intervention not in INTERVENTIONS:
+        raise MethodError(f"unknown intervention {intervention!r}: use one of {', '.join(INTERVENTIONS)}")
+    if method == "clean_corrupted" and intervention != "patching":
+        raise MethodError(
+            f"clean_corrupted runs the corrupted prompts: it needs intervention='patching', not {intervention!r}"
+        )
 
 
 def attribute_edges(
@@ -107,10 +140,9 @@ def attribute_edges(
         MethodError: unknown method, metric, rule or intervention, or one that does not fit the method.
         ModelError: a model whose residual stream is no sum of writers.
     """
+    check_attribution(method, steps=steps, ig_rule=ig_rule, metric=metric, intervention=intervention)
     metric = get_metric(metric)
     points = path_points(method, steps, ig_rule) if method != "exact" else []
-    if method == "clean_corrupted" and intervention != "patching":
-        raise MethodError(f"clean_corrupted runs the corrupted prompts: it needs intervention='patching', not {intervention!r}")
     wiring = wiring_of(model)
     graph = wiring.graph(grouped)
     means = reference_means(wiring, intervention, pairs, batch_size, full_answer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,39 +24,73 @@ SELECTIONS = ("absolute", "signed", "threshold", "greedy")
 
 
 def select(
-    scores: EdgeScores, selection: str = "absolute", size: int | float = 0.005, threshold: float | None = None
+    scores: EdgeScores,
+    selection: str = "absolute",
+    size: int | float = 0.005,
+    threshold: float | None = None,
+    fill: bool = True,
 ) -> Circuit:
-    """The circuit of a given size (a number of edges, or below 1 a share of the graph), or above a threshold.
+    """The circuit of a given size (a number of edges, or as a float up to 1.0 a share of the graph), or above a threshold.
 
-    Pruning may leave fewer edges than asked for.
+    Args:
+        fill: size counts the edges left after pruning: as many are ranked as give a pruned circuit of at most that size.
+            False prunes the top n, as EAP-IG does, which leaves fewer than n.
 
     Raises:
         MethodError: unknown selection, or a size or threshold out of range.
     """
+    check_selection(selection, size, threshold)
     graph = scores.graph
-    if selection not in SELECTIONS:
-        raise MethodError(f"unknown selection {selection!r}: use one of {', '.join(SELECTIONS)}")
-    if selection == "threshold":
-        if threshold is None or threshold < 0:
-            raise MethodError(f"selection 'threshold' needs a threshold >= 0, not {threshold}")
-        mask = graph.edges & (scores.scores.abs() >= threshold)
+    ranking = scores.scores if selection == "signed" else scores.scores.abs()
+    if threshold is not None and selection == "threshold":
+        mask = graph.prune(graph.edges & (ranking >= threshold))
     else:
         n = number_of_edges(graph, size)
-        if selection == "greedy":
-            mask = _greedy(graph, scores.scores.abs(), n)
-        else:
-            mask = top_edges(graph, scores.scores.abs() if selection == "absolute" else scores.scores, n)
-    provenance = {**scores.provenance, "selection": selection, "size": size, "threshold": threshold}
-    return Circuit(graph, graph.prune(mask), scores.scores, provenance)
+        draw = _greedy if selection == "greedy" else top_edges
+        mask = _filled(graph, ranking, n, draw) if fill else graph.prune(draw(graph, ranking, n))
+    provenance = {**scores.provenance, "selection": selection, "size": size, "threshold": threshold, "fill": fill}
+    return Circuit(graph, mask, scores.scores, provenance)
+
+
+def check_selection(selection: str, size: int | float = 0.005, threshold: float | None = None) -> None:
+    """Refuse what ``select`` would refuse, before anything is computed.
+
+    Raises:
+        MethodError: unknown selection, or a size or threshold out of range.
+    """
+    if selection not in SELECTIONS:
+        raise MethodError(f"unknown selection {selection!r}: use one of {', '.join(SELECTIONS)}")
+    if selection == "threshold" and (not isinstance(threshold, (int, float)) or threshold < 0):
+        raise MethodError(f"selection 'threshold' needs a threshold >= 0, not {threshold}")
+    is_number = isinstance(size, (int, float)) and not isinstance(size, bool)
+    if not is_number or size < 0 or (size > 1 and size != int(size)):
+        raise MethodError(f"size {size!r}: give a whole number of edges, or a share between 0.0 and 1.0")
 
 
 def number_of_edges(graph: Graph, size: int | float) -> int:
-    """Edges meant by a size: a whole number of them, or a share of the graph below 1 (1.0 is all of it)."""
+    """Edges meant by a size: a whole number of them, or, as a float up to 1.0, a share of the graph."""
     share = isinstance(size, float) and size <= 1.0
-    n = round(size * graph.n_edges) if share else size
-    if isinstance(size, bool) or n != int(n) or not 0 <= n <= graph.n_edges:
-        raise MethodError(f"size {size!r}: give a number of edges up to {graph.n_edges}, or a share between 0.0 and 1.0")
-    return int(n)
+    n = int(size * graph.n_edges) if share else int(size)
+    if not 0 <= n <= graph.n_edges:
+        raise MethodError(f"size {size!r}: the graph has {graph.n_edges} edges; give a number up to that or a share")
+    return n
+
+
+def _filled(
+    graph: Graph,
+    ranking: Float[Tensor, "writer reader"],
+    n: int,
+    draw: Callable[[Graph, Tensor, int], Tensor],
+) -> Bool[Tensor, "writer reader"]:
+    """The largest pruned top-k circuit of at most n edges; its size grows with k, so k is found by bisection."""
+    low, high = n, graph.n_edges
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(graph.prune(draw(graph, ranking, middle)).sum()) <= n:
+            low = middle
+        else:
+            high = middle - 1
+    return graph.prune(draw(graph, ranking, low))
 
 
 def top_edges(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:

@@ -14,7 +14,6 @@ import torch
 import transformers.utils.logging as transformers_logging
 from huggingface_hub import constants, try_to_load_from_cache
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kc_lib.errors import ModelError
 from kc_lib.models.smollm2 import cached_smollm2
@@ -41,8 +40,6 @@ def load_model(
         dtype: float32, float64, bfloat16 or float16. Scores are float32 whatever the weights are.
         trust_remote_code: run code that comes with the model; off unless asked for.
 
-    ``model.cfg.default_prepend_bos`` is set to what the model's own tokenizer does, which is what the tasks follow.
-
     Raises:
         ModelError: no such model, no hub within reach, an unknown dtype or device, or a model TransformerLens cannot boot.
     """
@@ -55,7 +52,6 @@ def load_model(
         raise ModelError(f"{name_or_path!r} has no training checkpoints; leave out checkpoint={checkpoint}")
     try:
         with _quiet():
-            prepends_bos = _prepends_bos(AutoTokenizer.from_pretrained(source, revision=revision))
             model = TransformerBridge.boot_transformers(
                 source,
                 device=_device(device),
@@ -74,7 +70,6 @@ def load_model(
         raise ModelError(f"model {name_or_path!r} cannot be booted: {_first_line(error)}") from error
     model.eval()
     model.requires_grad_(False)
-    model.cfg.default_prepend_bos = prepends_bos
     model.cfg.kc_name = name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else "")
     return model
 
@@ -130,11 +125,6 @@ def _device(device: str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
-
-
-def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    tokens = tokenizer("a").input_ids
-    return bool(tokens) and tokenizer.bos_token_id is not None and tokens[0] == tokenizer.bos_token_id
 
 
 def _not_found(name: str, why: str) -> str:

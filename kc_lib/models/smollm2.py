@@ -74,7 +74,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder_of_gguf, name = str(gguf.parent), gguf.name
     model = AutoModelForCausalLM.from_pretrained(folder_of_gguf, gguf_file=name, dtype=torch.float32)
     # from_pretrained has dequantised the weights; the marks that remain would forbid saving them
-    model.hf_quantizer, model.is_quantized = None, False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder_of_gguf, gguf_file=name).save_pretrained(folder)

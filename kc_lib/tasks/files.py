@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,17 @@ def read_pairs(path: str | Path) -> list[PairText]:
     return pairs
 
 
-def _read_csv(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+def _read_csv(path: Path) -> Sequence[tuple[int, Mapping[Any, Any]]]:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise TaskError(f"{path}: cannot be read as CSV ({error})") from error
     _check_columns([str(column) for column in frame.columns], f"{path}: the header")
-    return list(enumerate(frame.to_dict("records"), start=2))  # row 1 is the header
+    records: list[dict[Any, Any]] = frame.to_dict("records")
+    return list(enumerate(records, start=2))  # row 1 is the header
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+def _read_jsonl(path: Path) -> Sequence[tuple[int, Mapping[Any, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -12,11 +12,15 @@ from kc_lib.errors import TaskError
 from kc_lib.tasks.files import PairText
 from kc_lib.tasks.tokens import Tokenizer
 
+# fmt: off
 NAMES = (
-    "Mary John James Robert Michael William David Richard Thomas Charles Daniel Matthew Anthony Mark Paul Steven Andrew "
-    "George Edward Brian Kevin Jason Ryan Jacob Eric Adam Peter Jack Henry Patricia Jennifer Linda Elizabeth Barbara Susan "
-    "Jessica Sarah Karen Lisa Nancy Emily Anna Laura Amy Kate Emma Alice Jane Rose Ruth Helen Maria"
-).split()
+    "Mary", "John", "James", "Robert", "Michael", "William", "David", "Richard", "Thomas", "Charles", "Daniel",
+    "Matthew", "Anthony", "Mark", "Paul", "Steven", "Andrew", "George", "Edward", "Brian", "Kevin", "Jason", "Ryan",
+    "Jacob", "Eric", "Adam", "Peter", "Jack", "Henry", "Patricia", "Jennifer", "Linda", "Elizabeth", "Barbara",
+    "Susan", "Jessica", "Sarah", "Karen", "Lisa", "Nancy", "Emily", "Anna", "Laura", "Amy", "Kate", "Emma", "Alice",
+    "Jane", "Rose", "Ruth", "Helen", "Maria",
+)
+# fmt: on
 PLACES = ("store", "garden", "station", "office", "school", "park", "museum", "kitchen")
 THINGS = ("drink", "book", "ring", "letter", "map", "key", "flower", "ticket")
 TEMPLATES = (

@@ -9,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from kc_lib.tasks.relations import SLOT, Relation
+from kc_lib.tasks.tokens import tokenizer_of
+
 
 @torch.no_grad()
 def last_logits(
@@ -31,3 +34,15 @@ def answer_ranks(
     """Rank of each answer's first token at its prompt's last position, 1 for the most probable."""
     logits = last_logits(model, prompts, batch_size)
     return [int((row >= row[answer]).sum()) for row, answer in zip(logits, answers, strict=True)]
+
+
+def known_by_template(model: TransformerBridge, relation: Relation, known_rank: int = 1) -> list[int]:
+    """How many of a relation's facts the model knows under each of its templates."""
+    tokenizer = tokenizer_of(model)
+    counts = []
+    for template in relation.templates:
+        texts = [template.replace(SLOT, fact.subject) for fact in relation.facts]
+        prompts = [tokenizer.encode(text) for text in texts]
+        answers = [tokenizer.answer(text, fact.object)[0] for text, fact in zip(texts, relation.facts, strict=True)]
+        counts.append(sum(rank <= known_rank for rank in answer_ranks(model, prompts, answers)))
+    return counts

@@ -73,7 +73,7 @@ def load_task(
         known_only: keep facts whose answer's first token has rank <= ``known_rank`` among all tokens.
         test_fraction, validation_fraction: shares of the kept facts; the rest serves discovery. With 0 every pair does.
         max_facts: keep at most so many facts, drawn by seed.
-        prepend_bos: None does what the model's own tokenizer does.
+        prepend_bos: None does what TransformerLens does for the model (as a rule, prepend).
 
     A relation's corrupted prompt asks the same of another subject of the same split with as many tokens; that
     subject's answer is the distractor. A pair without a distractor gets the model's own answer to its corrupted prompt.
@@ -161,9 +161,7 @@ def _relation_task(
             f"no known fact left: the model ranks none of the {len(is_known)} answers of {relation.name!r} within the "
             f"first {known.rank}; use another template, known_rank or known_only=False"
         )
-    by_split = {
-        name: _pair_within(part, template, tokenizer, splitting.seed) for name, part in splitting(facts).items()
-    }
+    by_split = {name: _pair_within(part, template, tokenizer, splitting.seed) for name, part in splitting(facts).items()}
     paired = {name: pairs for name, pairs in by_split.items() if pairs}
     if "discovery" not in paired or (splitting.test_fraction and "test" not in paired):
         raise TaskError(
@@ -222,9 +220,7 @@ def _fact_pair(fact: Fact, other: Fact, template: str, tokenizer: Tokenizer) -> 
     )
 
 
-def _pair_task(
-    name: str, pairs: Sequence[PairText], tokenizer: Tokenizer, splitting: _Splitting, known: _Known
-) -> Task:
+def _pair_task(name: str, pairs: Sequence[PairText], tokenizer: Tokenizer, splitting: _Splitting, known: _Known) -> Task:
     tokens = [_token_pair(pair, tokenizer, known) for pair in pairs]
     is_known = known([pair.clean for pair in tokens], [pair.answer[0] for pair in tokens])
     kept = [pair for pair, yes in zip(tokens, is_known, strict=True) if yes]
@@ -265,10 +261,9 @@ def _token_pair(pair: PairText, tokenizer: Tokenizer, known: _Known) -> TokenPai
             "clean": pair.clean,
             "corrupted": pair.corrupted,
             "answer": pair.answer,
-            "distractor": pair.distractor or tokenizer.inner.decode([distractor]).strip(),
+            "distractor": pair.distractor or str(tokenizer.inner.decode([distractor])).strip(),
             "subject": pair.subject or "",
         }
         return TokenPair(clean, corrupted, answer, distractor, positions, text)
     except TaskError as error:
         raise TaskError(f"{pair.where}: {error}" if pair.where else str(error)) from error
-

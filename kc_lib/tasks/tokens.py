@@ -69,7 +69,7 @@ class Tokenizer:
 
 
 def tokenizer_of(model: TransformerBridge, prepend_bos: bool | None = None) -> Tokenizer:
-    """The model's tokenizer; ``prepend_bos=None`` does what the model's own tokenizer does."""
+    """The model's tokenizer; ``prepend_bos=None`` does what TransformerLens does for the model (as a rule, prepend)."""
     if model.tokenizer is None:
         raise TaskError("the model has no tokenizer; give a folder that holds one")
     wanted = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos

@@ -1,0 +1,228 @@
+"""The command ``kc``: list models and tasks, run a notebook with parameters, and find its results again."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import nbformat
+import papermill
+import typer
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from kc_lib import errors, runs
+from kc_lib.errors import KnowledgeCircuitsError, RunError
+
+EXECUTION_TIMEOUT = 4 * 3600  # seconds for one cell
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+out_option = typer.Option("--out", help="folder for results (default: outputs/ of the project)")
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line and exit code 2."""
+    try:
+        app()
+    except KnowledgeCircuitsError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"kc: {error}")
+        sys.exit(2)
+
+
+@app.command()
+def models() -> None:
+    """Models that need no hub, and what else can be loaded."""
+    from kc_lib.models import EMBEDDED
+    from kc_lib.models.smollm2 import wheel_file
+
+    table = Table("model", "what it is", "here")
+    for name, what in EMBEDDED.items():
+        table.add_row(name, what, "yes" if wheel_file() else "run 'make setup'")
+    table.add_row("a local folder", "any model saved by save_pretrained that TransformerLens boots", "")
+    table.add_row("a hub name", "gpt2, EleutherAI/pythia-160m (checkpoint: a training step), Qwen/Qwen2.5-0.5B ...", "")
+    Console().print(table)
+
+
+@app.command()
+def tasks(
+    model: Annotated[str | None, typer.Option(help="count the facts this model knows")] = None,
+    known_rank: Annotated[int, typer.Option(help="known means: the answer's first token has at most this rank")] = 1,
+) -> None:
+    """Tasks that come with the project; with --model, how many facts of each the model knows."""
+    from kc_lib.models import load_model
+    from kc_lib.tasks import GENERATED, load_relation, relation_files
+    from kc_lib.tasks.known import known_by_template
+
+    relations = [load_relation(name) for name in relation_files()]
+    table = Table("task", "kind", "facts", "templates", "asks")
+    if model is not None:
+        table.add_column(f"known, template 0 (rank <= {known_rank})", justify="right")
+        table.add_column("known, best template", justify="right")
+    bridge = None if model is None else load_model(model)
+    for relation in tqdm(relations, desc="relations", disable=bridge is None):
+        row = [relation.name, relation.kind, str(len(relation.facts)), str(len(relation.templates))]
+        row.append(relation.templates[0].replace("{}", "…"))
+        if bridge is not None:
+            known = known_by_template(bridge, relation, known_rank)
+            best = max(range(len(known)), key=known.__getitem__)
+            row += [str(known[0]), f"{known[best]} (template {best})"]
+        table.add_row(*row)
+    for name, what in GENERATED.items():
+        table.add_row(name, "generated", "any", "", what)
+    Console().print(table)
+
+
+@app.command()
+def run(
+    notebook: Annotated[str, typer.Argument(help="a notebook of the project by name, or a path")],
+    parameter: Annotated[
+        list[tuple[str, str]] | None, typer.Option("-p", "--parameter", help="a parameter: -p KEY VALUE")
+    ] = None,
+    out: Annotated[Path | None, out_option] = None,
+) -> None:
+    """Run a notebook with parameters; results, executed notebook and HTML report go to its run folder."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    folder, headline = run_notebook(notebook, dict(parameter or []), out)
+    console.print(f"run folder   {folder}")
+    for name in sorted(path.name for path in folder.iterdir()):
+        console.print(f"             {name}")
+    for key, value in headline.items():
+        console.print(f"{key:<40} {value}")
+
+
+@app.command()
+def demo() -> None:
+    """The main job on the embedded model: the circuit of capital cities in SmolLM2, tested on held-out facts."""
+    run("circuit_discovery")
+
+
+@app.command(name="runs")
+def list_runs(out: Annotated[Path | None, out_option] = None) -> None:
+    """Finished runs, newest first."""
+    frame = runs.catalogue(out)
+    if frame.empty:
+        Console().print("no runs yet: try 'kc demo'")
+        return
+    table = Table("run", "experiment", "model", "task", "finished", "headline")
+    for row in frame.drop(columns="folder").astype(str).to_numpy().tolist():
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="a run id (or its beginning), or a run folder")],
+    out: Annotated[Path | None, out_option] = None,
+) -> None:
+    """One run: what it was made from, what came out, and its files."""
+    folder = runs.find_run(run, out)
+    record = runs.read_record(folder)
+    table = Table("", "", title=f"{record['experiment']} {record['run_id']}", show_header=False)
+    for section in ("headline", "model", "task", "parameters", "versions"):
+        for key, value in record.get(section, {}).items():
+            table.add_row(f"{section}.{key}", str(value))
+    for key in ("seed", "device", "git_commit", "started", "finished", "wall_seconds", "peak_memory_mb"):
+        table.add_row(key, str(record.get(key)))
+    table.add_row("files", "\n".join(sorted(path.name for path in folder.iterdir())))
+    table.add_row("folder", str(folder))
+    Console().print(table)
+
+
+def run_notebook(notebook: str, parameters: dict[str, str], out: Path | None) -> tuple[Path, dict[str, Any]]:
+    """Execute a notebook by papermill in the current folder; returns its run folder and headline figures.
+
+    Raises:
+        KnowledgeCircuitsError: bad input, here or inside the notebook; nothing half-written stays in sight.
+    """
+    source = notebook_path(notebook)
+    values = parse_parameters(source, parameters)
+    root = runs.output_root(out)
+    if out is not None:
+        values["out"] = str(root)
+    with tempfile.TemporaryDirectory(prefix="kc-") as scratch:
+        executed = Path(scratch) / source.name
+        # the second renderer embeds plotly.js once, so that the exported HTML shows its figures with no network
+        renderer = os.environ.get("PLOTLY_RENDERER")
+        os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+notebook"
+        try:
+            papermill.execute_notebook(
+                str(source), str(executed), values, cwd=str(Path.cwd()), execution_timeout=EXECUTION_TIMEOUT
+            )
+        except PapermillExecutionError as error:
+            raise _as_ours(error) from None
+        finally:
+            os.environ.pop("PLOTLY_RENDERER", None)
+            if renderer is not None:
+                os.environ["PLOTLY_RENDERER"] = renderer
+        document = nbformat.read(executed, as_version=4)
+    folder, headline = _told_folder(document, source)
+    nbformat.write(document, folder / source.name)
+    (folder / "report.html").write_text(to_html(document), encoding="utf-8")
+    return folder, headline
+
+
+def notebook_path(notebook: str) -> Path:
+    """A notebook of the project by name, or a path to one."""
+    path = Path(notebook)
+    path = path if path.suffix == ".ipynb" else runs.NOTEBOOKS / f"{notebook}.ipynb"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in runs.NOTEBOOKS.glob("*.ipynb")))
+        raise RunError(f"no notebook {notebook!r}; notebooks of the project: {names}")
+    return path
+
+
+def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
+    """Values for the notebook's parameters, read as Python literals unless the default is text.
+
+    Raises:
+        RunError: a name the notebook does not have.
+    """
+    known = papermill.inspect_notebook(str(source))
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        if key not in known:
+            raise RunError(f"{source.stem} has no parameter {key!r}; its parameters are {', '.join(known)}")
+        values[key] = text
+        if known[key]["default"][:1] not in ("'", '"'):
+            values[key] = _literal(text)
+    return values
+
+
+def to_html(document: nbformat.NotebookNode) -> str:
+    """A notebook as one HTML page that loads nothing from anywhere."""
+    exporter = HTMLExporter(require_js_url="", mathjax_url="", mermaid_js_url="", jquery_url="", widget_renderer_url="")
+    body, _ = exporter.from_notebook_node(document)
+    return str(body)
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _as_ours(error: PapermillExecutionError) -> Exception:
+    """The error the notebook raised, when it is one of ours or a wrong value; else papermill's own."""
+    kind = getattr(errors, error.ename, None)
+    if isinstance(kind, type) and issubclass(kind, KnowledgeCircuitsError):
+        return kind(error.evalue)
+    return error
+
+
+def _told_folder(document: nbformat.NotebookNode, source: Path) -> tuple[Path, dict[str, Any]]:
+    for cell in reversed(document.cells):
+        for output in reversed(cell.get("outputs", [])):
+            told = output.get("data", {}).get(runs.MIME)
+            if told:
+                return Path(told["folder"]), dict(told["headline"])
+    raise RunError(f"{source.name} did not end by finishing a run: its last cell must show run.finish(...)")

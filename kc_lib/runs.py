@@ -1,0 +1,267 @@
+"""Run folders: where results go, what they were made from, and how the same run is found instead of repeated.
+
+``outputs/<experiment>/<model>/<task>/<run id>/`` holds the results as parquet and json, ``run.json``, and, when the run came
+from ``kc run``, the executed notebook and its HTML report. The run id is a hash of what determines the result: the
+experiment, its parameters, the model's weights, the task's tokens and the library's version. Work goes on in a hidden
+folder beside it, which is renamed when the run is finished, so a visible run folder is always whole; an interrupted run
+goes on from the results the hidden folder already holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import pandas as pd
+import papermill
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib import __version__
+from kc_lib.errors import RunError
+from kc_lib.models import model_hash, model_name
+from kc_lib.tasks import Task
+
+PROJECT = Path(__file__).resolve().parents[1]
+OUTPUTS = PROJECT / "outputs"
+NOTEBOOKS = PROJECT / "notebooks"
+MIME = "application/vnd.kc-run+json"  # how an executed notebook tells ``kc run`` its folder
+NOT_DETERMINING = ("batch_size", "device", "out", "model", "task")  # model and task enter by their hashes
+PACKAGES = ("torch", "transformers", "transformer_lens", "numpy", "pandas", "pyarrow", "plotly")
+
+
+class Storable(Protocol):
+    """A result that can be written to one file and read back."""
+
+    def save(self, path: Path) -> Path: ...
+
+    @classmethod
+    def load(cls, path: Path) -> Self: ...
+
+
+Result = TypeVar("Result", bound=Storable)
+
+
+@dataclass
+class Run:
+    """One run: its final folder, the folder it works in, and what it was made from."""
+
+    folder: Path
+    working: Path
+    record: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def found(self) -> bool:
+        """True when the run was finished before and its results are only read."""
+        return self.working == self.folder
+
+    def result(self, name: str, kind: type[Result], compute: Callable[[], Result]) -> Result:
+        """The result in file ``name``: read where it is already there, else computed and kept.
+
+        Raises:
+            RunError: the file is there and cannot be read.
+        """
+        path = self.working / name
+        if path.exists():
+            try:
+                return kind.load(path)
+            except Exception as error:  # whatever the reader met, the remedy is the same
+                raise RunError(
+                    f"{path}: a result of an earlier run cannot be read ({_first_line(error)}); delete the folder "
+                    f"{self.working} and run again"
+                ) from error
+        value = compute()
+        draft = path.with_name(f".{name}")
+        value.save(draft)
+        os.replace(draft, path)
+        return value
+
+    def finish(self, headline: Mapping[str, Any]) -> Run:
+        """Write ``run.json`` with the figures that matter and give the folder its final name."""
+        if self.found:
+            return self
+        self.record |= {
+            "headline": dict(headline),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "wall_seconds": round(time.monotonic() - self.started, 1),
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+        (self.working / "run.json").write_text(json.dumps(self.record, indent=2, default=str))
+        try:
+            os.replace(self.working, self.folder)
+        except OSError as error:
+            raise RunError(f"the finished run cannot be moved to {self.folder} ({error})") from error
+        self.working = self.folder
+        return self
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        text = f"run folder: {self.folder}"
+        return {"text/plain": text, MIME: {"folder": str(self.folder), "headline": self.record.get("headline", {})}}
+
+
+def notebook_parameters(experiment: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The notebook's parameters as they stand now: the names its cell tagged ``parameters`` assigns, from ``globals()``."""
+    path = NOTEBOOKS / f"{experiment}.ipynb"
+    try:
+        names = list(papermill.inspect_notebook(str(path)))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read as a notebook ({error})") from error
+    return {name: values[name] for name in names}
+
+
+def open_run(
+    experiment: str,
+    model: TransformerBridge,
+    task: Task,
+    parameters: Mapping[str, Any],
+    out: str | Path | None = None,
+) -> Run:
+    """The run with these parameters: found when it was finished before, resumed when interrupted, else new.
+
+    Raises:
+        RunError: the output folder cannot be written, or a found run's record cannot be read.
+    """
+    weights = model_hash(model)
+    determining = {key: value for key, value in sorted(parameters.items()) if key not in NOT_DETERMINING}
+    identity = [experiment, __version__, weights, task.hash, determining]
+    run_id = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
+    parent = output_root(out) / experiment / _safe(model_name(model)) / _safe(task.name)
+    folder = parent / run_id
+    if folder.exists():
+        return Run(folder, folder, read_record(folder))
+    working = parent / f".{run_id}.unfinished"
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the output folder {parent} cannot be written ({error}); choose another with --out") from error
+    record = {
+        "run_id": run_id,
+        "experiment": experiment,
+        "parameters": dict(parameters),
+        "seed": parameters.get("seed"),
+        "model": {"name": model_name(model), "hash": weights, "dtype": str(model.cfg.dtype)},
+        "task": {"name": task.name, "hash": task.hash, "prepend_bos": task.prepend_bos, **task.report},
+        "device": str(model.cfg.device),
+        "platform": platform.platform(),
+        "versions": {"kc_lib": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return Run(folder, working, record)
+
+
+def output_root(out: str | Path | None = None) -> Path:
+    """The folder all runs lie under, checked to be one that can be written.
+
+    Raises:
+        RunError: it cannot.
+    """
+    root = OUTPUTS if out is None else Path(out).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"the output folder {root} cannot be written ({error}); choose another with --out") from error
+    return root
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A finished run's ``run.json``.
+
+    Raises:
+        RunError: it is missing or not JSON.
+    """
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); delete the folder {folder} and run again") from error
+    if not isinstance(record, dict) or "experiment" not in record:
+        raise RunError(f"{path}: is no record of a run; delete the folder {folder} and run again")
+    return record
+
+
+def catalogue(out: str | Path | None = None) -> pd.DataFrame:
+    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder."""
+    rows = []
+    root = OUTPUTS if out is None else Path(out)
+    for path in root.glob("*/*/*/*/run.json"):
+        record = read_record(path.parent)
+        rows.append(
+            {
+                "run_id": record["run_id"],
+                "experiment": record["experiment"],
+                "model": record["model"]["name"],
+                "task": record["task"]["name"],
+                "finished": record.get("finished", ""),
+                "headline": "; ".join(f"{key} {value}" for key, value in record.get("headline", {}).items()),
+                "folder": str(path.parent),
+            }
+        )
+    columns = ["run_id", "experiment", "model", "task", "finished", "headline", "folder"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.sort_values("finished", ascending=False, ignore_index=True)
+
+
+def find_run(name: str, out: str | Path | None = None) -> Path:
+    """The folder of a run given by folder, run id or the beginning of one.
+
+    Raises:
+        RunError: no run, or several, of that name.
+    """
+    if (Path(name) / "run.json").exists():
+        return Path(name)
+    runs = catalogue(out)
+    matches = runs[runs["run_id"].str.startswith(name)] if name else runs.iloc[:0]
+    if len(matches) != 1:
+        what = "no run" if matches.empty else f"{len(matches)} runs"
+        raise RunError(f"{what} named {name!r} under {OUTPUTS if out is None else out}: 'kc runs' lists the run ids")
+    return Path(matches.iloc[0]["folder"])
+
+
+def git_commit() -> str | None:
+    """The project's commit, marked ``-dirty`` when files differ from it; None outside a repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host = peak / (1024 if sys.platform != "darwin" else 1024**2)
+    return round(host + (torch.cuda.max_memory_allocated() / 1024**2 if torch.cuda.is_available() else 0), 1)
+
+
+def _safe(name: str) -> str:
+    """A name as one folder: a local path keeps its last part."""
+    return re.sub(r"[^\w.@-]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-.") or "unnamed"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
