@@ -16,7 +16,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kc_lib import errors, runs
 from kc_lib.errors import KnowledgeCircuitsError, RunError
@@ -29,10 +29,28 @@ out_option = typer.Option("--out", help="folder for results (default: outputs/ o
 def main() -> None:
     """Entry point: an error of ours is one line and exit code 2."""
     try:
-        app()
+        app(_joined(sys.argv[1:]))
     except KnowledgeCircuitsError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"kc: {error}")
         sys.exit(2)
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """``-p KEY VALUE`` as ``-p KEY=VALUE``, because typer's repeatable options take one value."""
+    joined, rest = [], list(arguments)
+    while rest:
+        joined.append(rest.pop(0))
+        if joined[-1] in ("-p", "--parameter") and rest:
+            item = rest.pop(0)
+            joined.append(item if "=" in item or not rest else f"{item}={rest.pop(0)}")
+    return joined
+
+
+def _key_value(item: str) -> tuple[str, str]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise RunError(f"parameter {key!r} has no value: write -p {key} VALUE")
+    return key, value
 
 
 @app.command()
@@ -82,13 +100,14 @@ def tasks(
 def run(
     notebook: Annotated[str, typer.Argument(help="a notebook of the project by name, or a path")],
     parameter: Annotated[
-        list[tuple[str, str]] | None, typer.Option("-p", "--parameter", help="a parameter: -p KEY VALUE")
+        list[str] | None, typer.Option("-p", "--parameter", metavar="KEY VALUE", help="a parameter of the notebook")
     ] = None,
     out: Annotated[Path | None, out_option] = None,
 ) -> None:
     """Run a notebook with parameters; results, executed notebook and HTML report go to its run folder."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    folder, headline = run_notebook(notebook, dict(parameter or []), out)
+    given = dict(_key_value(item) for item in parameter or [])
+    folder, headline = run_notebook(notebook, given, out)
     console.print(f"run folder   {folder}")
     for name in sorted(path.name for path in folder.iterdir()):
         console.print(f"             {name}")

@@ -105,15 +105,19 @@ def circuit_graph(circuit: Circuit, title: str | None = None, max_edges: int = 3
         showgrid=False,
     )
     top = max(heights.values())
-    figure.update_yaxes(tickvals=list(heights.values()), ticktext=list(heights), range=[-0.6, top + 0.6], title_text="layer")
-    return figure.update_layout(width=1000, height=200 + int((40 if labelled else 34) * (top + 1.2)), hovermode="closest")
+    figure.update_yaxes(
+        tickvals=list(heights.values()), ticktext=list(heights), range=[-0.6, top + 0.6], title_text="layer"
+    )
+    return figure.update_layout(
+        width=1000, height=200 + int((40 if labelled else 34) * (top + 1.2)), hovermode="closest"
+    )
 
 
 def faithfulness_figure(evaluation: Evaluation, title: str | None = None) -> go.Figure:
     """Faithfulness (0 is the empty circuit, 1 the full model) against the number of edges, on a log axis.
 
-    One line with its 95% band per split for the circuits of kind "top"; random circuits of the same sizes, with the line
-    of their mean, are grey, on the held-out split where there is one.
+    One line with its 95% band per split for the circuits of kind "top"; random circuits of the same sizes, with the
+    line of their mean, are grey, on the held-out split where there is one.
 
     Raises:
         MethodError: no "top" circuit has edges and a faithfulness.
@@ -190,14 +194,18 @@ def score_distribution(scores: EdgeScores, circuit: Circuit | None = None) -> go
                 edges = [(graph.writers[rows[i]], graph.readers[columns[i]].name) for i in order[ranks]]
                 hover = f"%{{text}}<br>rank %{{x}}: %{{y:.3g}} {unit}<extra>{name}</extra>"
                 text, y = [_arrow(*edge) for edge in edges], np.abs(values[order[ranks]]).tolist()
-                figure.add_scatter(x=(ranks + 1).tolist(), y=y, text=text, hovertemplate=hover, legendgroup=name, **look)
-    figure.update_xaxes(type="log", dtick=1, title_text="rank among edges of the same sign", tickformat=",")
+                figure.add_scatter(
+                    x=(ranks + 1).tolist(), y=y, text=text, hovertemplate=hover, legendgroup=name, **look
+                )
+    last = np.log10(max(1, (values > 0).sum(), (values < 0).sum()))
+    rank = "rank among edges of the same sign"
+    figure.update_xaxes(type="log", dtick=1, title_text=rank, tickformat=",", range=[-0.15, last + 0.15])
     figure.update_yaxes(type="log", dtick=1, title_text=_with_unit("|score|", unit), exponentformat="power")
     return figure.update_layout(width=900, height=500, hovermode="closest")
 
 
 def top_edges_table(circuit: Circuit, n: int = 25) -> go.Figure:
-    """The circuit's ``n`` edges with the largest |score|: signed score (in its unit), share of all the circuit's |score|.
+    """The circuit's ``n`` edges with the largest |score|: signed, in the scores' unit, and its share of all |score|.
 
     Raises:
         MethodError: a circuit without edges or scores, or ``n`` below 1.
@@ -214,7 +222,7 @@ def top_edges_table(circuit: Circuit, n: int = 25) -> go.Figure:
 
 
 def top_nodes_table(circuit: Circuit, n: int = 15) -> go.Figure:
-    """The circuit's ``n`` nodes with the largest |score| over all their edges: edges, and signed sums in the scores' unit.
+    """The circuit's ``n`` nodes with the largest |score| over their edges: edges, and signed sums in their unit.
 
     Raises:
         MethodError: a circuit without edges or scores, or ``n`` below 1.
@@ -237,8 +245,8 @@ def top_nodes_table(circuit: Circuit, n: int = 15) -> go.Figure:
 def comparison_bars(evaluation: Evaluation, circuits: list[str] | None = None) -> go.Figure:
     """Circuits beside their random nulls, the full model and the empty circuit, on held-out facts where there are any.
 
-    Panels: Hit@10 (share of facts), probability of the answer, its median rank (log axis), faithfulness. A null's bar is
-    the mean over its draws, its whisker their range. Without ``circuits`` all are shown.
+    Panels: Hit@10 (share of facts), probability of the answer, its median rank (log axis), faithfulness. A null's bar
+    is the mean over its draws, its whisker their range. Without ``circuits`` it is that of name "circuit", or all.
 
     Raises:
         MethodError: a circuit that was not evaluated, or none at all.
@@ -266,15 +274,27 @@ def comparison_bars(evaluation: Evaluation, circuits: list[str] | None = None) -
     for i, column in enumerate(PANELS):
         at = {"row": i // 2 + 1, "col": i % 2 + 1}
         mean, low, high = np.array([part[column].agg(["mean", "min", "max"]) for part, _ in bars.values()]).T
-        whiskers = {"symmetric": False, "array": _some(high - mean), "arrayminus": _some(mean - low), "color": DARK}
         text = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in mean]
         hints = [
-            one or f"mean {m:.3g}, range {a:.3g} to {b:.3g}" for one, m, a, b in zip(hover, mean, low, high, strict=True)
+            one or f"mean {m:.3g}, range {a:.3g} to {b:.3g}"
+            for one, m, a, b in zip(hover, mean, low, high, strict=True)
         ]
         look = {"marker_color": [colour for _, colour in bars.values()], "hovertemplate": "%{hovertext}<extra></extra>"}
-        figure.add_bar(x=[*bars], y=mean.tolist(), error_y=whiskers, hovertext=hints, name=PANELS[column], **look, **at)
-        look = {"mode": "text", "textposition": "top center", "cliponaxis": False, "hoverinfo": "skip"}
-        figure.add_scatter(x=[*bars], y=np.maximum(high, column == "rank_median").tolist(), text=text, **look, **at)
+        figure.add_bar(x=[*bars], y=mean.tolist(), hovertext=hints, name=PANELS[column], **look, **at)
+        whiskers: dict[str, Any] = {
+            "x": [],
+            "y": [],
+            "mode": "lines",
+            "line": {"color": DARK, "width": 3},
+            "hoverinfo": "skip",
+        }
+        for k, (label, (part, _)) in enumerate(bars.items()):
+            if len(part) > 1:
+                whiskers["x"] += [label, label, None]
+                whiskers["y"] += [low[k], high[k], None]
+        figure.add_scatter(name="range", **whiskers, **at)
+        caption = {"mode": "text", "textposition": "top center", "cliponaxis": False, "hoverinfo": "skip"}
+        figure.add_scatter(x=[*bars], y=np.maximum(high, column == "rank_median").tolist(), text=text, **caption, **at)
         ends = np.nan_to_num([0.0, *low, *high, float(column == "hit_at_10")])
         figure.update_yaxes(range=[1.15 * min(ends), 1.15 * max(ends) or 1.0], **at)
         if column == "rank_median":
@@ -372,7 +392,7 @@ def _positions(graph: Graph, nodes: Sequence[str]) -> tuple[dict[str, tuple[floa
 
 
 def _edge_traces(drawn: pd.DataFrame, position: Mapping[str, tuple[float, float]], unit: str) -> list[go.Scatter]:
-    """Per sign, one trace of curves per bucket of |score|, and one of invisible mid-points to hover on; weakest first."""
+    """Per sign, one trace of curves per bucket of |score|, and one of invisible mid-points to hover on."""
     magnitude, signs = drawn["score"].abs().to_numpy(), np.sign(drawn["score"].to_numpy())
     bounds = np.quantile(magnitude[~drawn.index.duplicated()], EDGE_QUANTILES)
     buckets = np.searchsorted(bounds, magnitude, side="right")
@@ -383,7 +403,7 @@ def _edge_traces(drawn: pd.DataFrame, position: Mapping[str, tuple[float, float]
     ]
     traces = []
     for sign, name, colour in (
-        (0, "edges", NEUTRAL),
+        (0, "no score", NEUTRAL),
         (1, "positive score", POSITIVE),
         (-1, "negative score", NEGATIVE),
     ):
@@ -391,26 +411,26 @@ def _edge_traces(drawn: pd.DataFrame, position: Mapping[str, tuple[float, float]
         for bucket, (width, opacity) in enumerate(zip(EDGE_WIDTHS, EDGE_OPACITIES, strict=True)):
             chosen = np.flatnonzero((signs == sign) & (buckets == bucket))
             if len(chosen):
-                name = f"{magnitude[chosen].min():.2g} to {magnitude[chosen].max():.2g}" if sign else "edges"
-                x, y = ([value for i in chosen for value in (*curves[i][axis], None)] for axis in (0, 1))
+                label = f"{magnitude[chosen].min():.2g} to {magnitude[chosen].max():.2g}" if sign else "edges"
+                x, y = [[value for i in chosen for value in (*curves[i][axis], None)] for axis in (0, 1)]
                 line = {"color": colour, "width": width if sign else 1.2}
                 look = {"mode": "lines", "line": line, "opacity": opacity if sign else 0.55, "hoverinfo": "skip"}
-                traces.append(go.Scatter(x=x, y=y, name=name, meta="edges", **look, **group))
-        chosen = np.flatnonzero(signs == sign)
-        if len(chosen):
-            text = [
-                _edge_hover(*edge, unit) for edge in drawn.iloc[chosen][["writer", "reader", "score", "node"]].to_numpy()
-            ]
-            x, y = ([curves[i][axis][len(CURVE) // 2] for i in chosen] for axis in (0, 1))
+                traces.append(go.Scatter(x=x, y=y, name=label, meta="edges", **look, **group))
+        own = np.flatnonzero(signs == sign)
+        if len(own):
+            text = [_edge_hover(edge, unit) for edge in drawn.iloc[own].itertuples()]
+            middle = np.array([(curves[i][0][len(CURVE) // 2], curves[i][1][len(CURVE) // 2]) for i in own])
             look = {"mode": "markers", "marker": {"opacity": 0, "size": 9, "color": colour}, "showlegend": False}
-            hover = "%{text}<extra></extra>"
-            traces.append(go.Scatter(x=x, y=y, text=text, hovertemplate=hover, meta="edge hover", **look, **group))
+            look |= {"hovertemplate": "%{text}<extra></extra>", "hoverlabel": {"bgcolor": colour}, "meta": "edge hover"}
+            traces.append(go.Scatter(x=middle[:, 0].tolist(), y=middle[:, 1].tolist(), text=text, **look, **group))
     return sorted(traces, key=lambda trace: trace.line.width or 10.0)
 
 
 def _edge_hover(edge: Any, unit: str) -> str:
     kind = {"<q>": "query", "<k>": "key", "<v>": "value"}.get(edge.reader[-3:])
-    return f"<b>{_arrow(edge.writer, edge.reader)}</b>{_score(edge.score, unit)}" + (f"<br>{kind} of {edge.node}" if kind else "")
+    return f"<b>{_arrow(edge.writer, edge.reader)}</b>{_score(edge.score, unit)}" + (
+        f"<br>{kind} of {edge.node}" if kind else ""
+    )
 
 
 def _score(score: float, unit: str) -> str:
@@ -421,7 +441,7 @@ def _curve(
     start: tuple[float, float], end: tuple[float, float], reader: str, extent: tuple[float, float]
 ) -> tuple[list[float], list[float]]:
     """A Bézier curve that leaves and arrives upright and swings outward where it would run along its own column."""
-    port = {"<q>": -0.12, "<v>": 0.12}.get(reader[-3:], 0.0)  # queries, keys and values arrive side by side
+    port = {"<q>": -0.07, "<v>": 0.07}.get(reader[-3:], 0.0)  # queries, keys and values arrive side by side
     (x0, y0), (x1, y1), swing = start, end, 0.0
     if abs(x1 - x0) < 0.6 and y1 - y0 > 0.7:
         swing = (0.35 + 0.16 * extent[0] * ((y1 - y0) / extent[1]) ** 0.8) * (1 if 2 * x0 >= extent[0] else -1)
@@ -472,7 +492,9 @@ def _shown(split: Any) -> str:
 
 def _sizes(summary: pd.DataFrame) -> str:
     """How many facts each split has."""
-    return ", ".join(f"{_shown(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items())
+    return ", ".join(
+        f"{_shown(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items()
+    )
 
 
 def _hover(row: pd.Series) -> str:
@@ -494,7 +516,7 @@ def _add_points(figure: go.Figure, rows: pd.DataFrame, **look: Any) -> None:
 
 
 def _nulls(rows: pd.DataFrame, name: str) -> tuple[str, pd.DataFrame]:
-    """A circuit's random ones: ``random 0.005 #1`` for ``top 0.005``, ``null #1`` for ``circuit``; else those of its size."""
+    """Its random ones: ``random 0.005 #1`` for ``top 0.005``, ``null #1`` for ``circuit``; else those of its size."""
     nulls, size = rows[rows["kind"].isin(NULL_KINDS)], name.partition(" ")[2]
     named = [re.sub(r"^(random|null) ?|\s*#\d+$", "", null) == size for null in nulls.index]
     if any(named) and (size or name == "circuit"):
@@ -506,11 +528,6 @@ def _nulls(rows: pd.DataFrame, name: str) -> tuple[str, pd.DataFrame]:
 def _thinned(n: int, points: int = 500) -> np.ndarray:
     """At most ``points`` of the positions 0..n-1, evenly spread on a log axis."""
     return np.unique(np.geomspace(1, n, points).round().astype(int)) - 1 if n > points else np.arange(n)
-
-
-def _some(lengths: np.ndarray) -> list[float | None]:
-    """Whiskers, without the caps of those of no length."""
-    return [length if length > 0 else None for length in lengths.tolist()]
 
 
 def _table(title: str, circuit: Circuit, columns: Mapping[str, pd.Series]) -> go.Figure:
@@ -528,6 +545,14 @@ def _table(title: str, circuit: Circuit, columns: Mapping[str, pd.Series]) -> go
     figure = _titled(go.Figure(), title, _origin(circuit.provenance))
     stripes = [[("white", "#F5F5F5")[row % 2] for row in range(len(cells[0]))]]
     header = {"values": [f"<b>{name}</b>" for name in columns], "align": align, "fill_color": "#E4E4E4", "height": 32}
-    body = {"values": cells, "align": align, "font_color": colours, "fill_color": stripes, "height": 31}
+    # the prefix, of no width, has all cells set like those with a <q>, which stand lower
+    body = {
+        "values": cells,
+        "prefix": "&#8203;",
+        "align": align,
+        "font_color": colours,
+        "fill_color": stripes,
+        "height": 31,
+    }
     figure.add_table(header=header, cells=body)
     return figure.update_layout(width=800, height=145 + 31 * len(cells[0]), margin={"l": 10, "r": 10, "t": 80, "b": 20})

@@ -23,17 +23,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import pandas as pd
 import papermill
-import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import __version__
 from kc_lib.errors import RunError
-from kc_lib.models import model_hash, model_name
-from kc_lib.tasks import Task
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from kc_lib.tasks import Task
 
 PROJECT = Path(__file__).resolve().parents[1]
 OUTPUTS = PROJECT / "outputs"
@@ -135,6 +136,8 @@ def open_run(
     Raises:
         RunError: the output folder cannot be written, or a found run's record cannot be read.
     """
+    from kc_lib.models import model_hash, model_name
+
     weights = model_hash(model)
     determining = {key: value for key, value in sorted(parameters.items()) if key not in NOT_DETERMINING}
     identity = [experiment, __version__, weights, task.hash, determining]
@@ -253,6 +256,8 @@ def git_commit() -> str | None:
 
 
 def _peak_memory_mb() -> float:
+    import torch
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     host = peak / (1024 if sys.platform != "darwin" else 1024**2)
     return round(host + (torch.cuda.max_memory_allocated() / 1024**2 if torch.cuda.is_available() else 0), 1)
