@@ -105,12 +105,8 @@ def circuit_graph(circuit: Circuit, title: str | None = None, max_edges: int = 3
         showgrid=False,
     )
     top = max(heights.values())
-    figure.update_yaxes(
-        tickvals=list(heights.values()), ticktext=list(heights), range=[-0.6, top + 0.6], title_text="layer"
-    )
-    return figure.update_layout(
-        width=1000, height=200 + int((40 if labelled else 34) * (top + 1.2)), hovermode="closest"
-    )
+    figure.update_yaxes(tickvals=list(heights.values()), ticktext=list(heights), range=[-0.6, top + 0.6], title_text="layer")
+    return figure.update_layout(width=1000, height=200 + int((40 if labelled else 34) * (top + 1.2)), hovermode="closest")
 
 
 def faithfulness_figure(evaluation: Evaluation, title: str | None = None) -> go.Figure:
@@ -194,9 +190,7 @@ def score_distribution(scores: EdgeScores, circuit: Circuit | None = None) -> go
                 edges = [(graph.writers[rows[i]], graph.readers[columns[i]].name) for i in order[ranks]]
                 hover = f"%{{text}}<br>rank %{{x}}: %{{y:.3g}} {unit}<extra>{name}</extra>"
                 text, y = [_arrow(*edge) for edge in edges], np.abs(values[order[ranks]]).tolist()
-                figure.add_scatter(
-                    x=(ranks + 1).tolist(), y=y, text=text, hovertemplate=hover, legendgroup=name, **look
-                )
+                figure.add_scatter(x=(ranks + 1).tolist(), y=y, text=text, hovertemplate=hover, legendgroup=name, **look)
     last = np.log10(max(1, (values > 0).sum(), (values < 0).sum()))
     rank = "rank among edges of the same sign"
     figure.update_xaxes(type="log", dtick=1, title_text=rank, tickformat=",", range=[-0.15, last + 0.15])
@@ -236,8 +230,8 @@ def top_nodes_table(circuit: Circuit, n: int = 15) -> go.Figure:
         "node": top.to_series(),
         "edges in": into.size().reindex(top, fill_value=0),
         "edges out": out.size().reindex(top, fill_value=0),
-        _with_unit("sum of scores in", unit): into["score"].sum().reindex(top),
-        _with_unit("sum of scores out", unit): out["score"].sum().reindex(top),
+        _with_unit("score in", unit): into["score"].sum().reindex(top),
+        _with_unit("score out", unit): out["score"].sum().reindex(top),
     }
     return _table(f"Strongest nodes: {len(top)} of {len(total)}", circuit, columns)
 
@@ -276,8 +270,7 @@ def comparison_bars(evaluation: Evaluation, circuits: list[str] | None = None) -
         mean, low, high = np.array([part[column].agg(["mean", "min", "max"]) for part, _ in bars.values()]).T
         text = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in mean]
         hints = [
-            one or f"mean {m:.3g}, range {a:.3g} to {b:.3g}"
-            for one, m, a, b in zip(hover, mean, low, high, strict=True)
+            one or f"mean {m:.3g}, range {a:.3g} to {b:.3g}" for one, m, a, b in zip(hover, mean, low, high, strict=True)
         ]
         look = {"marker_color": [colour for _, colour in bars.values()], "hovertemplate": "%{hovertext}<extra></extra>"}
         figure.add_bar(x=[*bars], y=mean.tolist(), hovertext=hints, name=PANELS[column], **look, **at)
@@ -492,9 +485,7 @@ def _shown(split: Any) -> str:
 
 def _sizes(summary: pd.DataFrame) -> str:
     """How many facts each split has."""
-    return ", ".join(
-        f"{_shown(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items()
-    )
+    return ", ".join(f"{_shown(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items())
 
 
 def _hover(row: pd.Series) -> str:
@@ -539,16 +530,15 @@ def _table(title: str, circuit: Circuit, columns: Mapping[str, pd.Series]) -> go
             values.dtype == object or pd.api.types.is_string_dtype(values),
         )
         form = "+.3f" if signed and values.abs().max() >= 0.01 else "+.2e"
-        cells.append([("" if pd.isna(v) else f"{v:{form}}") if signed else v for v in values])
+        shown = ["" if pd.isna(value) else f"{value:{form if signed else ''}}" for value in values]
+        cells.append([f"<span>{value}</span>" for value in shown])  # a plain cell stands higher than one with a <q>
         colours.append([POSITIVE if v > 0 else NEGATIVE if v < 0 else DARK for v in values] if signed else DARK)
         align.append("left" if text and "%" not in str(values.iloc[0]) else "right")
     figure = _titled(go.Figure(), title, _origin(circuit.provenance))
     stripes = [[("white", "#F5F5F5")[row % 2] for row in range(len(cells[0]))]]
     header = {"values": [f"<b>{name}</b>" for name in columns], "align": align, "fill_color": "#E4E4E4", "height": 32}
-    # the prefix, of no width, has all cells set like those with a <q>, which stand lower
     body = {
         "values": cells,
-        "prefix": "&#8203;",
         "align": align,
         "font_color": colours,
         "fill_color": stripes,
