@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
+from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import ablation
 from kc_lib.methods.attribution import EdgeScores
@@ -98,13 +99,14 @@ def evaluate_circuits(
     with tqdm(total=total, desc="running circuits", unit="run", disable=not progress) as bar:
         for split, pairs in splits.items():
             for batch in batches(pairs, batch_size, full_answer, wiring.device):
-                ablated = ablation(wiring, intervention, batch, means)
-                full = full_logits(wiring, batch)
+                context = shared_context(wiring, batch, intervention)
+                ablated = ablation(wiring, intervention, batch, means, context)
+                full = full_logits(wiring, batch, context)
                 frames.append(_measure("full", split, full, full, batch, metric))
                 for name, circuit in (("empty", None), *circuits.items()):
                     graph = wiring.graph() if circuit is None else circuit.graph
                     mask = torch.zeros_like(graph.edges) if circuit is None else circuit.mask
-                    logits = run_circuit(wiring, graph, mask, batch, ablated)
+                    logits = run_circuit(wiring, graph, mask, batch, ablated, context)
                     frames.append(_measure(name, split, logits, full, batch, metric))
                     bar.update(len(batch))
     examples = pd.concat(frames, ignore_index=True)

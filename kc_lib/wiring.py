@@ -19,7 +19,7 @@ known here therefore shows as an error on load, never as a wrong number later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +51,9 @@ class Norm:
         """1 / rms or 1 / standard deviation of each vector, ``[..., 1]``."""
         if self.kind == "none":
             return torch.ones_like(x[..., :1])
-        return (self.centre(x).float().pow(2).mean(-1, keepdim=True) + self.eps).rsqrt().to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(self.centre(x), dim=-1, keepdim=True, dtype=wide)
+        return (size.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
 
     def centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
@@ -119,21 +121,30 @@ class Attention:
         q: Float[Tensor, "batch pos head d_head"],
         k: Float[Tensor, "batch pos kv d_head"],
         v: Float[Tensor, "batch pos kv d_head"],
+        past: tuple[Float[Tensor, "rows past kv d_head"], Float[Tensor, "rows past kv d_head"]] | None = None,
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Head outputs z from queries, keys and values; keys and values may come per group or per query head."""
-        n_pos = q.shape[1]
+        """Head outputs z from queries, keys and values; keys and values may come per group or per query head.
+
+        ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
+        """
+        n_new = q.shape[1]
+        if past is not None:
+            repeats = (k.shape[0] // past[0].shape[0], 1, 1, 1)
+            k, v = torch.cat([past[0].repeat(repeats), k], 1), torch.cat([past[1].repeat(repeats), v], 1)
+        n_pos = k.shape[1]
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rope is not None:
             cos, sin = self.rope(n_pos)
-            q, k = _rotate(q, cos, sin, self.adjacent_pairs), _rotate(k, cos, sin, self.adjacent_pairs)
+            q = _rotate(q, cos[-n_new:], sin[-n_new:], self.adjacent_pairs)
+            k = _rotate(k, cos, sin, self.adjacent_pairs)
         repeat = q.shape[2] // k.shape[2]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device), float("-inf"))
+        scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device)[-n_new:], float("-inf"))
         pattern = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
 
@@ -224,20 +235,30 @@ class Wiring:
             logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
         return logits
 
-    def run_block(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The stream after a block, from the stream before it."""
+    def run_block(
+        self,
+        layer: int,
+        resid: Float[Tensor, "batch pos d_model"],
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream after a block, from the stream before it; ``past`` as in ``Attention.attend``."""
         block = self.blocks[layer]
         attention = block.attention
         x = attention.norm(resid)
-        z = attention.attend(*(attention.project(kind, x) for kind in "qkv"))
+        z = attention.attend(*(attention.project(kind, x) for kind in "qkv"), past=past)
         after_attention = resid + attention.output(z)
         mlp_input = resid if block.parallel else after_attention
         return after_attention + block.mlp_output(block.mlp_norm(mlp_input))
 
-    def run(self, resid: Float[Tensor, "batch pos d_model"], first_layer: int = 0) -> Float[Tensor, "batch pos d_model"]:
-        """The final residual stream, restarted from the stream before ``first_layer``."""
+    def run(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        first_layer: int = 0,
+        past: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The final residual stream, restarted from the stream before ``first_layer``; ``past`` has one entry per layer."""
         for layer in range(first_layer, self.n_layers):
-            resid = self.run_block(layer, resid)
+            resid = self.run_block(layer, resid, past[layer] if past else None)
         return resid
 
 

@@ -9,31 +9,48 @@ a plain forward and a small one costs less.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.graph import Graph
+from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Ablation
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Block, Wiring
+from kc_lib.wiring import Wiring
 
 
-@dataclass
 class _Stream:
-    """Differences from the ablated values, of the writers computed so far, and the stream both ways."""
+    """The stream of a run, as differences from the ablated values: row 0 their sum, then one row per active writer."""
 
-    differences: Float[Tensor, "active batch pos d_model"]
-    rows: list[int]  # the graph's row of each difference
-    ablated: Float[Tensor, "batch pos d_model"]
-    total_difference: Float[Tensor, "batch pos d_model"]
+    def __init__(self, n_active: int, ablated_input: Float[Tensor, "batch pos d_model"]) -> None:
+        self.differences = ablated_input.new_zeros(n_active + 1, *ablated_input.shape)
+        self.rows: list[int] = []  # the graph's row of each writer so far
+        self.ablated = ablated_input
 
     def add(self, row: int, difference: Tensor) -> None:
-        self.differences[len(self.rows)] = difference
         self.rows.append(row)
-        self.total_difference = self.total_difference + difference
+        self.differences[len(self.rows)] = difference
+        self.differences[0] += difference
+
+    def reader_inputs(
+        self,
+        mask: Bool[Tensor, "writer reader"],
+        bias: Float[Tensor, " d_model"],
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "reader batch pos d_model"]:
+        """The residual inputs of some readers: ablated stream and biases, plus the differences their edges carry."""
+        differences, ablated = self.differences[: len(self.rows) + 1], self.ablated + bias
+        if at is not None:
+            differences, ablated = differences[:, at[0], at[1]], ablated[at]
+        edges = mask[self.rows].T.to(differences)  # reader x active
+        from_above = edges.sum(1, keepdim=True) > len(self.rows) / 2
+        coefficients = torch.cat([from_above.to(edges), torch.where(from_above, edges - 1, edges)], 1)
+        used = coefficients.any(0).nonzero()[:, 0]
+        if len(used) < len(differences) / 2:
+            coefficients, differences = coefficients[:, used], differences[used]
+        inputs = torch.addmm(ablated.reshape(1, -1), coefficients, differences.flatten(1))
+        return inputs.view(-1, *ablated.shape)
 
 
 @torch.no_grad()
@@ -43,28 +60,23 @@ def run_circuit(
     mask: Bool[Tensor, "writer reader"],
     batch: Batch,
     ablation: Ablation,
+    context: Context = EMPTY,
 ) -> Float[Tensor, "batch answer vocab"]:
     """Logits at the answer positions of the clean prompts, run through the circuit alone.
 
     The full mask gives the model's own logits; the empty mask gives those of the ablated stream (with patching: the
-    corrupted prompts'). The mask need not be pruned.
+    corrupted prompts'). The mask need not be pruned. ``ablation`` covers the positions after the context's.
     """
     active = _active_writers(graph, mask, wiring, ablation)
-    resid = wiring.embed(batch.clean)
-    stream = _Stream(
-        differences=resid.new_empty(int(active.sum()), *resid.shape),
-        rows=[],
-        ablated=ablation.outputs[0].expand_as(resid),
-        total_difference=torch.zeros_like(resid),
-    )
+    resid = wiring.embed(batch.clean)[:, context.start :]
+    stream = _Stream(int(active.sum()), ablation.outputs[0].expand_as(resid).clone())
     if active[0]:
         stream.add(0, resid - ablation.outputs[0])
-    for layer, block in enumerate(wiring.blocks):
-        _run_layer(wiring, graph, mask, active, stream, layer, block, ablation)
-    bias = wiring.bias_before[-1]
+    for layer in range(graph.n_layers):
+        _run_layer(wiring, graph, mask, active, stream, layer, ablation, context)
     rows = torch.arange(len(batch), device=resid.device)[:, None]
-    logits_input = _reader_inputs(stream, mask[:, -1:], bias, at=(rows, batch.answer_positions))[0]
-    return wiring.unembed(logits_input).float()
+    at = (rows, batch.answer_positions - context.start)
+    return wiring.unembed(stream.reader_inputs(mask[:, -1:], wiring.bias_before[-1], at)[0]).float()
 
 
 def _active_writers(graph: Graph, mask: Tensor, wiring: Wiring, ablation: Ablation) -> Bool[Tensor, " writer"]:
@@ -106,63 +118,54 @@ def _run_layer(
     active: Tensor,
     stream: _Stream,
     layer: int,
-    block: Block,
     ablation: Ablation,
+    context: Context,
 ) -> None:
-    attention, heads = block.attention, graph.head_writers(layer)
+    """Run a layer's active nodes on what the mask lets them read, and add what they write to the stream."""
+    block, heads = wiring.blocks[layer], graph.head_writers(layer)
     bias = wiring.bias_before[layer]
     kept = active[heads].nonzero()[:, 0]
     mlp_row = heads.stop
-    mlp_column = graph.reader_columns(layer, "mlp")
+    mlp_mask = mask[:, graph.reader_columns(layer, "mlp")]
     mlp_input = None
     if block.parallel and active[mlp_row]:  # before this block's heads join the stream
-        mlp_input = _reader_inputs(stream, mask[:, mlp_column], bias)[0]
+        mlp_input = stream.reader_inputs(mlp_mask, bias)[0]
     if len(kept):
-        reads = {"q": kept}
-        reads["k"] = reads["v"] = (kept // (graph.n_heads // graph.n_kv_readers)).unique()
-        projected = {}
-        for kind, indices in reads.items():
-            columns = graph.reader_columns(layer, kind).start + indices
-            x = attention.norm(_reader_inputs(stream, mask[:, columns], bias))
-            weight, bias_of = attention.weights(kind)
-            copies = (graph.n_heads if kind == "q" else graph.n_kv_readers) // weight.shape[0]
-            own = indices // copies
-            y = torch.einsum("rbpd,rdh->bprh", x, weight[own]) + bias_of[own]
-            if kind != "q":  # one key and value per kept query head
-                group = kept // (graph.n_heads // graph.n_kv_readers)
-                y = y[:, :, torch.searchsorted(indices, group)]
-            projected[kind] = y
-        z = attention.attend(projected["q"], projected["k"], projected["v"])
-        outputs = attention.contributions(torch.einsum("bphd,hde->hbpe", z, attention.W_O[kept]))
+        outputs = _head_outputs(wiring, graph, mask, stream, layer, kept, context)
         for head, output in zip(kept.tolist(), outputs, strict=True):
             stream.add(heads.start + head, output - ablation.outputs[heads.start + head])
     stream.ablated = stream.ablated + ablation.outputs[heads].sum(0)
     if active[mlp_row]:
         if mlp_input is None:
-            mlp_input = _reader_inputs(stream, mask[:, mlp_column], wiring.bias_before[layer + 1])[0]
-        output = block.mlp_output(block.mlp_norm(mlp_input))
-        stream.add(mlp_row, output - ablation.outputs[mlp_row])
+            mlp_input = stream.reader_inputs(mlp_mask, wiring.bias_before[layer + 1])[0]
+        stream.add(mlp_row, block.mlp_output(block.mlp_norm(mlp_input)) - ablation.outputs[mlp_row])
     stream.ablated = stream.ablated + ablation.outputs[mlp_row]
 
 
-def _reader_inputs(
+def _head_outputs(
+    wiring: Wiring,
+    graph: Graph,
+    mask: Tensor,
     stream: _Stream,
-    mask: Bool[Tensor, "writer reader"],
-    bias: Float[Tensor, " d_model"],
-    at: tuple[Tensor, Tensor] | None = None,
-) -> Float[Tensor, "reader batch pos d_model"]:
-    """The residual input of some readers: ablated stream plus the differences their edges carry."""
-    differences = stream.differences[: len(stream.rows)]
-    ablated, total = stream.ablated + bias, stream.total_difference
-    if at is not None:
-        differences, ablated, total = differences[:, at[0], at[1]], ablated[at], total[at]
-    edges = mask[stream.rows].T.to(differences.dtype).to(differences.device)  # reader x active
-    from_above = edges.sum(1, keepdim=True) > len(stream.rows) / 2
-    coefficients = torch.where(from_above, edges - 1, edges)
-    used = coefficients.any(0)
-    inputs = ablated + torch.where(from_above[:, :, None, None], total, torch.zeros_like(total))
-    if not used.any():
-        return inputs
-    if not used.all():
-        coefficients, differences = coefficients[:, used], differences[used]
-    return inputs + torch.einsum("ru,ubpd->rbpd", coefficients, differences)
+    layer: int,
+    kept: Int[Tensor, " kept"],
+    context: Context,
+) -> Float[Tensor, "kept batch pos d_model"]:
+    """What the kept heads of a layer add to the stream, each of their readers seeing its own input."""
+    attention = wiring.blocks[layer].attention
+    reader_of = kept // (graph.n_heads // graph.n_kv_readers)  # the key and value reader of each kept head
+    projected = {}
+    for kind in "qkv":
+        readers = kept if kind == "q" else reader_of.unique()
+        columns = graph.reader_columns(layer, kind).start + readers
+        x = attention.norm(stream.reader_inputs(mask[:, columns], wiring.bias_before[layer]))
+        weight, bias = attention.weights(kind)
+        own = readers // ((graph.n_heads if kind == "q" else graph.n_kv_readers) // weight.shape[0])
+        y = torch.einsum("rbpd,rdh->bprh", x, weight[own]) + bias[own]
+        projected[kind] = y if kind == "q" else y[:, :, torch.searchsorted(readers, reader_of)]
+    past = context.of_layer(layer)
+    if past is not None:
+        group = kept // attention.group_size
+        past = (past[0][:, :, group], past[1][:, :, group])
+    z = attention.attend(projected["q"], projected["k"], projected["v"], past=past)
+    return attention.contributions(torch.einsum("bphd,hde->hbpe", z, attention.W_O[kept]))

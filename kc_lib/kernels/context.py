@@ -29,6 +29,9 @@ class Context:
         return self.past[layer] if self.past else None
 
 
+EMPTY = Context()
+
+
 @torch.no_grad()
 def shared_context(wiring: Wiring, batch: Batch, intervention: str) -> Context:
     """The context of a batch: what its clean and corrupted prompts share from the left, in every row.
@@ -36,12 +39,12 @@ def shared_context(wiring: Wiring, batch: Batch, intervention: str) -> Context:
     Empty for interventions other than patching, which change every position.
     """
     if intervention != "patching":
-        return Context()
+        return EMPTY
     differs = (batch.clean != batch.corrupted).any(0)
     shared = int(differs.nonzero()[0]) if differs.any() else batch.clean.shape[1]
     start = min(shared, int(batch.answer_positions.min()))  # the answer is always read from positions that are run
     if start == 0:
-        return Context()
+        return EMPTY
     prefixes, row_of = batch.clean[:, :start].unique(dim=0, return_inverse=True)
     resid = wiring.embed(prefixes)
     past = []

@@ -9,7 +9,8 @@ through the copies and contracts at every interpolation step. The same numbers c
    ``s [centre(w . W^T g) - xhat (g . (y - const)) / d_model]``. Its first term is linear in ``s g``, so the
    interpolation steps are summed in head space *before* the matrix; the second is one number per step and position;
 3. the steps are one batch, and one contraction with the activation differences serves all of them;
-4. only the answer positions go through the unembedding, and no parameter needs a gradient.
+4. positions that clean and corrupted prompts share from the left are not run at all (``context.py``), only the answer
+   positions go through the unembedding, and no parameter needs a gradient.
 
 EAP: Nanda 2023, Syed et al. 2023 (arXiv:2310.10348). EAP-IG: Hanna et al. 2024 (arXiv:2403.17806), section 3.
 """
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.graph import Graph
+from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
@@ -49,20 +51,21 @@ def edge_scores(
     ablation: Ablation,
     alphas: Sequence[float],
     reference: Float[Tensor, "batch answer vocab"] | None = None,
+    context: Context = EMPTY,
 ) -> Float[Tensor, "writer reader"]:
     """Sum over the batch's examples of each edge's attribution score, in units of the metric.
 
     score(u -> v) = sum over positions and d_model of (ablated_u - clean_u) . d loss / d input_v, with loss the metric
     signed so that lower is better, and the gradient averaged over inputs ``ablated + alpha (clean - ablated)``. A
-    positive score means that ablating the edge is predicted to hurt.
+    positive score means that ablating the edge is predicted to hurt. ``ablation`` covers the positions after the context's.
     """
-    clean = writer_outputs(wiring, batch.clean)
+    clean = writer_outputs(wiring, batch.clean, context)
     difference = ablation.outputs - clean
     start = ablation.outputs[0].expand_as(clean[0])
     path = torch.stack([start + alpha * (clean[0] - start) for alpha in alphas])
     n_steps = len(alphas)
     with frozen(wiring.model), torch.enable_grad():
-        records, final, loss = _recorded_run(wiring, graph, path, batch, metric, reference)
+        records, final, loss = _recorded_run(wiring, graph, path, batch, metric, reference, context)
         targets = [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
         gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final]))
 
@@ -79,7 +82,7 @@ def edge_scores(
             mlp_gradient = rearrange(mlp_gradient, "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
             before_mlp = before if graph.parallel else before + graph.n_heads
             scores[:before_mlp, graph.reader_columns(layer, "mlp")] = _contract(difference[:before_mlp], mlp_gradient)
-        at_answers = _at(difference, batch.answer_positions)
+        at_answers = _at(difference, batch.answer_positions - context.start)
         final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
         scores[:, -1:] = _contract(at_answers, final_gradient)
     return scores
@@ -92,24 +95,27 @@ def _recorded_run(
     batch: Batch,
     metric: Metric,
     reference: Tensor | None,
+    context: Context,
 ) -> tuple[list[_Recorded], Tensor, Tensor]:
     """A plain run of all interpolated inputs as one batch: per-block records, final stream at the answers, loss."""
     n_steps = path.shape[0]
     resid = path.flatten(0, 1).requires_grad_()
     repeat = graph.n_kv_readers // wiring.n_kv_heads  # 1, or the group size in the ungrouped view
     records = []
-    for block in wiring.blocks:
+    for layer, block in enumerate(wiring.blocks):
         attention = block.attention
         x = attention.norm(resid)
+        past = context.of_layer(layer)
         projections = {kind: attention.project(kind, x) for kind in "qkv"}
         if repeat > 1:
             projections |= {kind: projections[kind].repeat_interleave(repeat, dim=2) for kind in "kv"}
-        after_attention = resid + attention.output(attention.attend(*projections.values()))
+            past = None if past is None else (past[0].repeat_interleave(repeat, 2), past[1].repeat_interleave(repeat, 2))
+        after_attention = resid + attention.output(attention.attend(*projections.values(), past=past))
         mlp_input = resid if block.parallel else after_attention
         mlp_normed = block.mlp_norm(mlp_input)
         records.append(_Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))
         resid = after_attention + block.mlp_output(mlp_normed)
-    final = _at(resid[None], batch.answer_positions.repeat(n_steps, 1))[0]
+    final = _at(resid[None], (batch.answer_positions - context.start).repeat(n_steps, 1))[0]
     logits = rearrange(wiring.unembed(final).float(), "(s b) a v -> s b a v", s=n_steps)
     loss = sum(metric.loss(step, batch, reference).sum() for step in logits)
     return records, final, torch.as_tensor(loss)

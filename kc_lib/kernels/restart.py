@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.graph import Graph, Reader
+from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring
@@ -22,16 +23,17 @@ class CleanRun:
 
     outputs: Float[Tensor, "writer batch pos d_model"]
     streams: Float[Tensor, "layer batch pos d_model"]
+    context: Context
 
 
 @torch.no_grad()
-def clean_run(wiring: Wiring, graph: Graph, batch: Batch) -> CleanRun:
-    """The clean prompts' writer outputs, and the streams they sum to."""
-    outputs = writer_outputs(wiring, batch.clean)
+def clean_run(wiring: Wiring, graph: Graph, batch: Batch, context: Context = EMPTY) -> CleanRun:
+    """The clean prompts' writer outputs after the context, and the streams they sum to."""
+    outputs = writer_outputs(wiring, batch.clean, context)
     streams = [
         outputs[: graph.writers_before(layer)].sum(0) + wiring.bias_before[layer] for layer in range(graph.n_layers + 1)
     ]
-    return CleanRun(outputs, torch.stack(streams))
+    return CleanRun(outputs, torch.stack(streams), context)
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def patch_edges(
     rows = list(writers)
     change = ablation.outputs[rows] - run.outputs[rows]
     n_edges, n_examples = len(rows), len(batch)
-    positions = batch.answer_positions.repeat(n_edges, 1)
+    positions = (batch.answer_positions - run.context.start).repeat(n_edges, 1)
     index = torch.arange(n_edges * n_examples, device=positions.device)[:, None]
 
     def flat(x: Tensor) -> Tensor:
@@ -70,26 +72,30 @@ def patch_edges(
         if reader.kind == "mlp":
             seen = mlp_input + flat(change)
         else:
-            after_attention = before + _attention_with(wiring, graph, reader, before, flat(change))
+            after_attention = before + _attention_with(wiring, graph, reader, before, flat(change), run.context)
             seen = before if block.parallel else after_attention
-        final = wiring.run(after_attention + block.mlp_output(block.mlp_norm(seen)), first_layer=layer + 1)
+        final = wiring.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.context.past)
     logits = wiring.unembed(final[index, positions]).float()
     return rearrange(logits, "(e b) a v -> e b a v", e=n_edges)
 
 
-def _attention_with(wiring: Wiring, graph: Graph, reader: Reader, stream: Tensor, change: Tensor) -> Tensor:
+def _attention_with(
+    wiring: Wiring, graph: Graph, reader: Reader, stream: Tensor, change: Tensor, context: Context
+) -> Tensor:
     """The attention layer's write when one q, k or v reader sees ``stream + change`` and the others ``stream``."""
     attention = wiring.blocks[reader.layer].attention
     x, changed = attention.norm(stream), attention.norm(stream + change)
+    past = context.of_layer(reader.layer)
+    if past is not None:
+        past = (past[0].repeat_interleave(attention.group_size, 2), past[1].repeat_interleave(attention.group_size, 2))
     projections = []
     for kind in "qkv":
         y = attention.project(kind, x)
+        weight, bias = attention.weights(kind)
         n_readers = graph.n_heads if kind == "q" else graph.n_kv_readers
-        y = y.repeat_interleave(n_readers // y.shape[2], dim=2)
+        y = y.repeat_interleave(n_readers // weight.shape[0], dim=2)
         if kind == reader.kind:
-            weight, bias = attention.weights(kind)
             own = reader.index * weight.shape[0] // n_readers
-            y = y.clone()
             y[:, :, reader.index] = changed @ weight[own] + bias[own]
-        projections.append(y)
-    return attention.output(attention.attend(*projections))
+        projections.append(y.repeat_interleave(graph.n_heads // n_readers, dim=2))
+    return attention.output(attention.attend(*projections, past=past))

@@ -8,17 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Means, mean_outputs
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 from kc_lib.wiring import Wiring
 
 
 @torch.no_grad()
-def full_logits(wiring: Wiring, batch: Batch) -> Float[Tensor, "batch answer vocab"]:
+def full_logits(wiring: Wiring, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
     """The whole model's logits at the answer positions of the clean prompts, in float32."""
-    final = wiring.run(wiring.embed(batch.clean))
+    final = wiring.run(wiring.embed(batch.clean)[:, context.start :], past=context.past)
     rows = torch.arange(len(batch), device=final.device)[:, None]
-    return wiring.unembed(final[rows, batch.answer_positions]).float()
+    return wiring.unembed(final[rows, batch.answer_positions - context.start]).float()
 
 
 def reference_means(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kc_lib.errors import MethodError
+from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring
 
@@ -17,21 +18,23 @@ INTERVENTIONS = ("patching", "zero", "mean", "positional_mean")
 
 
 @torch.no_grad()
-def writer_outputs(wiring: Wiring, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "writer batch pos d_model"]:
-    """Every writer's contribution to the stream in a plain run.
+def writer_outputs(
+    wiring: Wiring, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
+) -> Float[Tensor, "writer batch new_pos d_model"]:
+    """Every writer's contribution to the stream in a plain run, at the positions after the context's.
 
     The contributions below a reader, plus the attention biases below it, sum to the reader's input exactly; where the
     model normalises outputs (Gemma), a head's contribution is scaled as the norm scales it in this run.
     """
-    resid = wiring.embed(tokens)
+    resid = wiring.embed(tokens)[:, context.start :]
     n_writers = 1 + wiring.n_layers * (wiring.n_heads + 1)
     outputs = resid.new_empty(n_writers, *resid.shape)
     outputs[0] = resid
     row = 1
-    for block in wiring.blocks:
+    for layer, block in enumerate(wiring.blocks):
         attention = block.attention
         x = attention.norm(resid)
-        z = attention.attend(*(attention.project(kind, x) for kind in "qkv"))
+        z = attention.attend(*(attention.project(kind, x) for kind in "qkv"), past=context.of_layer(layer))
         heads = attention.contributions(attention.head_outputs(z))
         after_attention = resid + heads.sum(0) + attention.b_O
         mlp = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
@@ -98,7 +101,7 @@ def mean_outputs(wiring: Wiring, reference: Iterable[Batch], positional: bool = 
     return Means(total.sum(2, keepdim=True) / count.sum())
 
 
-def ablation(wiring: Wiring, kind: str, batch: Batch, means: Means | None = None) -> Ablation:
+def ablation(wiring: Wiring, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY) -> Ablation:
     """The ablated values for one batch: the corrupted prompts' outputs, zeros, or means of a reference set.
 
     Under "zero" the components' outputs are zeroed and the attention biases, which belong to no writer, are kept.
@@ -107,7 +110,7 @@ def ablation(wiring: Wiring, kind: str, batch: Batch, means: Means | None = None
         MethodError: an unknown kind, or a mean without its reference or too short for this batch.
     """
     if kind == "patching":
-        return Ablation(kind, writer_outputs(wiring, batch.corrupted))
+        return Ablation(kind, writer_outputs(wiring, batch.corrupted, context))
     if kind == "zero":
         n_writers = 1 + wiring.n_layers * (wiring.n_heads + 1)
         return Ablation(kind, wiring.W_U.new_zeros(n_writers, 1, 1, wiring.W_U.shape[0]))

@@ -30,6 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph, edge_frame, scores_from_frame
+from kc_lib.kernels.context import Context, shared_context
 from kc_lib.kernels.gradients import edge_scores
 from kc_lib.kernels.restart import clean_run, patch_edges
 from kc_lib.kernels.runs import full_logits, reference_means
@@ -150,11 +151,11 @@ def attribute_edges(
     scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
     n_steps = len(pairs) if method != "exact" else len(pairs) * len(graph.readers)
     with tqdm(total=n_steps, desc=f"{method} scores", unit="pair", disable=not progress) as bar:
-        for batch, ablated, reference in prepared:
+        for batch, ablated, reference, context in prepared:
             if method == "exact":
-                scores += _exact_scores(wiring, graph, batch, metric, ablated, reference, bar)
+                scores += _exact_scores(wiring, graph, batch, metric, ablated, reference, context, bar)
             else:
-                scores += edge_scores(wiring, graph, batch, metric, ablated, points, reference)
+                scores += edge_scores(wiring, graph, batch, metric, ablated, points, reference, context)
                 bar.update(len(batch))
     provenance = {
         "model": model_name(model),
@@ -191,9 +192,10 @@ def patch_single_edges(
     positions = [graph.edge_positions(edge) for edge in edges]
     means = reference_means(wiring, intervention, pairs, batch_size, full_answer)
     total = torch.zeros(len(edges), device=wiring.device)
-    for batch, ablated, reference in _prepared(wiring, pairs, metric, intervention, means, batch_size, full_answer):
-        run = clean_run(wiring, graph, batch)
-        clean_loss = metric.loss(full_logits(wiring, batch), batch, reference).sum()
+    prepared = _prepared(wiring, pairs, metric, intervention, means, batch_size, full_answer)
+    for batch, ablated, reference, context in prepared:
+        run = clean_run(wiring, graph, batch, context)
+        clean_loss = metric.loss(full_logits(wiring, batch, context), batch, reference).sum()
         for i, (row, column) in enumerate(positions):
             logits = patch_edges(wiring, graph, batch, run, ablated, graph.readers[column], [row])[0]
             total[i] += metric.loss(logits, batch, reference).sum() - clean_loss
@@ -216,11 +218,12 @@ def _prepared(
     means: Means | None,
     batch_size: int,
     full_answer: bool,
-) -> Iterator[tuple[Batch, Ablation, Tensor | None]]:
-    """Batches with their ablated values and, where the metric compares with it, the full model's logits."""
+) -> Iterator[tuple[Batch, Ablation, Tensor | None, Context]]:
+    """Batches with their ablated values, the full model's logits where the metric compares with them, and context."""
     for batch in batches(pairs, batch_size, full_answer, wiring.device):
-        reference = full_logits(wiring, batch) if metric.needs_reference else None
-        yield batch, ablation(wiring, intervention, batch, means), reference
+        context = shared_context(wiring, batch, intervention)
+        reference = full_logits(wiring, batch, context) if metric.needs_reference else None
+        yield batch, ablation(wiring, intervention, batch, means, context), reference, context
 
 
 def _exact_scores(
@@ -230,11 +233,12 @@ def _exact_scores(
     metric: Metric,
     ablated: Ablation,
     reference: Tensor | None,
+    context: Context,
     bar: Any,
 ) -> Float[Tensor, "writer reader"]:
     scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
-    run = clean_run(wiring, graph, batch)
-    clean_loss = metric.loss(full_logits(wiring, batch), batch, reference).sum()
+    run = clean_run(wiring, graph, batch, context)
+    clean_loss = metric.loss(full_logits(wiring, batch, context), batch, reference).sum()
     for column, reader in enumerate(graph.readers):
         for start in range(0, reader.n_writers, EDGES_AT_ONCE):
             rows = range(start, min(start + EDGES_AT_ONCE, reader.n_writers))
