@@ -25,6 +25,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.runs import full_logits
@@ -36,7 +37,7 @@ from kc_lib.tasks import load_task, make_batch
 from kc_lib.wiring import wiring_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from oracles import eap  # noqa: E402  (the oracle lives with the tests)
+from oracles import eap  # the oracle lives with the tests
 
 
 def main(
@@ -102,8 +103,8 @@ def main(
     for share in (0.001, 0.005, 0.02, 0.1, 0.5, 1.0):
         circuit = select(scores, "absolute", share)
 
-        def run(mask: Any = circuit.mask) -> torch.Tensor:
-            return run_circuit(wiring, circuit.graph, mask, batch, ablated, context)
+        def run(circuit: Circuit = circuit) -> torch.Tensor:
+            return run_circuit(wiring, circuit.graph, circuit.mask, batch, ablated, context)
 
         run()
         slower = statistics.median(seconds(run) / seconds(plain) for _ in range(repeats))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -171,7 +172,12 @@ def run_notebook(notebook: str, parameters: dict[str, str], out: Path | None) ->
         os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+notebook"
         try:
             papermill.execute_notebook(
-                str(source), str(executed), values, cwd=str(Path.cwd()), execution_timeout=EXECUTION_TIMEOUT
+                str(source),
+                str(executed),
+                values,
+                cwd=str(Path.cwd()),
+                execution_timeout=EXECUTION_TIMEOUT,
+                extra_arguments=["--log-level=50"],  # the kernel's notices to Jupyter's developers
             )
         except PapermillExecutionError as error:
             raise _as_ours(error) from None
@@ -217,7 +223,7 @@ def to_html(document: nbformat.NotebookNode) -> str:
     """A notebook as one HTML page that loads nothing from anywhere."""
     exporter = HTMLExporter(require_js_url="", mathjax_url="", mermaid_js_url="", jquery_url="", widget_renderer_url="")
     body, _ = exporter.from_notebook_node(document)
-    return str(body)
+    return re.sub(r'<script src="https?://[^"]*"></script>', "", str(body))  # plotly asks for MathJax; no figure uses it
 
 
 def _literal(text: str) -> Any:

@@ -230,6 +230,7 @@ class Circuit:
                 "d_model": graph.d_model,
                 "n_key_value_heads": graph.n_kv_heads,
                 "grouped": graph.grouped,
+                "scored": self.scores is not None,
             },
             "provenance": dict(self.provenance),
             "nodes": nodes | {"logits": {"in_graph": True}},
@@ -279,7 +280,8 @@ class Circuit:
             file_graph = replace(file_graph, grouped=True)
             merge = _group_spread(file_graph).T
             mask, scores = (mask.float() @ merge) > 0, scores @ merge.double()
-        return cls(file_graph, mask, scores.float(), document.get("provenance", {}))
+        kept = scores.float() if cfg.get("scored", True) else None
+        return cls(file_graph, mask, kept, document.get("provenance", {}))
 
 
 def edge_frame(

@@ -2,7 +2,7 @@
 
 ``outputs/<experiment>/<model>/<task>/<run id>/`` holds the results as parquet and json, ``run.json``, and, when the run came
 from ``kc run``, the executed notebook and its HTML report. The run id is a hash of what determines the result: the
-experiment, its parameters, the model's weights, the task's tokens and the library's version. Work goes on in a hidden
+experiment, its parameters, the model's weights, the task's tokens and the library's code. Work goes on in a hidden
 folder beside it, which is renamed when the run is finished, so a visible run folder is always whole; an interrupted run
 goes on from the results the hidden folder already holds.
 """
@@ -140,7 +140,7 @@ def open_run(
 
     weights = model_hash(model)
     determining = {key: value for key, value in sorted(parameters.items()) if key not in NOT_DETERMINING}
-    identity = [experiment, __version__, weights, task.hash, determining]
+    identity = [experiment, code_hash(), weights, task.hash, determining]
     run_id = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
     parent = output_root(out) / experiment / _safe(model_name(model)) / _safe(task.name)
     folder = parent / run_id
@@ -163,6 +163,7 @@ def open_run(
         "versions": {"kc_lib": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
+        "code_hash": code_hash(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return Run(folder, working, record)
@@ -237,6 +238,15 @@ def find_run(name: str, out: str | Path | None = None) -> Path:
         what = "no run" if matches.empty else f"{len(matches)} runs"
         raise RunError(f"{what} named {name!r} under {OUTPUTS if out is None else out}: 'kc runs' lists the run ids")
     return Path(matches.iloc[0]["folder"])
+
+
+def code_hash() -> str:
+    """Hash of the library's source: a result computed by other code is another result."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def git_commit() -> str | None:

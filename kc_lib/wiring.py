@@ -245,7 +245,8 @@ class Wiring:
         block = self.blocks[layer]
         attention = block.attention
         x = attention.norm(resid)
-        z = attention.attend(*(attention.project(kind, x) for kind in "qkv"), past=past)
+        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        z = attention.attend(q, k, v, past)
         after_attention = resid + attention.output(z)
         mlp_input = resid if block.parallel else after_attention
         return after_attention + block.mlp_output(block.mlp_norm(mlp_input))

@@ -110,7 +110,8 @@ def _recorded_run(
         if repeat > 1:
             projections |= {kind: projections[kind].repeat_interleave(repeat, dim=2) for kind in "kv"}
             past = None if past is None else (past[0].repeat_interleave(repeat, 2), past[1].repeat_interleave(repeat, 2))
-        after_attention = resid + attention.output(attention.attend(*projections.values(), past=past))
+        z = attention.attend(projections["q"], projections["k"], projections["v"], past)
+        after_attention = resid + attention.output(z)
         mlp_input = resid if block.parallel else after_attention
         mlp_normed = block.mlp_norm(mlp_input)
         records.append(_Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))

@@ -98,4 +98,5 @@ def _attention_with(
             own = reader.index * weight.shape[0] // n_readers
             y[:, :, reader.index] = changed @ weight[own] + bias[own]
         projections.append(y.repeat_interleave(graph.n_heads // n_readers, dim=2))
-    return attention.output(attention.attend(*projections, past=past))
+    q, k, v = projections
+    return attention.output(attention.attend(q, k, v, past))

@@ -34,7 +34,8 @@ def writer_outputs(
     for layer, block in enumerate(wiring.blocks):
         attention = block.attention
         x = attention.norm(resid)
-        z = attention.attend(*(attention.project(kind, x) for kind in "qkv"), past=context.of_layer(layer))
+        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        z = attention.attend(q, k, v, context.of_layer(layer))
         heads = attention.contributions(attention.head_outputs(z))
         after_attention = resid + heads.sum(0) + attention.b_O
         mlp = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))

@@ -138,7 +138,7 @@ def attribute_edges(
         full_answer: score all answer tokens, teacher-forced, instead of the first.
 
     Raises:
-        MethodError: unknown method, metric, rule or intervention, or one that does not fit the method.
+        MethodError: unknown method, metric, rule or intervention, one that does not fit the method, or scores that overflow.
         ModelError: a model whose residual stream is no sum of writers.
     """
     check_attribution(method, steps=steps, ig_rule=ig_rule, metric=metric, intervention=intervention)
@@ -157,6 +157,11 @@ def attribute_edges(
             else:
                 scores += edge_scores(wiring, graph, batch, metric, ablated, points, reference, context)
                 bar.update(len(batch))
+    if not scores.isfinite().all():
+        raise MethodError(
+            f"{int((~scores.isfinite()).sum())} edge scores are not finite: the model overflows in {model.cfg.dtype}; "
+            "load it with dtype='float32'"
+        )
     provenance = {
         "model": model_name(model),
         "method": method,
