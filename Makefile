@@ -17,6 +17,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+# Threads that wait should sleep: spinning ones slow a shared or busy machine tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?=
 TORCH_INDEX ?=
 ARGS ?=

@@ -160,6 +160,7 @@ def run_notebook(notebook: str, parameters: dict[str, str], out: Path | None) ->
     Raises:
         KnowledgeCircuitsError: bad input, here or inside the notebook; nothing half-written stays in sight.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine tenfold
     source = notebook_path(notebook)
     values = parse_parameters(source, parameters)
     root = runs.output_root(out)
@@ -203,20 +204,34 @@ def notebook_path(notebook: str) -> Path:
 
 
 def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
-    """Values for the notebook's parameters, read as Python literals unless the default is text.
+    """Values for the notebook's parameters, of the types of their defaults.
 
     Raises:
-        RunError: a name the notebook does not have.
+        RunError: a name the notebook does not have, or a value of another type.
     """
     known = papermill.inspect_notebook(str(source))
     values: dict[str, Any] = {}
     for key, text in given.items():
         if key not in known:
             raise RunError(f"{source.stem} has no parameter {key!r}; its parameters are {', '.join(known)}")
-        values[key] = text
-        if known[key]["default"][:1] not in ("'", '"'):
-            values[key] = _literal(text)
+        values[key] = _like_default(key, text, _literal(known[key]["default"]))
     return values
+
+
+def _like_default(key: str, text: str, default: Any) -> Any:
+    """A value of the default's type; where the default is None, whatever the text reads as."""
+    if isinstance(default, str):
+        return text
+    value = _literal(text)
+    kinds: dict[type, tuple[Any, str]] = {
+        bool: (bool, "true or false"),
+        int: (int, "a whole number"),
+        float: ((int, float), "a number"),
+    }
+    kind, wanted = kinds.get(type(default), (object, ""))
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+        raise RunError(f"parameter {key} is {text!r}; it must be {wanted}")
+    return value
 
 
 def to_html(document: nbformat.NotebookNode) -> str:
@@ -227,7 +242,7 @@ def to_html(document: nbformat.NotebookNode) -> str:
 
 
 def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None, "null": None}
+    words = {"true": True, "false": False, "yes": True, "no": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]
     try:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.errors import MethodError
 from kc_lib.tasks.batches import Batch
 
@@ -110,6 +111,7 @@ def get_metric(metric: str | Metric) -> Metric:
     return METRICS[metric]
 
 
+@checked
 def answer_rank(logits: Float[Tensor, "batch answer vocab"], batch: Batch) -> Int[Tensor, " batch"]:
     """Rank of the answer's first token among all tokens, 1 for the most probable (ties count against it)."""
     first = logits[:, 0]

@@ -28,7 +28,7 @@ from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.gradients import edge_scores
 from kc_lib.kernels.runs import full_logits
 from kc_lib.kernels.writers import Ablation, ablation, writer_outputs
-from kc_lib.methods.attribution import EdgeScores, attribute_edges, path_points, patch_single_edges
+from kc_lib.methods.attribution import EdgeScores, attribute_edges, patch_single_edges, path_points
 from kc_lib.methods.selection import select
 from kc_lib.metrics import METRICS, Metric
 from kc_lib.models import cached_smollm2
@@ -84,7 +84,7 @@ def test_scores_are_the_oracles(
 ) -> None:
     method, ig_rule, alphas = RULES[rule]
     pairs, hf = random_pairs(), hf_model(small_folder(kind))
-    for metric in METRIC_NAMES:
+    for metric in METRIC_NAMES if rule in ("eap", "midpoint") else METRIC_NAMES[:1]:
         expected = oracle_scores(hf, pairs, alphas, metric, grouped)
         found = attribute_edges(
             small_model(kind), pairs, method, steps=3, ig_rule=ig_rule, metric=metric, grouped=grouped, batch_size=3
@@ -110,7 +110,7 @@ def test_ungrouped_copies_sum_to_the_grouped_reader(small_model: SmallModel, kin
 
 @pytest.mark.slow
 def test_smollm2_scores_are_the_oracles(smollm2: TransformerBridge) -> None:
-    pairs = list(load_task("country_capital_city", smollm2, max_facts=6).discovery[:3])
+    pairs = list(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     expected = oracle_scores(hf_model(cached_smollm2()), pairs, (0.0, 0.5), "logit_difference", True)
     found = attribute_edges(smollm2, pairs, "eap_ig", steps=2)
     assert relative_gap(found.scores, expected) <= 1e-4

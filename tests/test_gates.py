@@ -32,7 +32,18 @@ VIEWS = [(kind, True) for kind in KINDS] + [(kind, False) for kind in SHARING]
 SmallFolder = Callable[[str], Path]
 SmallModel = Callable[[str], TransformerBridge]
 
-views = pytest.mark.parametrize(("kind", "grouped"), VIEWS, ids=[f"{k}-{'' if g else 'un'}grouped" for k, g in VIEWS])
+views = pytest.mark.parametrize(
+    ("kind", "grouped"),
+    [
+        pytest.param(
+            kind,
+            grouped,
+            id=f"{kind}-{'grouped' if grouped else 'ungrouped'}",
+            marks=() if kind in NAMED else pytest.mark.slow,
+        )
+        for kind, grouped in VIEWS
+    ],
+)
 
 
 def random_pairs(lengths: Sequence[int] = (5, 9, 9, 7), seed: int = 0) -> list[TokenPair]:
@@ -99,7 +110,9 @@ def test_the_full_mask_is_the_model_and_the_empty_mask_the_corrupted_prompt(
     for used in (EMPTY, context):
         ablated = ablation(wiring, "patching", batch, context=used)
         assert relative_gap(run_circuit(wiring, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
-        assert relative_gap(run_circuit(wiring, graph, torch.zeros_like(graph.edges), batch, ablated, used), corrupted) <= 1e-5
+        assert (
+            relative_gap(run_circuit(wiring, graph, torch.zeros_like(graph.edges), batch, ablated, used), corrupted) <= 1e-5
+        )
         assert relative_gap(full_logits(wiring, batch, used), clean) <= 1e-5
 
 
@@ -117,7 +130,6 @@ def test_the_full_mask_is_the_model_under_every_intervention(
     ablated = ablation(wiring, intervention, batch, reference_means(wiring, intervention, pairs, 3))
     clean = native_logits(model, batch.clean, batch)
     assert relative_gap(run_circuit(wiring, graph, graph.edges, batch, ablated), clean) <= 1e-5
-
 
 
 @pytest.mark.parametrize("kind", NAMED)
@@ -146,7 +158,7 @@ def test_one_removed_edge_is_that_edge_patched_with_hooks(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool
 ) -> None:
     wiring, hf = wiring_of(small_model(kind)), hf_model(small_folder(kind))
-    check_single_edges(wiring, hf, grouped, make_batch(random_pairs()), random_edges(wiring.graph(grouped), 4))
+    check_single_edges(wiring, hf, grouped, make_batch(random_pairs()), random_edges(wiring.graph(grouped), 3))
 
 
 def check_single_edges(
@@ -236,12 +248,12 @@ def test_a_mask_and_its_pruned_mask_give_the_same_when_patching(small_model: Sma
     wiring = wiring_of(small_model(kind))
     graph, batch = wiring.graph(grouped), make_batch(random_pairs(seed=3))
     ablated = ablation(wiring, "patching", batch)
+    if kind.startswith("gemma"):
+        pytest.skip("a norm on outputs ties the heads of a layer together: a pruned head still scales the others")
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         mask = graph.edges & (torch.rand(graph.edges.shape, generator=generator) < 0.1)
         whole = run_circuit(wiring, graph, mask, batch, ablated)
-        if kind.startswith("gemma"):  # its norm on outputs ties heads together: a pruned head still scales the others
-            continue
         assert relative_gap(run_circuit(wiring, graph, graph.prune(mask), batch, ablated), whole) <= 1e-5
 
 
@@ -321,7 +333,7 @@ def test_frozen_gives_gradient_flags_back_after_an_exception(small_folder: Small
 @pytest.mark.slow
 def test_smollm2_passes_the_gates(smollm2: TransformerBridge) -> None:
     wiring, hf = wiring_of(smollm2), hf_model(cached_smollm2())
-    batch = make_batch(load_task("country_capital_city", smollm2, max_facts=6).discovery[:3])
+    batch = make_batch(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     clean, corrupted = native_logits(smollm2, batch.clean, batch), native_logits(smollm2, batch.corrupted, batch)
     context = shared_context(wiring, batch, "patching")
     assert context.start > 0

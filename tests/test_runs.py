@@ -147,10 +147,22 @@ def test_weights_make_another_run(small_folder: Callable[[str], Path], opener: O
     assert open_run("circuits", model, TASK, PARAMETERS, tmp_path / "out").folder != first.folder
 
 
-def test_the_library_version_makes_another_run(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_makes_another_run(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     first = opener()
-    monkeypatch.setattr(runs, "__version__", "99.0")
+    assert first.record["code_hash"] == runs.code_hash()
+    monkeypatch.setattr(runs, "code_hash", lambda: "0" * 16)
     assert opener().folder != first.folder
+
+
+def test_code_hash_is_of_every_source_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "kc_lib"
+    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = runs.code_hash()
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    assert runs.code_hash() == before  # wherever it is installed
+    with (package / "kernels" / "gradients.py").open("a") as file:
+        file.write("# changed\n")
+    assert runs.code_hash() != before
 
 
 def test_an_interrupted_run_goes_on_from_what_it_kept(opener: Opener, tmp_path: Path) -> None:
@@ -262,7 +274,11 @@ def test_the_record_names_the_commit(opener: Opener) -> None:
     if asked.returncode:
         pytest.skip("no git repository here")
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=runs.PROJECT, capture_output=True, text=True, check=True
+        ["git", "status", "--porcelain", "--untracked-files=no"],
+        cwd=runs.PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     commit = asked.stdout.strip()
     assert opener().record["git_commit"] == (f"{commit}-dirty" if changed.stdout.strip() else commit)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Ablation
@@ -54,6 +55,7 @@ class _Stream:
 
 
 @torch.no_grad()
+@checked
 def run_circuit(
     wiring: Wiring,
     graph: Graph,

@@ -25,6 +25,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Ablation, writer_outputs
@@ -43,6 +44,7 @@ class _Recorded:
     mlp_normed: Tensor
 
 
+@checked
 def edge_scores(
     wiring: Wiring,
     graph: Graph,

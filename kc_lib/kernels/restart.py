@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.graph import Graph, Reader
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Ablation, writer_outputs
@@ -37,6 +38,7 @@ def clean_run(wiring: Wiring, graph: Graph, batch: Batch, context: Context = EMP
 
 
 @torch.no_grad()
+@checked
 def patch_edges(
     wiring: Wiring,
     graph: Graph,

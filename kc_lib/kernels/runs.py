@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Means, mean_outputs
 from kc_lib.tasks.batches import Batch, TokenPair, batches
@@ -15,6 +16,7 @@ from kc_lib.wiring import Wiring
 
 
 @torch.no_grad()
+@checked
 def full_logits(wiring: Wiring, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
     """The whole model's logits at the answer positions of the clean prompts, in float32."""
     final = wiring.run(wiring.embed(batch.clean)[:, context.start :], past=context.past)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.errors import MethodError
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.tasks.batches import Batch
@@ -18,6 +19,7 @@ INTERVENTIONS = ("patching", "zero", "mean", "positional_mean")
 
 
 @torch.no_grad()
+@checked
 def writer_outputs(
     wiring: Wiring, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
 ) -> Float[Tensor, "writer batch new_pos d_model"]:

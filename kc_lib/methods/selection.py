@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kc_lib.checks import checked
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.methods.attribution import EdgeScores
@@ -37,7 +38,7 @@ def select(
             False prunes the top n, as EAP-IG does, which leaves fewer than n.
 
     Raises:
-        MethodError: unknown selection, or a size or threshold out of range.
+        MethodError: unknown selection, a size or threshold out of range, or one too small for any path.
     """
     check_selection(selection, size, threshold)
     graph = scores.graph
@@ -48,6 +49,8 @@ def select(
         n = number_of_edges(graph, size)
         draw = _greedy if selection == "greedy" else top_edges
         mask = _filled(graph, ranking, n, draw) if fill else graph.prune(draw(graph, ranking, n))
+        if fill and not mask.any():
+            raise MethodError(f"size {size!r} is {n} of {graph.n_edges} edges, too few for a path from input to logits")
     provenance = {**scores.provenance, "selection": selection, "size": size, "threshold": threshold, "fill": fill}
     return Circuit(graph, mask, scores.scores, provenance)
 
@@ -93,6 +96,7 @@ def _filled(
     return graph.prune(draw(graph, ranking, low))
 
 
+@checked
 def top_edges(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:
     """The n highest-ranked edges, unpruned; ties go to the earlier writer and reader."""
     order = ranking.masked_fill(~graph.edges, -float("inf")).flatten().argsort(descending=True, stable=True)

@@ -45,6 +45,9 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    if checkpoint is not None and not isinstance(checkpoint, int):
+        raise ModelError(f"checkpoint is {checkpoint!r}; it must be a training step, a whole number")
+    revision = None if revision is None else str(revision)
     with _quiet():
         source = _source(name_or_path, revision)
     is_hub_name = not Path(source).is_dir()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from kc_lib.errors import TaskError
 
@@ -50,18 +49,33 @@ def read_pairs(path: str | Path) -> list[PairText]:
 
 
 def _read_csv(path: Path) -> Sequence[tuple[int, Mapping[Any, Any]]]:
+    rows: list[tuple[int, Mapping[Any, Any]]] = []
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=False)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            if not path.stat().st_size:
+                raise TaskError(f"{path}: cannot be read as CSV (the file is empty)")
+            header = [column.strip() for column in next(reader, [])]
+            _check_columns(header, f"{path}: the header")
+            last = reader.line_num
+            for fields in reader:
+                number, last = last + 1, reader.line_num  # the line a row starts on, as an editor counts
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise TaskError(
+                        f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; put a text with a comma "
+                        "in double quotes"
+                    )
+                rows.append((number, dict(zip(header, fields, strict=True))))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TaskError(f"{path}: cannot be read as CSV ({error})") from error
-    _check_columns([str(column) for column in frame.columns], f"{path}: the header")
-    records: list[dict[Any, Any]] = frame.to_dict("records")
-    return list(enumerate(records, start=2))  # row 1 is the header
+    return rows
 
 
 def _read_jsonl(path: Path) -> Sequence[tuple[int, Mapping[Any, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: cannot be read ({error})") from error
     rows = []

@@ -95,6 +95,8 @@ def parse_relation(document: Any, source: str) -> Relation:
     if missing or unknown:
         what = f"lacks {', '.join(sorted(missing))}" if missing else f"has the unknown key {sorted(unknown)[0]!r}"
         raise TaskError(f"{source}: {what}; a relation has the keys {', '.join(sorted(KEYS))}")
+    if not isinstance(document.get("properties", {}), dict):
+        raise TaskError(f"{source}: properties is {document['properties']!r}; it must be an object such as {{}}")
     name = str(document.get("name") or Path(source).stem)
     relation = Relation(
         name=name,

@@ -84,8 +84,8 @@ def load_task(
     fractions = (test_fraction, validation_fraction)
     if any(not 0.0 <= share < 1.0 for share in fractions) or sum(fractions) >= 1.0:
         raise TaskError(f"test_fraction {test_fraction} and validation_fraction {validation_fraction} must be >= 0, sum < 1")
-    if max_facts is not None and max_facts < 1:
-        raise TaskError(f"max_facts is {max_facts}; it must be at least 1")
+    if max_facts is not None and (not isinstance(max_facts, int) or max_facts < 1):
+        raise TaskError(f"max_facts is {max_facts!r}; it must be a whole number, at least 1")
     tokenizer = tokenizer_of(model, prepend_bos)
     path = Path(name_or_path)
     splitting = _Splitting(test_fraction, validation_fraction, seed, max_facts)

