@@ -49,7 +49,7 @@ demo: $(ENV_STAMP) $(MODEL_STAMP) ## find and show a circuit with the embedded m
 	@$(BIN)/kc demo $(ARGS)
 
 test: $(ENV_STAMP) $(MODEL_STAMP) ## run the tests (ARGS="-k name -n 2" goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lab: $(ENV_STAMP) $(MODEL_STAMP) ## open notebooks/ in JupyterLab
 	@$(BIN)/jupyter lab $(ARGS) notebooks/

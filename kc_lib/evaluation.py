@@ -148,7 +148,10 @@ def headline(evaluation: Evaluation, circuit: Circuit, split: str) -> dict[str, 
     """The figures that matter: size, faithfulness with its interval, and that of random circuits of the same size."""
     own, nulls = evaluation.row("circuit", split), _nulls(evaluation, split)
     edges, nodes = circuit.graph.n_edges, len(circuit.nodes)
-    random = f"{nulls.mean():.3f} ({nulls.min():.3f} to {nulls.max():.3f}, n = {len(nulls)})" if len(nulls) else "none drawn"
+    random = "none drawn"
+    if len(nulls):
+        mean, low, high = (round(value, 3) + 0.0 for value in (nulls.mean(), nulls.min(), nulls.max()))  # no -0.000
+        random = f"{mean:.3f} ({low:.3f} to {high:.3f}, n = {len(nulls)})"
     return {
         "size": f"{circuit.n_edges} of {edges} edges ({circuit.share:.2%}), {nodes} nodes",
         f"faithfulness, {split}": (

@@ -54,7 +54,7 @@ SCORES = tiny_scores(
         ("greedy", 2, False, {"m0->logits", "input->m0"}),
         ("greedy", 4, False, {"m0->logits", "input->m0", "a0.h0->logits", "input->a0.h0<v>"}),
         ("greedy", 1, False, set()),
-        ("absolute", 0, True, set()),
+        ("absolute", 0, False, set()),
         ("absolute", 1.0, True, names(TINY, TINY.edges)),
     ],
 )
@@ -129,6 +129,10 @@ def test_filling_gives_the_largest_circuit_up_to_the_size(graph: Graph, selectio
     sizes = [select(scores, selection, k, fill=False).n_edges for k in range(graph.n_edges + 1)]
     assert sizes == sorted(sizes)
     for n in (1, 5, 12, 30, graph.n_edges - 1):
+        if not any(0 < size <= n for size in sizes):
+            with pytest.raises(MethodError, match=f"size {n} .* too few"):
+                select(scores, selection, n)
+            continue
         filled = select(scores, selection, n)
         assert filled.n_edges == max(size for size in sizes if size <= n)
         assert torch.equal(graph.prune(filled.mask), filled.mask)
@@ -158,6 +162,7 @@ def test_sizes_are_numbers_or_shares() -> None:
         ({"size": -0.1}, "size -0.1"),
         ({"size": 2.5}, "size 2.5"),
         ({"size": 10**6}, "the graph has"),
+        ({"size": 0}, "too few"),
         ({"size": True}, "size True"),
         ({"size": "ten"}, "size 'ten'"),
         ({"size": float("nan")}, "size nan"),

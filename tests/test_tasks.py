@@ -601,7 +601,7 @@ def test_a_bad_row_is_named_with_its_file(name: str, suffix: str, llama: Transfo
         ("own.csv", "clean,answer\nw3,w4\n", "lacks corrupted"),
         ("own.csv", "clean,corrupted,answer\n", "no rows"),
         ("own.csv", "", "CSV"),
-        ("own.csv", "clean,corrupted,answer\nw3,w4,w5\nw3,w4,w5,w6\n", "line 3"),
+        ("own.csv", "clean,corrupted,answer\nw3,w4,w5\nw3,w4,w5,w6\n", "row 3"),
         ("own.jsonl", "", "no rows"),
         ("own.jsonl", '{"clean": "w3", "corrupted": "w4", "answer": "w5"}\n\n{"clean": \n', "row 3"),
         ("own.jsonl", '["w3"]\n', "row 1"),
