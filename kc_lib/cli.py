@@ -72,25 +72,32 @@ def models() -> None:
 def tasks(
     model: Annotated[str | None, typer.Option(help="count the facts this model knows")] = None,
     known_rank: Annotated[int, typer.Option(help="known means: the answer's first token has at most this rank")] = 1,
+    all_templates: Annotated[bool, typer.Option(help="also find the template under which most facts are known")] = False,
 ) -> None:
-    """Tasks that come with the project; with --model, how many facts of each the model knows."""
+    """Tasks that come with the project; with --model, how many facts of each the model knows (takes minutes)."""
     from kc_lib.models import load_model
     from kc_lib.tasks import GENERATED, load_relation, relation_files
-    from kc_lib.tasks.known import known_by_template
+    from kc_lib.tasks.known import known_facts
 
     relations = [load_relation(name) for name in relation_files()]
-    table = Table("task", "kind", "facts", "templates", "asks")
+    table = Table()
+    for column in ("task", "kind", "facts", "templates"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("asks", no_wrap=True, overflow="ellipsis")
     if model is not None:
-        table.add_column(f"known, template 0 (rank <= {known_rank})", justify="right")
-        table.add_column("known, best template", justify="right")
+        table.add_column(f"known (rank <= {known_rank})", justify="right")
+        if all_templates:
+            table.add_column("most known", justify="right")
     bridge = None if model is None else load_model(model)
     for relation in tqdm(relations, desc="relations", disable=bridge is None):
         row = [relation.name, relation.kind, str(len(relation.facts)), str(len(relation.templates))]
         row.append(relation.templates[0].replace("{}", "…"))
         if bridge is not None:
-            known = known_by_template(bridge, relation, known_rank)
-            best = max(range(len(known)), key=known.__getitem__)
-            row += [str(known[0]), f"{known[best]} (template {best})"]
+            templates = relation.templates if all_templates else relation.templates[:1]
+            known = [known_facts(bridge, relation, template, known_rank) for template in templates]
+            row.append(str(known[0]))
+            if all_templates:
+                row.append(f"{max(known)} (template {known.index(max(known))})")
         table.add_row(*row)
     for name, what in GENERATED.items():
         table.add_row(name, "generated", "any", "", what)

@@ -36,13 +36,10 @@ def answer_ranks(
     return [int((row >= row[answer]).sum()) for row, answer in zip(logits, answers, strict=True)]
 
 
-def known_by_template(model: TransformerBridge, relation: Relation, known_rank: int = 1) -> list[int]:
-    """How many of a relation's facts the model knows under each of its templates."""
+def known_facts(model: TransformerBridge, relation: Relation, template: str, known_rank: int = 1) -> int:
+    """How many of a relation's facts the model knows when asked with a template."""
     tokenizer = tokenizer_of(model)
-    counts = []
-    for template in relation.templates:
-        texts = [template.replace(SLOT, fact.subject) for fact in relation.facts]
-        prompts = [tokenizer.encode(text) for text in texts]
-        answers = [tokenizer.answer(text, fact.object)[0] for text, fact in zip(texts, relation.facts, strict=True)]
-        counts.append(sum(rank <= known_rank for rank in answer_ranks(model, prompts, answers)))
-    return counts
+    texts = [template.replace(SLOT, fact.subject) for fact in relation.facts]
+    prompts = [tokenizer.encode(text) for text in texts]
+    answers = [tokenizer.answer(text, fact.object)[0] for text, fact in zip(texts, relation.facts, strict=True)]
+    return sum(rank <= known_rank for rank in answer_ranks(model, prompts, answers))
