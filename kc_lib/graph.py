@@ -256,7 +256,8 @@ class Circuit:
             file_graph = Graph(
                 n_layers=int(cfg["n_layers"]),
                 n_heads=int(cfg["n_heads"]),
-                n_kv_heads=int(cfg.get("n_key_value_heads", cfg["n_heads"])),
+                # foreign files do not say how many key-value heads there are
+                n_kv_heads=int(cfg.get("n_key_value_heads", graph.n_kv_heads if graph else cfg["n_heads"])),
                 d_model=int(cfg["d_model"]),
                 parallel=bool(cfg["parallel_attn_mlp"]),
                 grouped=False,
@@ -266,6 +267,10 @@ class Circuit:
             raise GraphError(
                 f"{path}: no circuit in EAP-IG's json format (cfg, nodes, edges with score and in_graph): {error!r}"
             ) from error
+        if file_graph.n_kv_heads < 1 or file_graph.n_heads % file_graph.n_kv_heads:
+            raise GraphError(
+                f"{path}: cfg says that {file_graph.n_heads} heads share {file_graph.n_kv_heads} key-value heads, which cannot be"
+            )
         if graph is not None and file_graph != replace(graph, grouped=False):
             raise GraphError(f"{path}: is a circuit of another model ({file_graph}), not of this one ({graph})")
         mask = torch.zeros_like(file_graph.edges)

@@ -29,18 +29,18 @@ def bootstrap_ratio(
         return ratio, float("nan"), float("nan")
 
     def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(a.mean(axis=axis) / b.mean(axis=axis))
+        return np.asarray(a.mean(axis=axis) / b.mean(axis=axis))
 
-    interval = stats.bootstrap(
-        (top, bottom),
-        ratio_of_means,
-        paired=True,
-        n_resamples=RESAMPLES,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may have a denominator of 0
+        interval = stats.bootstrap(
+            (top, bottom),
+            ratio_of_means,
+            paired=True,
+            n_resamples=RESAMPLES,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
     return ratio, float(interval.low), float(interval.high)
 
 

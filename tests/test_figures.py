@@ -135,9 +135,7 @@ def test_strong_edges_are_wider_and_darker() -> None:
 def test_edges_start_and_end_at_their_nodes() -> None:
     figure = figures.circuit_graph(circuit_of({"input->m0": 1.0, "m0->logits": 1.0}))
     at = {
-        name: (x, y)
-        for trace in of(figure, "nodes")
-        for name, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
+        name: (x, y) for trace in of(figure, "nodes") for name, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
     }
     (trace,) = of(figure, "edges")
     ends = [(trace.x[i], trace.y[i]) for i in (0, trace.x.index(None) - 1, trace.x.index(None) + 1, -2)]
@@ -315,18 +313,14 @@ def test_comparison_bars(evaluation: Evaluation) -> None:
 
 def test_comparison_bars_take_the_circuit_and_its_nulls_by_default(evaluation: Evaluation) -> None:
     bars = bars_of(figures.comparison_bars(evaluation), "hit_at_10")
-    assert bars == pytest.approx(
-        {"empty<br>circuit": 0, "random<br>circuits": 0.045, "circuit": 0.63, "full<br>model": 1}
-    )
+    assert bars == pytest.approx({"empty<br>circuit": 0, "random<br>circuits": 0.045, "circuit": 0.63, "full<br>model": 1})
     without = Evaluation(evaluation.summary[evaluation.summary["kind"] != "circuit"], pd.DataFrame(), evaluation.metric)
     assert {"top<br>0.1", "top<br>0.02"} < set(bars_of(figures.comparison_bars(without), "hit_at_10"))
     with pytest.raises(MethodError, match=r"no circuit 'top 0\.3'"):
         figures.comparison_bars(evaluation, ["top 0.3"])
 
 
-def test_every_figure_uses_the_template_and_serialises(
-    evaluation: Evaluation, large: tuple[EdgeScores, Circuit]
-) -> None:
+def test_every_figure_uses_the_template_and_serialises(evaluation: Evaluation, large: tuple[EdgeScores, Circuit]) -> None:
     every = [
         figures.circuit_graph(circuit_of(EDGES)),
         figures.top_edges_table(circuit_of(EDGES)),

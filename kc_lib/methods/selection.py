@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable
 
@@ -63,9 +64,9 @@ def check_selection(selection: str, size: int | float = 0.005, threshold: float 
     """
     if selection not in SELECTIONS:
         raise MethodError(f"unknown selection {selection!r}: use one of {', '.join(SELECTIONS)}")
-    if selection == "threshold" and (not isinstance(threshold, (int, float)) or threshold < 0):
+    if selection == "threshold" and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
         raise MethodError(f"selection 'threshold' needs a threshold >= 0, not {threshold}")
-    is_number = isinstance(size, (int, float)) and not isinstance(size, bool)
+    is_number = isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size)
     if not is_number or size < 0 or (size > 1 and size != int(size)):
         raise MethodError(f"size {size!r}: give a whole number of edges, or a share between 0.0 and 1.0")
 
