@@ -269,7 +269,7 @@ class Circuit:
             ) from error
         if file_graph.n_kv_heads < 1 or file_graph.n_heads % file_graph.n_kv_heads:
             raise GraphError(
-                f"{path}: cfg says that {file_graph.n_heads} heads share {file_graph.n_kv_heads} key-value heads, which cannot be"
+                f"{path}: {file_graph.n_heads} heads cannot share {file_graph.n_kv_heads} key-value heads; see cfg"
             )
         if graph is not None and file_graph != replace(graph, grouped=False):
             raise GraphError(f"{path}: is a circuit of another model ({file_graph}), not of this one ({graph})")
