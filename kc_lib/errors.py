@@ -30,3 +30,9 @@ class MethodError(KnowledgeCircuitsError):
 
 class RunError(KnowledgeCircuitsError):
     """A run folder, a notebook parameter or an output path that cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its kind where it says nothing: ours are one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

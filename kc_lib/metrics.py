@@ -48,9 +48,9 @@ class Metric:
         return -value if self.higher_is_better else value
 
 
-def _answer_log_probability(logits: Tensor, batch: Batch) -> Tensor:
-    log_probability = logits.log_softmax(-1).gather(-1, batch.answers[..., None])[..., 0]
-    return _mean(log_probability, batch)
+def _per_answer_token(logits: Tensor, batch: Batch) -> Float[Tensor, "batch answer"]:
+    """Log-probability of each answer token."""
+    return logits.log_softmax(-1).gather(-1, batch.answers[..., None])[..., 0]
 
 
 def _mean(per_token: Float[Tensor, "batch answer"], batch: Batch) -> Float[Tensor, " batch"]:
@@ -66,12 +66,11 @@ def _logit_difference(logits: Tensor, batch: Batch, reference: Tensor | None) ->
 
 
 def _log_probability(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
-    return _answer_log_probability(logits, batch)
+    return _mean(_per_answer_token(logits, batch), batch)
 
 
 def _probability(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
-    log_probability = logits.log_softmax(-1).gather(-1, batch.answers[..., None])[..., 0]
-    return _mean(log_probability.exp(), batch)
+    return _mean(_per_answer_token(logits, batch).exp(), batch)
 
 
 def _kl(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
@@ -80,7 +79,8 @@ def _kl(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
 
 
 def _match_nll(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
-    return _answer_log_probability(torch.as_tensor(reference), batch) - _answer_log_probability(logits, batch)
+    full = _log_probability(torch.as_tensor(reference), batch, None)
+    return full - _log_probability(logits, batch, None)
 
 
 METRICS: dict[str, Metric] = {

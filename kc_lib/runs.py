@@ -29,7 +29,7 @@ import pandas as pd
 import papermill
 
 from kc_lib import __version__
-from kc_lib.errors import RunError
+from kc_lib.errors import RunError, first_line
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from transformer_lens.model_bridge import TransformerBridge
@@ -82,7 +82,7 @@ class Run:
                 return kind.load(path)
             except Exception as error:  # whatever the reader met, the remedy is the same
                 raise RunError(
-                    f"{path}: a result of an earlier run cannot be read ({_first_line(error)}); delete the folder "
+                    f"{path}: a result of an earlier run cannot be read ({first_line(error)}); delete the folder "
                     f"{self.working} and run again"
                 ) from error
         value = compute()
@@ -138,9 +138,9 @@ def open_run(
     """
     from kc_lib.models import model_hash, model_name
 
-    weights = model_hash(model)
+    weights, code = model_hash(model), code_hash()
     determining = {key: value for key, value in sorted(parameters.items()) if key not in NOT_DETERMINING}
-    identity = [experiment, code_hash(), weights, task.hash, determining]
+    identity = [experiment, code, weights, task.hash, determining]
     run_id = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
     parent = output_root(out) / experiment / _safe(model_name(model)) / _safe(task.name)
     folder = parent / run_id
@@ -163,7 +163,7 @@ def open_run(
         "versions": {"kc_lib": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
-        "code_hash": code_hash(),
+        "code_hash": code,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return Run(folder, working, record)
@@ -276,7 +276,3 @@ def _peak_memory_mb() -> float:
 def _safe(name: str) -> str:
     """A name as one folder: a local path keeps its last part."""
     return re.sub(r"[^\w.@-]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-.") or "unnamed"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

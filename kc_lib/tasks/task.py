@@ -38,11 +38,6 @@ class Task:
     prepend_bos: bool
 
     @property
-    def held_out(self) -> tuple[TokenPair, ...]:
-        """The test pairs; where there are none, the discovery pairs, which then judge themselves."""
-        return self.test or self.discovery
-
-    @property
     def hash(self) -> str:
         """Hash of every token pair and its split: what a result depends on."""
         rows = [[asdict(pair) for pair in split] for split in (self.discovery, self.validation, self.test)]
