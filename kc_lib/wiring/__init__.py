@@ -1,0 +1,23 @@
+"""Who writes to and who reads from the residual stream: the only place that knows architectures.
+
+A pre-norm decoder is a stream to which the embedding, every attention head and every MLP add their outputs, and from
+which the queries, keys and values of every head, every MLP and the logits read through a norm. ``wiring_of`` takes a
+``TransformerBridge`` apart into exactly that: per-head weights, norms whose vector-Jacobian product is known in closed
+form, the model's own MLP modules, and what attention does between queries and head outputs. The kernels compute with
+these parts and never look at the model again.
+
+Covered: learned, rotary (full, partial, half-split or adjacent pairs) or no positions; grouped queries; biases; norms
+on queries and keys per head; sliding windows; soft-capped scores and logits; parallel attention and MLP (NeoX, GPT-J,
+Phi), with one norm or two; norms on outputs (Gemma-2/3), where a head's contribution is its output times the norm's
+scale in that same run, so that contributions still sum to the stream. Masked language models of the BERT kind renormalise
+the stream itself after every block, so no sum of writers equals it: they are refused.
+
+``wiring_of`` ends by comparing its own logits with the model's on random tokens. A part of an architecture that is not
+known here therefore shows as an error on load, never as a wrong number later.
+"""
+
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring, frozen
+from kc_lib.wiring.parts import Attention, Block, Norm
+
+__all__ = ["Attention", "Block", "Norm", "Wiring", "frozen", "wiring_of"]

@@ -1,0 +1,184 @@
+"""Taking a booted ``TransformerBridge`` apart, and checking the parts against the model's own logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.errors import ModelError
+from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.parts import Attention, Block, Norm
+
+RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def wiring_of(model: TransformerBridge) -> Wiring:
+    """Take a booted decoder apart into writers and readers, and check the parts against the model's own logits.
+
+    Raises:
+        ModelError: the architecture has a part that is not a sum over the residual stream, or one not known here.
+    """
+    name = str(getattr(model.cfg, "architecture", type(model).__name__))
+    if not hasattr(model, "blocks") or not hasattr(model, "unembed") or getattr(model.cfg, "is_stateful", False):
+        raise ModelError(f"{name} is no decoder with attention and MLP blocks: circuits are not defined for it")
+    if getattr(model.cfg, "attention_dir", "causal") != "causal":
+        raise ModelError(
+            f"{name} attends in both directions and normalises the residual stream itself: its stream is no sum of "
+            "writers, so circuits are not defined for it; use a causal model"
+        )
+    try:
+        wiring = Wiring(
+            model=model,
+            blocks=[_block(model, layer, name) for layer in range(len(model.blocks))],
+            final_norm=_norm(model.ln_final, model.cfg),
+            W_U=model.unembed.W_U.detach(),
+            b_U=_bias(model.unembed.b_U, model.unembed.W_U, (model.unembed.W_U.shape[1],)),
+            logit_soft_cap=_positive(getattr(model.cfg, "output_logits_soft_cap", None)),
+        )
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{name} has a part the residual-stream wiring does not know ({error})") from error
+    _check_against_model(wiring, name)
+    return wiring
+
+
+def _block(model: TransformerBridge, layer: int, name: str) -> Block:
+    block, cfg = model.blocks[layer], model.cfg
+    if not hasattr(block, "attn") or not hasattr(block, "mlp"):
+        raise ModelError(f"{name}: block {layer} has no attention or no MLP: circuits are not defined for it")
+    parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+    pre_norm = _norm(getattr(block, "ln1", None), cfg)
+    shared = parallel and not hasattr(block, "ln2")
+    # HookPoints fire in the model's own MLP, so hooks a user has set there still act
+    return Block(
+        attention=_attention(model, layer, pre_norm, name),
+        mlp_norm=pre_norm if shared else _norm(getattr(block, "ln2", None), cfg),
+        mlp=block.mlp,
+        mlp_post_norm=_norm(block.ln2_post, cfg) if hasattr(block, "ln2_post") else None,
+        parallel=parallel,
+    )
+
+
+def _attention(model: TransformerBridge, layer: int, norm: Norm, name: str) -> Attention:
+    attn, cfg = model.blocks[layer].attn, model.cfg
+    inner: Any = attn.original_component
+    d_head = attn.W_Q.shape[-1]
+    if getattr(inner, "sinks", None) is not None:
+        raise ModelError(f"{name}: layer {layer} has attention sinks, which the residual-stream wiring does not know")
+    for which in ("q_norm", "k_norm"):
+        weight = getattr(getattr(attn, which, None), "weight", None)
+        if weight is not None and tuple(weight.shape) != (d_head,):
+            raise ModelError(
+                f"{name}: layer {layer} has a {which} over all heads at once, which couples them: a head's reader "
+                "cannot be changed alone"
+            )
+    W_Q, W_K, W_V, W_O = (getattr(attn, f"W_{which}").detach() for which in "QKVO")
+    has_post_norm = hasattr(model.blocks[layer], "ln1_post")
+    b_O = _bias(getattr(getattr(attn, "o", None), "bias", None), W_O, (W_O.shape[-1],))
+    if has_post_norm and b_O.any():
+        raise ModelError(f"{name}: layer {layer} normalises an attention output that has a bias, which no head owns")
+    scale = getattr(inner, "scaling", None)
+    if scale is None:
+        scale = 1.0 / float(getattr(inner, "scale_attn", math.sqrt(d_head)))
+    sliding = getattr(inner, "layer_type", "sliding_attention") == "sliding_attention"
+    rope, adjacent = _rope(model, layer, inner)
+    return Attention(
+        norm=norm,
+        W_Q=W_Q,
+        W_K=W_K,
+        W_V=W_V,
+        W_O=W_O,
+        b_Q=_bias(attn.b_Q, W_Q, (W_Q.shape[0], d_head)),
+        b_K=_bias(attn.b_K, W_K, (W_K.shape[0], d_head)),
+        b_V=_bias(attn.b_V, W_V, (W_V.shape[0], d_head)),
+        b_O=b_O,
+        q_norm=getattr(attn, "q_norm", None),
+        k_norm=getattr(attn, "k_norm", None),
+        rope=rope,
+        adjacent_pairs=adjacent,
+        scale=float(scale),
+        soft_cap=_positive(getattr(cfg, "attn_scores_soft_cap", None)),
+        window=getattr(inner, "sliding_window", None) if sliding else None,
+        post_norm=_norm(model.blocks[layer].ln1_post, cfg) if has_post_norm else None,
+    )
+
+
+def _norm(bridge: nn.Module | None, cfg: Any) -> Norm:
+    if bridge is None:
+        return Norm("none")
+    inner: Any = bridge.original_component
+    weight = getattr(inner, "weight", None)
+    weight = None if weight is None else weight.detach()
+    if not getattr(cfg, "uses_rms_norm", False):
+        bias = getattr(inner, "bias", None)
+        return Norm("layer", weight, None if bias is None else bias.detach(), float(inner.eps))
+    eps = getattr(inner, "variance_epsilon", getattr(inner, "eps", None))
+    if weight is not None and getattr(cfg, "rmsnorm_uses_offset", False):
+        weight = weight + 1.0
+    return Norm("rms", weight, None, float(cfg.eps if eps is None else eps))
+
+
+def _rope(model: TransformerBridge, layer: int, inner: Any) -> tuple[Callable[[int], tuple[Tensor, Tensor]] | None, bool]:
+    """A function from length to the rotation's ``(cos, sin)``, one column per rotated pair, and the pairing."""
+    cfg = model.cfg
+    if getattr(cfg, "positional_embedding_type", "") != "rotary":
+        return None, False
+    if hasattr(model, "rotary_emb"):
+        module = model.rotary_emb.original_component
+        by_type = getattr(inner, "layer_type", None) if _takes_layer_type(module) else None
+        reference = torch.zeros(1, device=model.unembed.W_U.device)  # the module reads its device and dtype only
+
+        def from_module(n_pos: int) -> tuple[Tensor, Tensor]:
+            positions = torch.arange(n_pos, device=reference.device)[None]
+            extra = () if by_type is None else (by_type,)
+            with torch.no_grad():
+                cos, sin = module(reference, positions, *extra)
+            if getattr(cfg, "rotary_interleaved_cos_sin", False):
+                return cos[0, :, ::2], sin[0, :, ::2]
+            half = cos.shape[-1] // 2
+            return cos[0, :, :half], sin[0, :, :half]
+
+        return from_module, bool(getattr(cfg, "rotary_adjacent_pairs", False))
+    rotary_dim = int(getattr(inner, "rotary_dim", 0) or 0)
+    if not rotary_dim:
+        raise ModelError(f"{cfg.architecture}: layer {layer} has rotary positions of an unknown kind")
+
+    def from_formula(n_pos: int) -> tuple[Tensor, Tensor]:  # GPT-J keeps its sinusoids inside attention
+        device = model.unembed.W_U.device
+        rates = 10000.0 ** (-torch.arange(0, rotary_dim, 2, device=device) / rotary_dim)
+        angles = torch.arange(n_pos, device=device)[:, None] * rates
+        return angles.cos(), angles.sin()
+
+    return from_formula, True
+
+
+def _takes_layer_type(module: nn.Module) -> bool:
+    return "layer_type" in module.forward.__code__.co_varnames or hasattr(module, "layer_types")
+
+
+def _bias(bias: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if bias is None:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    return bias.detach().reshape(shape)
+
+
+def _positive(value: float | None) -> float | None:
+    return float(value) if value is not None and value > 0 else None
+
+
+def _check_against_model(wiring: Wiring, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, wiring.W_U.shape[1], (1, 7), generator=generator).to(wiring.device)
+    with torch.no_grad():
+        expected = wiring.model(tokens)
+        actual = wiring.unembed(wiring.run(wiring.embed(tokens)))
+    gap = (expected - actual).abs().max().item() / max(expected.abs().max().item(), 1e-6)
+    if not gap <= RELATIVE_TOLERANCE.get(expected.dtype, 1e-3):
+        raise ModelError(
+            f"{name} has a part the residual-stream wiring does not know: its logits differ by {gap:.1e} (relative) from "
+            "the sum of writers; circuits would be wrong, so the model is refused"
+        )

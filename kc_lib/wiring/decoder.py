@@ -1,0 +1,117 @@
+"""A decoder as writers and readers of one residual stream, run from its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.graph import Graph
+from kc_lib.wiring.parts import Block, Norm
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """A decoder as writers and readers of one residual stream; see the head of ``kc_lib.wiring``."""
+
+    model: TransformerBridge
+    blocks: list[Block]
+    final_norm: Norm
+    W_U: Float[Tensor, "d_model d_vocab"]
+    b_U: Float[Tensor, " d_vocab"]
+    logit_soft_cap: float | None
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        return self.blocks[0].attention.W_Q.shape[0]
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.blocks[0].attention.W_K.shape[0]
+
+    @property
+    def parallel(self) -> bool:
+        return self.blocks[0].parallel
+
+    @property
+    def n_writers(self) -> int:
+        """The input, and every layer's heads and MLP."""
+        return 1 + self.n_layers * (self.n_heads + 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_U.device
+
+    def graph(self, grouped: bool = True) -> Graph:
+        """The model's graph; ``grouped=False`` gives every query head keys and values of its own, as published code."""
+        return Graph(self.n_layers, self.n_heads, self.n_kv_heads, self.W_U.shape[0], self.parallel, grouped)
+
+    @cached_property
+    def bias_before(self) -> Float[Tensor, "layer d_model"]:
+        """Sum of the attention biases b_O below each layer, last row for the logits: the stream's constant part."""
+        zero = torch.zeros_like(self.blocks[0].attention.b_O)
+        return torch.stack([zero, *(block.attention.b_O for block in self.blocks)]).cumsum(0)
+
+    def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The stream before block 0: token embedding and, where the model has them, learned positions."""
+        with torch.no_grad():
+            # a clone, so that no hook of the model can reach the kernels' copy
+            return self.model(tokens.to(self.device), stop_at_layer=0).clone()
+
+    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits from the final residual stream, at the given vectors only."""
+        logits = F.linear(self.final_norm(resid), self.W_U.T) + self.b_U
+        if self.logit_soft_cap is not None:
+            logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
+        return logits
+
+    def run_block(
+        self,
+        layer: int,
+        resid: Float[Tensor, "batch pos d_model"],
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream after a block, from the stream before it; ``past`` as in ``Attention.attend``."""
+        block = self.blocks[layer]
+        attention = block.attention
+        x = attention.norm(resid)
+        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        z = attention.attend(q, k, v, past)
+        after_attention = resid + attention.output(z)
+        mlp_input = resid if block.parallel else after_attention
+        return after_attention + block.mlp_output(block.mlp_norm(mlp_input))
+
+    def run(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        first_layer: int = 0,
+        past: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The final residual stream, restarted from the stream before ``first_layer``; ``past`` has one entry per layer."""
+        for layer in range(first_layer, self.n_layers):
+            resid = self.run_block(layer, resid, past[layer] if past else None)
+        return resid
+
+
+@contextmanager
+def frozen(model: TransformerBridge) -> Iterator[None]:
+    """Parameters need no gradients inside; their flags are restored on exit."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,180 @@
+"""The parts of a block as plain tensors and functions: norms, attention, the block itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the residual stream: ``weight * normalised(x) + bias``; ``kind`` is "rms", "layer" or "none"."""
+
+    kind: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / rms or 1 / standard deviation of each vector, ``[..., 1]``."""
+        if self.kind == "none":
+            return torch.ones_like(x[..., :1])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(self.centre(x), dim=-1, keepdim=True, dtype=wide)
+        return (size.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """The vectors at unit scale, before weight and bias."""
+        return self.centre(x) * self.scale(x)
+
+    def weighted(self, x: Tensor) -> Tensor:
+        return x if self.weight is None else x * self.weight
+
+    def vjp(self, x: Float[Tensor, "... d_model"], gradient: Float[Tensor, "... d_model"]) -> Tensor:
+        """The gradient at the input from the gradient at the output, where the input was ``x``."""
+        upstream = self.weighted(gradient)
+        if self.kind == "none":
+            return upstream
+        normalised = self.normalised(x)
+        along = normalised * (normalised * upstream).mean(-1, keepdim=True)
+        return self.scale(x) * (self.centre(upstream) - along)
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        y = self.weighted(self.normalised(x))
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer: weights per head (W_K, W_V per key-value head) and what lies between them."""
+
+    norm: Norm
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"]
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_Q: Float[Tensor, "head d_head"]
+    b_K: Float[Tensor, "kv_head d_head"]
+    b_V: Float[Tensor, "kv_head d_head"]
+    b_O: Float[Tensor, " d_model"]
+    q_norm: Callable[[Tensor], Tensor] | None
+    k_norm: Callable[[Tensor], Tensor] | None
+    rope: Callable[[int], tuple[Tensor, Tensor]] | None
+    adjacent_pairs: bool
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    post_norm: Norm | None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.W_Q.shape[0] // self.W_K.shape[0]
+
+    def weights(self, kind: str) -> tuple[Tensor, Tensor]:
+        """``(W, b)`` of a reader kind: "q", "k" or "v"."""
+        return {"q": (self.W_Q, self.b_Q), "k": (self.W_K, self.b_K), "v": (self.W_V, self.b_V)}[kind]
+
+    def project(self, kind: str, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
+        """Queries, keys or values of all heads from one normed input."""
+        weight, bias = self.weights(kind)
+        flat = F.linear(x, rearrange(weight, "head d_model d_head -> (head d_head) d_model"))
+        return rearrange(flat, "b p (head d_head) -> b p head d_head", head=weight.shape[0]) + bias
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv d_head"],
+        v: Float[Tensor, "batch pos kv d_head"],
+        past: tuple[Float[Tensor, "rows past kv d_head"], Float[Tensor, "rows past kv d_head"]] | None = None,
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Head outputs z from queries, keys and values; keys and values may come per group or per query head.
+
+        ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
+        """
+        n_new = q.shape[1]
+        if past is not None:
+            repeats = (k.shape[0] // past[0].shape[0], 1, 1, 1)
+            k, v = torch.cat([past[0].repeat(repeats), k], 1), torch.cat([past[1].repeat(repeats), v], 1)
+        n_pos = k.shape[1]
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        if self.rope is not None:
+            cos, sin = self.rope(n_pos)
+            q = _rotate(q, cos[-n_new:], sin[-n_new:], self.adjacent_pairs)
+            k = _rotate(k, cos, sin, self.adjacent_pairs)
+        repeat = q.shape[2] // k.shape[2]
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device)[-n_new:], float("-inf"))
+        pattern = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+
+    def head_outputs(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "head batch pos d_model"]:
+        """Every head's own write ``z_h W_O[h]``, without the bias, which belongs to no head."""
+        return torch.einsum("bphd,hde->hbpe", z, self.W_O)
+
+    def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """The layer's write to the stream: all heads, the bias, and the norm on the output where there is one."""
+        flat = rearrange(z, "b p head d_head -> b p (head d_head)")
+        out = flat @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model") + self.b_O
+        return out if self.post_norm is None else self.post_norm(out)
+
+    def contributions(self, heads: Float[Tensor, "head batch pos d_model"]) -> Float[Tensor, "head batch pos d_model"]:
+        """What each head adds to the stream: its write, times the output norm's scale in this run."""
+        if self.post_norm is None:
+            return heads
+        return self.post_norm.weighted(heads * self.post_norm.scale(heads.sum(0)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block; ``parallel`` means the MLP does not read the block's own attention."""
+
+    attention: Attention
+    mlp_norm: Norm
+    mlp: Callable[[Tensor], Tensor]
+    mlp_post_norm: Norm | None
+    parallel: bool
+
+    def mlp_output(self, normed: Float[Tensor, "... pos d_model"]) -> Float[Tensor, "... pos d_model"]:
+        """The MLP's write to the stream from its normed input."""
+        out = self.mlp(normed)
+        return out if self.mlp_post_norm is None else self.mlp_post_norm(out)
+
+
+def _rotate(
+    x: Float[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, "pos pair"],
+    sin: Float[Tensor, "pos pair"],
+    adjacent: bool,
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotate pairs of coordinates by position: pairs (i, i + n/2) or, adjacent, (2i, 2i + 1) of the first n."""
+    n = 2 * cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turned, passed = x[..., :n], x[..., n:]
+    if adjacent:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([turned, passed], -1) if passed.shape[-1] else turned
+
+
+def _causal_mask(n_pos: int, window: int | None, device: torch.device) -> Tensor:
+    positions = torch.arange(n_pos, device=device)
+    distance = positions[:, None] - positions[None]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
