@@ -10,7 +10,9 @@ through the copies and contracts at every interpolation step. The same numbers c
    interpolation steps are summed in head space *before* the matrix; the second is one number per step and position;
 3. the steps are one batch, and one contraction with the activation differences serves all of them;
 4. positions that clean and corrupted prompts share from the left are not run at all (``context.py``), only the answer
-   positions go through the unembedding, and no parameter needs a gradient.
+   positions go through the unembedding, and no parameter needs a gradient;
+5. scores apart for each example, or for groups of positions, cost no more than their sum: an edge's score is a sum over
+   positions, so the contraction of point 3 is cut into blocks of positions (``groups.py``).
 
 EAP: Nanda 2023, Syed et al. 2023 (arXiv:2310.10348). EAP-IG: Hanna et al. 2024 (arXiv:2403.17806), section 3.
 """
@@ -28,6 +30,7 @@ from torch import Tensor
 from kc_lib.checks import checked
 from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
+from kc_lib.kernels.groups import Groups, one_group
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
@@ -61,6 +64,22 @@ def edge_scores(
     signed so that lower is better, and the gradient averaged over inputs ``ablated + alpha (clean - ablated)``. A
     positive score means that ablating the edge is predicted to hurt. ``ablation`` covers the positions after the context's.
     """
+    return grouped_edge_scores(wiring, graph, batch, metric, ablation, alphas, one_group(batch), reference, context)[0]
+
+
+@checked
+def grouped_edge_scores(
+    wiring: Wiring,
+    graph: Graph,
+    batch: Batch,
+    metric: Metric,
+    ablation: Ablation,
+    alphas: Sequence[float],
+    groups: Groups,
+    reference: Float[Tensor, "batch answer vocab"] | None = None,
+    context: Context = EMPTY,
+) -> Float[Tensor, "group writer reader"]:
+    """``edge_scores`` in parts: for each group, the sum over its positions only."""
     clean = writer_outputs(wiring, batch.clean, context)
     difference = ablation.outputs - clean
     start = ablation.outputs[0].expand_as(clean[0])
@@ -71,22 +90,26 @@ def edge_scores(
         targets = [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
         gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final]))
 
-    scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
+    scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=wiring.device)
     with torch.no_grad():
+        at_answers = _at(difference, batch.answer_positions - context.start)
+        run_groups, answer_groups = groups.after(context.start), groups.at(batch.answer_positions)
+        difference = run_groups.ordered(difference)
         for layer, record in enumerate(records):
             block, before = wiring.blocks[layer], graph.writers_before(layer)
             for kind, outputs in record.projections.items():
                 reader_gradient = _head_reader_gradient(
                     block.attention, kind, record.attention_input, outputs, next(gradients), n_steps
                 )
-                scores[:before, graph.reader_columns(layer, kind)] = _contract(difference[:before], reader_gradient)
+                columns = graph.reader_columns(layer, kind)
+                scores[:, :before, columns] = run_groups.contract(difference[:before], reader_gradient)
             mlp_gradient = block.mlp_norm.vjp(record.mlp_input, next(gradients))
             mlp_gradient = rearrange(mlp_gradient, "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
             before_mlp = before if graph.parallel else before + graph.n_heads
-            scores[:before_mlp, graph.reader_columns(layer, "mlp")] = _contract(difference[:before_mlp], mlp_gradient)
-        at_answers = _at(difference, batch.answer_positions - context.start)
+            columns = graph.reader_columns(layer, "mlp")
+            scores[:, :before_mlp, columns] = run_groups.contract(difference[:before_mlp], mlp_gradient)
         final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
-        scores[:, -1:] = _contract(at_answers, final_gradient)
+        scores[:, :, -1:] = answer_groups.contract(answer_groups.ordered(at_answers), final_gradient)
     return scores
 
 
@@ -159,9 +182,3 @@ def _constant(norm: Norm, weight: Tensor, bias: Tensor) -> Float[Tensor, "reader
 def _at(x: Float[Tensor, "n batch pos d"], positions: Tensor) -> Float[Tensor, "n batch answer d"]:
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
     return x[:, rows, positions]
-
-
-def _contract(
-    difference: Float[Tensor, "writer batch pos d_model"], gradient: Float[Tensor, "reader batch pos d_model"]
-) -> Float[Tensor, "writer reader"]:
-    return difference.flatten(1).float() @ gradient.flatten(1).float().T

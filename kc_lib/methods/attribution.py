@@ -16,9 +16,8 @@ examples; ours is the mean over examples, which does not depend on the batch siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -29,12 +28,14 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.graph import Graph, edge_frame, scores_from_frame
+from kc_lib.graph import Graph
 from kc_lib.kernels.context import Context, shared_context
-from kc_lib.kernels.gradients import edge_scores
+from kc_lib.kernels.gradients import grouped_edge_scores
+from kc_lib.kernels.groups import Groups, by_example, one_group
 from kc_lib.kernels.restart import clean_run, patch_edges
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import INTERVENTIONS, Ablation, Means, ablation
+from kc_lib.methods.scores import EdgeScores, FactScores
 from kc_lib.metrics import Metric, get_metric
 from kc_lib.models import model_name
 from kc_lib.tasks import Batch, TokenPair, batches
@@ -46,34 +47,8 @@ IG_RULES: dict[str, Callable[[int, int], float]] = {
     "midpoint": lambda k, m: (k + 0.5) / m,
 }
 METHODS = ("eap", "eap_ig", "clean_corrupted", "exact")
+GRADIENT_METHODS = ("eap", "eap_ig", "clean_corrupted")  # whose scores are sums over positions of one contraction
 EDGES_AT_ONCE = 32  # edges patched as one batch by ``exact``
-
-
-@dataclass(frozen=True)
-class EdgeScores:
-    """One score per edge, in units of the metric; 0 where there is no edge."""
-
-    graph: Graph
-    scores: Float[Tensor, "writer reader"]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Every edge as a row: writer, reader, score."""
-        return edge_frame(self.graph, self.scores)
-
-    def save(self, path: str | Path) -> Path:
-        """Write ``to_frame`` as parquet; graph and provenance go into the file's metadata."""
-        frame = self.to_frame()
-        frame.attrs = {"graph": asdict(self.graph), "provenance": dict(self.provenance)}
-        frame.to_parquet(path, index=False)
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> EdgeScores:
-        """Read what ``save`` wrote."""
-        frame = pd.read_parquet(path)
-        graph = Graph(**frame.attrs["graph"])
-        return cls(graph, scores_from_frame(graph, frame), frame.attrs["provenance"])
 
 
 def path_points(method: str, steps: int = 5, ig_rule: str = "left") -> list[float]:
@@ -141,38 +116,42 @@ def attribute_edges(
         MethodError: unknown method, metric, rule or intervention, one that does not fit the method, or scores that overflow.
         ModelError: a model whose residual stream is no sum of writers.
     """
-    check_attribution(method, steps=steps, ig_rule=ig_rule, metric=metric, intervention=intervention)
-    metric = get_metric(metric)
-    points = path_points(method, steps, ig_rule) if method != "exact" else []
+    options = _Options(method, steps, ig_rule, get_metric(metric), intervention, grouped, full_answer, batch_size, progress)
     wiring = wiring_of(model)
     graph = wiring.graph(grouped)
-    means = reference_means(wiring, intervention, pairs, batch_size, full_answer)
-    prepared = _prepared(wiring, pairs, metric, intervention, means, batch_size, full_answer)
     scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
-    n_steps = len(pairs) if method != "exact" else len(pairs) * len(graph.readers)
-    with tqdm(total=n_steps, desc=f"{method} scores", unit="pair", disable=not progress) as bar:
-        for batch, ablated, reference, context in prepared:
-            if method == "exact":
-                scores += _exact_scores(wiring, graph, batch, metric, ablated, reference, context, bar)
-            else:
-                scores += edge_scores(wiring, graph, batch, metric, ablated, points, reference, context)
-                bar.update(len(batch))
-    if not scores.isfinite().all():
-        raise MethodError(
-            f"{int((~scores.isfinite()).sum())} edge scores are not finite: the model overflows in {model.cfg.dtype}; "
-            "load it with dtype='float32'"
-        )
-    provenance = {
-        "model": model_name(model),
-        "method": method,
-        "steps": steps,
-        "ig_rule": ig_rule,
-        "metric": metric.name,
-        "unit": metric.unit,
-        "intervention": intervention,
-        "n_pairs": len(pairs),
-    }
-    return EdgeScores(graph, scores.cpu() / len(pairs), provenance)
+    for part in _batch_scores(wiring, graph, pairs, options, one_group):
+        scores += part[0]
+    return EdgeScores(graph, _finite(scores.cpu() / len(pairs), model), options.provenance(model, len(pairs)))
+
+
+def attribute_facts(
+    model: TransformerBridge,
+    pairs: Sequence[TokenPair],
+    method: str = "eap_ig",
+    *,
+    steps: int = 5,
+    ig_rule: str = "left",
+    metric: str | Metric = "logit_difference",
+    intervention: str = "patching",
+    grouped: bool = True,
+    full_answer: bool = False,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> FactScores:
+    """``attribute_edges`` for each pair by itself, in the order of ``pairs``, at the cost of their mean.
+
+    Arguments and errors are those of ``attribute_edges``, and ``attribute_facts(...).mean()`` is what it returns. A mean
+    intervention takes its mean over all pairs. Only the gradient methods keep facts apart inside a batch; others run one
+    pair at a time. Holds one score matrix per pair in memory.
+    """
+    if method not in GRADIENT_METHODS:
+        batch_size = 1
+    options = _Options(method, steps, ig_rule, get_metric(metric), intervention, grouped, full_answer, batch_size, progress)
+    wiring = wiring_of(model)
+    graph = wiring.graph(grouped)
+    parts = [part.cpu() for part in _batch_scores(wiring, graph, pairs, options, by_example)]
+    return FactScores(graph, _finite(torch.cat(parts), model), options.provenance(model, len(pairs)))
 
 
 def patch_single_edges(
@@ -213,6 +192,68 @@ def patch_single_edges(
             "score": (total / len(pairs)).cpu().double().numpy(),
         }
     )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How edges are to be scored; the same for all levels of detail."""
+
+    method: str
+    steps: int
+    ig_rule: str
+    metric: Metric
+    intervention: str
+    grouped: bool
+    full_answer: bool
+    batch_size: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        check_attribution(
+            self.method, steps=self.steps, ig_rule=self.ig_rule, metric=self.metric, intervention=self.intervention
+        )
+
+    def provenance(self, model: TransformerBridge, n_pairs: int) -> dict[str, Any]:
+        return {
+            "model": model_name(model),
+            "method": self.method,
+            "steps": self.steps,
+            "ig_rule": self.ig_rule,
+            "metric": self.metric.name,
+            "unit": self.metric.unit,
+            "intervention": self.intervention,
+            "n_pairs": n_pairs,
+        }
+
+
+def _batch_scores(
+    wiring: Wiring, graph: Graph, pairs: Sequence[TokenPair], options: _Options, grouping: Callable[[Batch], Groups]
+) -> Iterator[Float[Tensor, "group writer reader"]]:
+    """Sums of scores over each batch's examples, apart for the groups of positions that ``grouping`` names.
+
+    A method that is none of ``GRADIENT_METHODS`` knows no groups and gives one sum.
+    """
+    method, metric = options.method, options.metric
+    means = reference_means(wiring, options.intervention, pairs, options.batch_size, options.full_answer)
+    prepared = _prepared(wiring, pairs, metric, options.intervention, means, options.batch_size, options.full_answer)
+    points = path_points(method, options.steps, options.ig_rule) if method in GRADIENT_METHODS else []
+    n_steps = len(pairs) if method != "exact" else len(pairs) * len(graph.readers)
+    with tqdm(total=n_steps, desc=f"{method} scores", unit="pair", disable=not options.progress) as bar:
+        for batch, ablated, reference, context in prepared:
+            if method == "exact":
+                yield _exact_scores(wiring, graph, batch, metric, ablated, reference, context, bar)[None]
+                continue
+            yield grouped_edge_scores(wiring, graph, batch, metric, ablated, points, grouping(batch), reference, context)
+            bar.update(len(batch))
+
+
+def _finite(scores: Tensor, model: TransformerBridge) -> Tensor:
+    if not scores.isfinite().all():
+        raise MethodError(
+            f"{int((~scores.isfinite()).sum())} edge scores are not finite: the model overflows in {model.cfg.dtype}; "
+            "load it with dtype='float32'"
+        )
+    return scores
 
 
 def _prepared(

@@ -1,0 +1,66 @@
+"""Disjoint groups of a batch's positions, and contractions over each group by itself.
+
+An edge's score is a sum over examples and positions. Scores for each example, or for the subject's positions and the
+last one, are parts of that sum: the same multiplications, added up in blocks. Positions are brought into the order of
+their groups once, so that every block is a slice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kc_lib.tasks.batches import Batch
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The number, 0 to ``n_groups - 1``, of the one group that each position of a batch belongs to."""
+
+    number: Int[Tensor, "batch pos"]
+    n_groups: int
+
+    def after(self, start: int) -> Groups:
+        """The groups of the positions from ``start`` on."""
+        return Groups(self.number[:, start:], self.n_groups)
+
+    def at(self, positions: Int[Tensor, "batch answer"]) -> Groups:
+        """The groups of the given positions only."""
+        return Groups(self.number.gather(1, positions), self.n_groups)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return torch.bincount(self.number.flatten(), minlength=self.n_groups).tolist()
+
+    @cached_property
+    def _order(self) -> Int[Tensor, " batch_pos"] | None:
+        """What brings the flattened positions into the order of their groups; None where they are in it already."""
+        flat = self.number.flatten()
+        return None if bool((flat[1:] >= flat[:-1]).all()) else flat.argsort(stable=True)
+
+    def ordered(self, x: Float[Tensor, "n batch pos d_model"]) -> Float[Tensor, "n batch_pos d_model"]:
+        """All positions in a row, group after group, in float32."""
+        flat = x.flatten(1, 2).float()
+        return flat if self._order is None else flat[:, self._order]
+
+    def contract(
+        self, outputs: Float[Tensor, "writer batch_pos d_model"], gradients: Float[Tensor, "reader batch pos d_model"]
+    ) -> Float[Tensor, "group writer reader"]:
+        """Sums over the positions of each group; ``outputs`` come ordered, since many gradients meet the same ones."""
+        blocks = zip(outputs.split(self._sizes, 1), self.ordered(gradients).split(self._sizes, 1), strict=True)
+        return torch.stack([u.flatten(1) @ v.flatten(1).T for u, v in blocks])
+
+
+def one_group(batch: Batch) -> Groups:
+    """Every position of every example together."""
+    return Groups(torch.zeros_like(batch.clean), 1)
+
+
+def by_example(batch: Batch) -> Groups:
+    """Each example by itself."""
+    rows = torch.arange(len(batch), device=batch.clean.device)
+    return Groups(rows[:, None].expand_as(batch.clean), len(batch))
