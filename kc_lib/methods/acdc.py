@@ -1,0 +1,319 @@
+"""ACDC: remove edges one by one, from the logits down, as long as the metric stays (Conmy et al. 2023, arXiv:2304.14997).
+
+Readers are visited in reverse topological order. At a reader, each edge of the present circuit is removed in turn; the
+removal stands if the loss (the metric, signed so that lower is better) rises by less than ``tau`` against the present
+circuit, and is undone otherwise. A reader none of whose nodes is read any more loses its edges untested. With zero ablation
+and match-NLL this is the discovery of *Knowledge Circuits* (Yao et al. 2024, arXiv:2405.17969; tau = 0.02, 0.01, 0.005).
+
+The edge set is the one that testing every edge with a full run gives, and the effects are its effects; the work is less:
+
+1. when a reader of layer l is tested, nothing below l has changed, and above l only what the present circuit reaches from
+   the reader is run (``kernels/removals.py``);
+2. many tests run as one batch. Test j is the circuit that stands if tests 1 to j-1 turn out as *predicted*, by the
+   gradient at the reader; the results count up to the first outcome that was not as predicted, and the rest is run again.
+   A prediction can cost time, never change a result.
+
+Every few readers the activations are computed afresh from the mask and, if asked, the state is written to a file. Work
+resumed from that file gives the identical result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.errors import MethodError
+from kc_lib.graph import Circuit, Graph
+from kc_lib.kernels.context import shared_context
+from kc_lib.kernels.removals import RunningCircuit
+from kc_lib.kernels.runs import full_logits, reference_means
+from kc_lib.kernels.writers import INTERVENTIONS, ablation
+from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.selection import select
+from kc_lib.metrics import Metric, get_metric
+from kc_lib.models import model_hash, model_name
+from kc_lib.tasks import Batch, TokenPair
+from kc_lib.tasks.batches import make_batch
+from kc_lib.wiring import wiring_of
+
+ORDERS = ("reverse", "normal", "random")
+NORMALIZATIONS = ("answer", "positions")
+READERS_PER_CHECKPOINT = 16
+ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
+
+
+def acdc(
+    model: TransformerBridge,
+    pairs: Sequence[TokenPair],
+    *,
+    tau: float = 0.01,
+    metric: str | Metric = "match_nll",
+    intervention: str = "zero",
+    order: str = "reverse",
+    absolute: bool = False,
+    normalize: str = "answer",
+    skip: Sequence[str] = (),
+    prefilter: int | None = None,
+    grouped: bool = True,
+    full_answer: bool = False,
+    seed: int = 0,
+    edges_at_once: int = 32,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> Circuit:
+    """The circuit ACDC leaves; its scores are the measured effects of the edges (rise of the loss), NaN where untested.
+
+    Args:
+        tau: an edge stays if removing it raises the loss by at least this much, in units of the metric.
+        intervention: what a removed edge carries: "zero", the corrupted prompt's output ("patching"), or the "mean" or
+            "positional_mean" over the pairs' clean prompts.
+        order: in which order a reader's writers are tested: from the latest ("reverse"), from the input ("normal"), random.
+        absolute: undo a removal also if the loss *falls* by tau or more.
+        normalize: the loss is the mean over *answer* tokens; "positions" divides the answer tokens' sum by all positions
+            of the prompt, as the published Knowledge Circuits code does, which dilutes tau by prompt length.
+        skip: nodes ("a3.h5", "m2", "logits") whose incoming edges are kept untested, unless nothing reads the node.
+        prefilter: start from the pruned circuit of the n best edges by EAP-IG, |score|, instead of the whole graph.
+        edges_at_once: tests per batch; changes the speed only.
+        checkpoint: a file that keeps the state; if it is there, work goes on from it.
+
+    The circuit is as found, not pruned: under zero ablation a node that nothing feeds still writes what its biases give.
+
+    Raises:
+        MethodError: a parameter out of range, a loss that is not finite, or a checkpoint of another run.
+        ModelError: a model whose residual stream is no sum of writers.
+    """
+    metric = get_metric(metric)
+    check_acdc(tau=tau, intervention=intervention, order=order, normalize=normalize, edges_at_once=edges_at_once)
+    settings = {
+        "model": model_name(model),
+        "method": "acdc",
+        "tau": tau,
+        "metric": metric.name,
+        "unit": metric.unit,
+        "intervention": intervention,
+        "order": order,
+        "absolute": absolute,
+        "normalize": normalize,
+        "skip": list(skip),
+        "prefilter": prefilter,
+        "full_answer": full_answer,
+        "n_pairs": len(pairs),
+        "seed": seed,
+    }
+    wiring = wiring_of(model)
+    graph = wiring.graph(grouped)
+    skipped = _readers_of(graph, skip)
+    batch = make_batch(pairs, full_answer, wiring.device)
+    context = shared_context(wiring, batch, intervention)
+    whole = full_logits(wiring, batch, context)
+    means = reference_means(wiring, intervention, pairs, len(pairs), full_answer)
+    weights = _example_weights(batch, normalize)
+
+    def loss(logits: Tensor) -> Tensor:
+        return (metric.loss(logits, batch, whole) * weights).mean()
+
+    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
+    kept = None if file is None else file.read()
+    if kept is None:
+        start = graph.edges if prefilter is None else _prefiltered(model, pairs, prefilter, grouped, settings)
+        kept = 0, start, torch.full(start.shape, math.nan)
+    first, mask, effects = kept
+    running = RunningCircuit(
+        wiring, graph, mask, batch, ablation(wiring, intervention, batch, means, context), loss, context
+    )
+    widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
+    tests = _Tests(running, effects, tau, absolute, widest)
+    columns = list(reversed(range(len(graph.readers))))
+    with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
+        for place, column in enumerate(columns[first:], start=first):
+            if place % READERS_PER_CHECKPOINT == 0 and place > first:
+                if file is not None:
+                    file.write(place, running.mask, effects)
+                running.build()
+                tests = _Tests(running, effects, tau, absolute, widest)
+            writers = running.mask[:, column].nonzero()[:, 0].tolist()
+            if not writers:
+                continue
+            if _unread(graph, running.mask, column):
+                tests.remove_untested(column)
+            elif column not in skipped:
+                tests.test(column, _ordered(writers, order, f"{seed} {graph.readers[column].name}"))
+            bar.update(len(writers))
+            bar.set_postfix(reader=graph.readers[column].name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
+    settings |= {"n_tested": int(effects.isfinite().sum()), "loss_full": float(loss(whole)), "loss": tests.loss}
+    return Circuit(graph, running.mask, effects, settings)
+
+
+def check_acdc(
+    *,
+    tau: float = 0.01,
+    metric: str | Metric = "match_nll",
+    intervention: str = "zero",
+    order: str = "reverse",
+    normalize: str = "answer",
+    edges_at_once: int = 32,
+) -> None:
+    """Refuse what ``acdc`` would refuse, before a model is loaded.
+
+    Raises:
+        MethodError: a parameter that is unknown or out of range.
+    """
+    get_metric(metric)
+    if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
+        raise MethodError(f"tau is {tau}; it must be a number above 0, in units of the metric (published: 0.005 to 0.02)")
+    for name, value, known in (
+        ("intervention", intervention, INTERVENTIONS),
+        ("order", order, ORDERS),
+        ("normalize", normalize, NORMALIZATIONS),
+    ):
+        if value not in known:
+            raise MethodError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+    if edges_at_once < 1:
+        raise MethodError(f"edges_at_once is {edges_at_once}; it must be at least 1")
+
+
+class _Tests:
+    """Tests of edges on a running circuit: its loss now, and how many tests to batch."""
+
+    def __init__(self, running: RunningCircuit, effects: Tensor, tau: float, absolute: bool, widest: int) -> None:
+        self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
+        self.width = widest
+        self.loss = self._finite(running.full_loss())
+
+    def test(self, column: int, writers: Sequence[int]) -> None:
+        """Test every edge from ``writers`` into one reader, in that order; the circuit is what stands afterwards."""
+        done, rises = 0, None
+        while done < len(writers):
+            if rises is None:
+                rises = self.running.predicted_rises(column).tolist()
+            chunk = writers[done : done + self.width]
+            removed = torch.zeros(len(chunk), len(self.running.graph.writers), dtype=torch.bool)
+            for place, writer in enumerate(chunk):
+                removed[place, writer] = True
+                if self._stands(rises[writer]):
+                    removed[place + 1 :, writer] = True
+            losses = self.running.trial_losses(column, removed).tolist()
+            last = None
+            surprise = False
+            for place, writer in enumerate(chunk):
+                effect = self._finite(losses[place]) - self.loss
+                self.effects[writer, column] = effect
+                done += 1
+                if self._stands(effect):
+                    last, self.loss = place, losses[place]
+                if self._stands(effect) != self._stands(rises[writer]):
+                    surprise = True
+                    break
+            if last is not None:
+                self.running.accept(last)
+            if surprise:
+                rises, self.width = None, max(min(4, self.widest), min(self.widest, 2 * (place + 1)))
+            else:
+                self.width = min(self.widest, 2 * self.width)
+
+    def remove_untested(self, column: int) -> None:
+        """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
+        removed = self.running.mask[:, column][None]
+        if not self.running.post_norm:
+            self.running.drop(column)
+            return
+        self.loss = self._finite(float(self.running.trial_losses(column, removed)[0]))
+        self.running.accept(0)
+
+    def _stands(self, rise: float) -> bool:
+        return (abs(rise) if self.absolute else rise) < self.tau
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise MethodError("the loss is not finite: the model overflows; load it with dtype='float32'")
+        return loss
+
+
+def _unread(graph: Graph, mask: Bool[Tensor, "writer reader"], column: int) -> bool:
+    """Does nothing read the nodes that this reader serves?"""
+    serves = graph.serves[:, column]
+    return bool(serves.any()) and not bool(mask[serves].any())
+
+
+def _ordered(writers: Sequence[int], order: str, seed: str) -> list[int]:
+    ordered = list(reversed(writers)) if order == "reverse" else list(writers)
+    if order == "random":
+        random.Random(seed).shuffle(ordered)
+    return ordered
+
+
+def _example_weights(batch: Batch, normalize: str) -> Tensor:
+    """What turns an example's mean over answer tokens into its part of the loss."""
+    n_answers = batch.answer_mask.sum(-1).float()
+    return torch.ones_like(n_answers) if normalize == "answer" else n_answers / batch.lengths.to(n_answers)
+
+
+def _readers_of(graph: Graph, nodes: Sequence[str]) -> set[int]:
+    known = {*graph.writers[1:], "logits"}
+    unknown = [node for node in nodes if node not in known]
+    if unknown:
+        raise MethodError(f"skip: the graph has no node {unknown[0]!r} that reads; name nodes like a0.h0, m0 or logits")
+    columns = {len(graph.readers) - 1} if "logits" in nodes else set()
+    for node in set(nodes) - {"logits"}:
+        columns |= set(graph.serves[graph.writer_index[node]].nonzero()[:, 0].tolist())
+    return columns
+
+
+def _prefiltered(
+    model: TransformerBridge, pairs: Sequence[TokenPair], size: int, grouped: bool, settings: dict[str, Any]
+) -> Bool[Tensor, "writer reader"]:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise MethodError(f"prefilter is {size!r}; give the number of edges that ACDC starts from")
+    shared = {key: settings[key] for key in ("metric", "intervention", "full_answer")}
+    scores = attribute_edges(model, pairs, "eap_ig", grouped=grouped, **shared)
+    mask = select(scores, "absolute", size, fill=False).mask
+    if not mask.any():
+        raise MethodError(f"prefilter {size}: the {size} best edges make no path from the input to the logits; use more")
+    return mask
+
+
+def _identity(model: TransformerBridge, graph: Graph, pairs: Sequence[TokenPair], settings: dict[str, Any]) -> str:
+    described = [model_hash(model), asdict(graph), [asdict(pair) for pair in pairs], settings]
+    return hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+class _Checkpoint:
+    """A file with the mask, the effects and the next reader, valid for one model, one task and one set of parameters."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+
+    def read(self) -> tuple[int, Tensor, Tensor] | None:
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                about = file.metadata() or {}
+                mask, effects = file.get_tensor("mask").bool(), file.get_tensor("effects")
+        except (OSError, SafetensorError) as error:
+            raise MethodError(f"{self.path}: cannot be read as a checkpoint of ACDC ({error}); delete it") from error
+        if about.get("identity") != self.identity:
+            raise MethodError(
+                f"{self.path}: is a checkpoint of another model, task or set of parameters; delete it or name another file"
+            )
+        return int(about["next_reader"]), mask, effects
+
+    def write(self, next_reader: int, mask: Tensor, effects: Tensor) -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        about = {"identity": self.identity, "next_reader": str(next_reader)}
+        save_file({"mask": mask.to(torch.uint8), "effects": effects}, partial, about)
+        partial.replace(self.path)
