@@ -19,7 +19,7 @@ EAP: Nanda 2023, Syed et al. 2023 (arXiv:2310.10348). EAP-IG: Hanna et al. 2024 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,11 @@ from kc_lib.kernels.groups import Groups, one_group
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Attention, Norm, Wiring, frozen
+from kc_lib.wiring import Attention, Block, Norm, Wiring, frozen
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class Recorded:
     """What one block leaves behind: stream before its norms, and the tensors at which autograd stops."""
 
     attention_input: Tensor
@@ -86,34 +86,56 @@ def grouped_edge_scores(
     path = torch.stack([start + alpha * (clean[0] - start) for alpha in alphas])
     n_steps = len(alphas)
     with frozen(wiring.model), torch.enable_grad():
-        records, final, loss = _recorded_run(wiring, graph, path, batch, metric, reference, context)
+        records, final, loss = recorded_run(wiring, graph, path, batch, metric, reference, context)
         targets = [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
         gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final]))
 
     scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=wiring.device)
     with torch.no_grad():
-        at_answers = _at(difference, batch.answer_positions - context.start)
+        at_answers = at_positions(difference, batch.answer_positions - context.start)
         run_groups, answer_groups = groups.after(context.start), groups.at(batch.answer_positions)
         difference = run_groups.ordered(difference)
-        for layer, record in enumerate(records):
-            block, before = wiring.blocks[layer], graph.writers_before(layer)
-            for kind, outputs in record.projections.items():
-                reader_gradient = _head_reader_gradient(
-                    block.attention, kind, record.attention_input, outputs, next(gradients), n_steps
-                )
-                columns = graph.reader_columns(layer, kind)
-                scores[:, :before, columns] = run_groups.contract(difference[:before], reader_gradient)
-            mlp_gradient = block.mlp_norm.vjp(record.mlp_input, next(gradients))
-            mlp_gradient = rearrange(mlp_gradient, "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
-            before_mlp = before if graph.parallel else before + graph.n_heads
-            columns = graph.reader_columns(layer, "mlp")
-            scores[:, :before_mlp, columns] = run_groups.contract(difference[:before_mlp], mlp_gradient)
+        for columns, gradient in reader_gradients(wiring, graph, records, gradients, n_steps):
+            before = graph.readers[columns.start].n_writers
+            scores[:, :before, columns] = run_groups.contract(difference[:before], gradient)
         final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
         scores[:, :, -1:] = answer_groups.contract(answer_groups.ordered(at_answers), final_gradient)
     return scores
 
 
-def _recorded_run(
+def reader_gradients(
+    wiring: Wiring,
+    graph: Graph,
+    records: Sequence[Recorded],
+    gradients: Iterator[Tensor],
+    n_steps: int,
+    first_layer: int = 0,
+) -> Iterator[tuple[slice, Float[Tensor, "reader batch pos d_model"]]]:
+    """Gradients at the residual inputs of the recorded blocks' readers, summed over the steps, with the readers' columns.
+
+    ``gradients`` gives those at the tensors where autograd stops, in the order of the records.
+    """
+    for layer, record in enumerate(records, first_layer):
+        block = wiring.blocks[layer]
+        for kind, outputs in record.projections.items():
+            gradient = _head_reader_gradient(
+                block.attention, kind, record.attention_input, outputs, next(gradients), n_steps
+            )
+            yield graph.reader_columns(layer, kind), gradient
+        yield graph.reader_columns(layer, "mlp"), mlp_reader_gradient(block, record.mlp_input, next(gradients), n_steps)
+
+
+def mlp_reader_gradient(
+    block: Block,
+    stream: Float[Tensor, "step_batch pos d_model"],
+    gradient: Float[Tensor, "step_batch pos d_model"],
+    n_steps: int,
+) -> Float[Tensor, "1 batch pos d_model"]:
+    """The gradient at the residual input of a block's MLP, summed over the steps."""
+    return rearrange(block.mlp_norm.vjp(stream, gradient), "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
+
+
+def recorded_run(
     wiring: Wiring,
     graph: Graph,
     path: Float[Tensor, "step batch pos d_model"],
@@ -121,13 +143,17 @@ def _recorded_run(
     metric: Metric,
     reference: Tensor | None,
     context: Context,
-) -> tuple[list[_Recorded], Tensor, Tensor]:
-    """A plain run of all interpolated inputs as one batch: per-block records, final stream at the answers, loss."""
+    first_layer: int = 0,
+) -> tuple[list[Recorded], Tensor, Tensor]:
+    """A plain run of all interpolated streams as one batch: per-block records, final stream at the answers, loss.
+
+    The run starts before block ``first_layer``.
+    """
     n_steps = path.shape[0]
     resid = path.flatten(0, 1).requires_grad_()
     repeat = graph.n_kv_readers // wiring.n_kv_heads  # 1, or the group size in the ungrouped view
     records = []
-    for layer, block in enumerate(wiring.blocks):
+    for layer, block in enumerate(wiring.blocks[first_layer:], first_layer):
         attention = block.attention
         x = attention.norm(resid)
         past = context.of_layer(layer)
@@ -139,9 +165,9 @@ def _recorded_run(
         after_attention = resid + attention.output(z)
         mlp_input = resid if block.parallel else after_attention
         mlp_normed = block.mlp_norm(mlp_input)
-        records.append(_Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))
+        records.append(Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))
         resid = after_attention + block.mlp_output(mlp_normed)
-    final = _at(resid[None], (batch.answer_positions - context.start).repeat(n_steps, 1))[0]
+    final = at_positions(resid[None], (batch.answer_positions - context.start).repeat(n_steps, 1))[0]
     logits = rearrange(wiring.unembed(final).float(), "(s b) a v -> s b a v", s=n_steps)
     loss = sum(metric.loss(step, batch, reference).sum() for step in logits)
     return records, final, torch.as_tensor(loss)
@@ -179,6 +205,6 @@ def _constant(norm: Norm, weight: Tensor, bias: Tensor) -> Float[Tensor, "reader
     return bias + torch.einsum("d,rdh->rh", norm.bias.float(), weight)
 
 
-def _at(x: Float[Tensor, "n batch pos d"], positions: Tensor) -> Float[Tensor, "n batch answer d"]:
+def at_positions(x: Float[Tensor, "n batch pos d"], positions: Tensor) -> Float[Tensor, "n batch answer d"]:
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
     return x[:, rows, positions]
