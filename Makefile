@@ -8,7 +8,7 @@
 #   TORCH_INDEX=URL              take torch from this package index first. On Linux without
 #                                a GPU this saves gigabytes of CUDA libraries:
 #                                make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   ARGS="..."                   further arguments for test, demo, lab and bench
+#   ARGS="..."                   further arguments for test, demo, lab and the benches
 #
 # pip's own settings (PIP_* variables, pip.conf) are left as they are.
 
@@ -36,11 +36,11 @@ PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 NO_COMPILE := /(tests|testing|sympy|networkx|wandb|mypy|mypyc|pip|debugpy|_inductor|graph_objs/[a-z]+|transformers/models)/
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help setup demo test lab lint bench clean distclean
+.PHONY: help setup demo test lab lint bench bench-acdc clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=...] [TORCH_INDEX=...] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(ENV_STAMP) $(MODEL_STAMP) ## make .venv with everything in it (the other targets do it when needed)
 	@echo "setup: $(VENV) is ready"
@@ -61,6 +61,9 @@ lint: $(ENV_STAMP) ## check style and types (ruff, mypy)
 
 bench: $(ENV_STAMP) $(MODEL_STAMP) ## time the attribution methods
 	@$(BIN)/python bench/attribution.py $(ARGS)
+
+bench-acdc: $(ENV_STAMP) $(MODEL_STAMP) ## time ACDC beside the loop over edges (ARGS="--quick --smollm2")
+	@$(BIN)/python bench/acdc.py $(ARGS)
 
 clean: ## remove caches and build products
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

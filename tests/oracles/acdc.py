@@ -43,7 +43,7 @@ class Prompts:
 
 @dataclass
 class Found:
-    """The edges that stayed [U, V], how much each test raised the loss (NaN: no test), how many tests, losses of model and circuit."""
+    """The edges that stayed [U, V], how much each test raised the loss (NaN: no test), and the losses at the ends."""
 
     mask: Tensor
     effects: Tensor

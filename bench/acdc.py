@@ -1,0 +1,181 @@
+"""ACDC against the loop that runs the full model once per tested edge, on a GPT-2-shaped model of four layers.
+
+The loop (``tests/oracles/acdc.py``) tests the same edges in the same order and must leave the same edge set. Every run of
+it costs the same, so its operations are those of one run times the number of tests; the times are measured, unless
+``--quick`` multiplies there too. Weights are random, large enough for single edges to matter, and the answers are the
+model's own first choices. Seconds on shared machines are noise: look at the floating-point operations.
+
+    make bench-acdc                              # python bench/acdc.py: the loop in full, some minutes
+    make bench-acdc ARGS="--quick"               # half a minute
+    make bench-acdc ARGS="--quick --smollm2"     # and ACDC on SmolLM2, capital cities, 10 facts
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from kc_lib.methods.acdc import acdc
+from kc_lib.models import load_model
+from kc_lib.tasks import TokenPair, load_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from conftest import save_tokenizer  # what the tests are made of lives with them
+from oracles.acdc import loss_of_edges, plain_acdc
+from oracles.eap import edge_exists
+
+LENGTHS = (11, 12, 12, 13)
+EMBEDDING_SCALE, WEIGHT_SCALE = 10.0, 3.0  # on GPT-2's initial weights (standard deviation 0.02)
+FACTS = 10  # of the SmolLM2 part
+Value = TypeVar("Value")
+
+
+def main(
+    tau: Annotated[float, typer.Option(help="threshold, in nats of match-NLL")] = 0.02,
+    pairs: Annotated[int, typer.Option(help="pairs of about 12 tokens")] = 8,
+    layers: Annotated[int, typer.Option(help="layers of the GPT-2-shaped model")] = 4,
+    edges_at_once: Annotated[int, typer.Option(help="tests per batch")] = 32,
+    quick: Annotated[bool, typer.Option(help="count the plain loop from one run instead of running it")] = False,
+    smollm2: Annotated[bool, typer.Option(help="also run ACDC on SmolLM2, in full and with a prefilter")] = False,
+) -> None:
+    """Print tests, times and operation counts of both, their ratios, and how far the effects differ."""
+    console = Console(width=110)
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_gpt2(Path(folder), layers)
+        model = load_model(folder, device="cpu")
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    compare(console, model, reference, random_pairs(reference, pairs), tau, edges_at_once, quick)
+    if smollm2:
+        run_on_smollm2(console, edges_at_once)
+
+
+def compare(
+    console: Console,
+    model: TransformerBridge,
+    reference: PreTrainedModel,
+    pairs: list[TokenPair],
+    tau: float,
+    edges_at_once: int,
+    quick: bool,
+) -> None:
+    def ours() -> Any:
+        return acdc(model, pairs, tau=tau, grouped=False, edges_at_once=edges_at_once)
+
+    whole = edge_exists(reference, ungrouped=True)
+    one_run = {
+        what: (lambda loss=loss_of_edges(reference, pairs, ungrouped=True, all_positions=everywhere): loss(whole))
+        for what, everywhere in (("logits at every position", True), ("logits at the answers", False))
+    }
+    circuit, own_seconds = timed(ours)
+    n_tests = circuit.provenance["n_tested"]
+    own_operations = flops(ours)
+    operations = {what: n_tests * flops(run) for what, run in one_run.items()}
+    times = {what: n_tests * min(timed(run)[1] for _ in range(3)) for what, run in one_run.items()}
+    console.print(
+        f"{len(pairs)} pairs of {min(LENGTHS)} to {max(LENGTHS)} tokens, zero ablation, match-NLL, tau = {tau:g}, "
+        f"{torch.get_num_threads()} threads; kept {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
+        f"({circuit.share:.1%}) after {n_tests:,} tests"
+    )
+    if not quick:
+        found, times["logits at the answers"] = timed(lambda: plain_acdc(reference, pairs, tau, ungrouped=True))
+        difference = (circuit.scores - found.effects).nan_to_num().abs().max().item()
+        same = torch.equal(circuit.mask, found.mask) and torch.equal(circuit.scores.isnan(), found.effects.isnan())
+        closest = (found.effects[~found.effects.isnan()] - tau).abs().min().item()
+        console.print(
+            f"edge sets and tests {'are identical' if same else 'DIFFER'}; largest difference of effects {difference:.1e}, "
+            f"closest effect to tau {closest:.1e}"
+        )
+    table = Table("", "tests", "seconds", "GFLOP", "operations per test", title="ACDC")
+    table.add_row(
+        "kc_lib", f"{n_tests:,}", f"{own_seconds:.1f}", f"{own_operations / 1e9:,.0f}", per_test(own_operations, n_tests)
+    )
+    for what in one_run:
+        estimated = "" if what == "logits at the answers" and not quick else "~"
+        cost = f"{operations[what] / 1e9:,.0f}", per_test(operations[what], n_tests)
+        table.add_row(f"plain loop, {what}", f"{n_tests:,}", f"{estimated}{times[what]:.1f}", *cost)
+        table.add_row("  ratio", "", f"{times[what] / own_seconds:.1f}x", f"{operations[what] / own_operations:.1f}x", "")
+    console.print(table)
+    if not quick and not same:
+        raise typer.Exit(1)
+
+
+def run_on_smollm2(console: Console, edges_at_once: int) -> None:
+    model = load_model("smollm2", device="cpu")
+    pairs = load_task("country_capital", model, test_fraction=0.0, max_facts=2 * FACTS).discovery[:FACTS]
+    title = f"ACDC on SmolLM2, country_capital, {len(pairs)} facts, zero ablation, match-NLL, tau = 0.01"
+    table = Table("start from", "seconds", "edges kept", "tests", "loss", title=title)
+    for prefilter in (5000, None):
+        circuit, seconds = timed(
+            lambda prefilter=prefilter: acdc(
+                model, pairs, tau=0.01, prefilter=prefilter, edges_at_once=edges_at_once, progress=True
+            )
+        )
+        table.add_row(
+            "all edges" if prefilter is None else f"{prefilter:,} of EAP-IG",
+            f"{seconds:.0f}",
+            f"{circuit.n_edges:,} of {circuit.graph.n_edges:,}",
+            f"{circuit.provenance['n_tested']:,}",
+            f"{circuit.provenance['loss']:.3f}",
+        )
+    console.print(table)
+
+
+def save_random_gpt2(folder: Path, layers: int) -> None:
+    """A random model in the shape of GPT-2 small with fewer layers, and a tokenizer, as a folder."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(EMBEDDING_SCALE if "wte" in name or "wpe" in name else WEIGHT_SCALE)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def random_pairs(reference: PreTrainedModel, n: int) -> list[TokenPair]:
+    """Random prompts, one token of which is another in the corrupted one; the answer is what the model ranks first."""
+    rng = random.Random(0)
+    pairs = []
+    for i in range(n):
+        clean = [rng.randrange(3, reference.config.vocab_size) for _ in range(LENGTHS[i % len(LENGTHS)])]
+        corrupted = list(clean)
+        corrupted[rng.randrange(1, len(clean))] = rng.randrange(3, reference.config.vocab_size)
+        with torch.no_grad():
+            answer, distractor = reference(torch.tensor([clean])).logits[0, -1].topk(2).indices.tolist()
+        pairs.append(TokenPair(tuple(clean), tuple(corrupted), (answer,), distractor, {}, {}))
+    return pairs
+
+
+def per_test(operations: int, n_tests: int) -> str:
+    return f"{operations / n_tests / 1e9:.3f} GFLOP"
+
+
+def timed(call: Callable[[], Value]) -> tuple[Value, float]:
+    start = time.perf_counter()
+    value = call()
+    return value, time.perf_counter() - start
+
+
+def flops(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+if __name__ == "__main__":
+    typer.run(main)
