@@ -75,22 +75,25 @@ def compare(
         return acdc(model, pairs, tau=tau, grouped=False, edges_at_once=edges_at_once)
 
     whole = edge_exists(reference, ungrouped=True)
-    one_run = {
-        what: (lambda loss=loss_of_edges(reference, pairs, ungrouped=True, all_positions=everywhere): loss(whole))
-        for what, everywhere in (("logits at every position", True), ("logits at the answers", False))
+    every, answers = "logits at every position", "logits at the answers"
+    loss_of = {
+        what: loss_of_edges(reference, pairs, ungrouped=True, all_positions=everywhere)
+        for what, everywhere in ((every, True), (answers, False))
     }
     circuit, own_seconds = timed(ours)
     n_tests = circuit.provenance["n_tested"]
     own_operations = flops(ours)
-    operations = {what: n_tests * flops(run) for what, run in one_run.items()}
-    times = {what: n_tests * min(timed(run)[1] for _ in range(3)) for what, run in one_run.items()}
+    operations, times = {}, {}
+    for what, loss in loss_of.items():
+        operations[what] = n_tests * flops(lambda loss=loss: loss(whole))
+        times[what] = n_tests * min(timed(lambda loss=loss: loss(whole))[1] for _ in range(3))
     console.print(
         f"{len(pairs)} pairs of {min(LENGTHS)} to {max(LENGTHS)} tokens, zero ablation, match-NLL, tau = {tau:g}, "
         f"{torch.get_num_threads()} threads; kept {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
         f"({circuit.share:.1%}) after {n_tests:,} tests"
     )
     if not quick:
-        found, times["logits at the answers"] = timed(lambda: plain_acdc(reference, pairs, tau, ungrouped=True))
+        found, times[answers] = timed(lambda: plain_acdc(reference, pairs, tau, ungrouped=True))
         difference = (circuit.scores - found.effects).nan_to_num().abs().max().item()
         same = torch.equal(circuit.mask, found.mask) and torch.equal(circuit.scores.isnan(), found.effects.isnan())
         closest = (found.effects[~found.effects.isnan()] - tau).abs().min().item()
@@ -99,14 +102,14 @@ def compare(
             f"closest effect to tau {closest:.1e}"
         )
     table = Table("", "tests", "seconds", "GFLOP", "operations per test", title="ACDC")
-    table.add_row(
-        "kc_lib", f"{n_tests:,}", f"{own_seconds:.1f}", f"{own_operations / 1e9:,.0f}", per_test(own_operations, n_tests)
-    )
-    for what in one_run:
-        estimated = "" if what == "logits at the answers" and not quick else "~"
-        cost = f"{operations[what] / 1e9:,.0f}", per_test(operations[what], n_tests)
-        table.add_row(f"plain loop, {what}", f"{n_tests:,}", f"{estimated}{times[what]:.1f}", *cost)
-        table.add_row("  ratio", "", f"{times[what] / own_seconds:.1f}x", f"{operations[what] / own_operations:.1f}x", "")
+    own = f"{own_operations / 1e9:,.0f}", f"{own_operations / n_tests / 1e9:.3f} GFLOP"
+    table.add_row("kc_lib", f"{n_tests:,}", f"{own_seconds:.1f}", *own)
+    for what, total in operations.items():
+        spent = f"{times[what]:.1f}" if what == answers and not quick else f"~{times[what]:.1f}"
+        table.add_row(
+            f"plain loop, {what}", f"{n_tests:,}", spent, f"{total / 1e9:,.0f}", f"{total / n_tests / 1e9:.3f} GFLOP"
+        )
+        table.add_row("  ratio", "", f"{times[what] / own_seconds:.1f}x", f"{total / own_operations:.1f}x", "")
     console.print(table)
     if not quick and not same:
         raise typer.Exit(1)
@@ -159,10 +162,6 @@ def random_pairs(reference: PreTrainedModel, n: int) -> list[TokenPair]:
             answer, distractor = reference(torch.tensor([clean])).logits[0, -1].topk(2).indices.tolist()
         pairs.append(TokenPair(tuple(clean), tuple(corrupted), (answer,), distractor, {}, {}))
     return pairs
-
-
-def per_test(operations: int, n_tests: int) -> str:
-    return f"{operations / n_tests / 1e9:.3f} GFLOP"
 
 
 def timed(call: Callable[[], Value]) -> tuple[Value, float]:
