@@ -1,13 +1,19 @@
-"""Edge attribution: EAP, EAP-IG (inputs), clean-corrupted, and exact single-edge patching as their measure.
+"""Edge attribution: one score for every edge, averaged over examples; ``docs/methods.md`` says when to use which.
 
-All four give every edge one score in units of the metric, averaged over examples: how much the loss (the metric, signed
-so that lower is better) is predicted, or for ``exact`` is measured, to rise when the edge alone is ablated.
+Scores are in units of the metric: how much the loss (the metric, signed so that lower is better) is predicted, or for
+``exact`` is measured, to rise when the edge alone is ablated. Only ``flow_routes`` asks something else.
 
 - ``eap``: first-order estimate at the clean input (Nanda 2023; Syed et al. 2023, arXiv:2310.10348).
 - ``eap_ig``: the gradient averaged over ``steps`` inputs between the ablated and the clean embeddings (Hanna et al. 2024,
   arXiv:2403.17806). The authors' code takes k/m for k = 0..m-1 from the corrupted end and so never sees the clean input:
   ``ig_rule="left"``, the default, for comparability; ``right`` takes k = 1..m, ``midpoint`` (k + 1/2)/m.
 - ``clean_corrupted``: the mean of the gradients at both ends (Hanna et al. 2024, appendix).
+- ``eap_ig_activations``: the gradient averaged over ``steps`` values of the writer's own layer, between ablated and clean
+  (Marks et al. 2024, arXiv:2403.19647; ``kernels/activations.py``). Authors' points: ``ig_rule="right"``.
+- ``qk_fix``: ``eap``, with the attention pattern recomputed for queries and keys (AtP*, Kramar et al. 2024,
+  arXiv:2403.00745, section 4.1; ``kernels/patterns.py``).
+- ``flow_routes``: the share of the reader's input that is the writer's (Ferrando & Voita 2024, arXiv:2403.00824;
+  ``kernels/flow.py``). It uses neither metric nor corrupted prompts: both options, and the intervention, are ignored.
 - ``exact``: one edge at a time, everything above it recomputed; cost grows with the number of edges.
 
 Published code sums over the examples of a batch a loss that is already their mean and then divides by the number of
@@ -29,9 +35,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
+from kc_lib.kernels.activations import activation_edge_scores
 from kc_lib.kernels.context import Context, shared_context
+from kc_lib.kernels.flow import flow_scores
 from kc_lib.kernels.gradients import grouped_edge_scores
 from kc_lib.kernels.groups import Groups, by_example, one_group
+from kc_lib.kernels.patterns import qk_fix_scores
 from kc_lib.kernels.restart import clean_run, patch_edges
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import INTERVENTIONS, Ablation, Means, ablation
@@ -46,18 +55,26 @@ IG_RULES: dict[str, Callable[[int, int], float]] = {
     "right": lambda k, m: (k + 1) / m,
     "midpoint": lambda k, m: (k + 0.5) / m,
 }
-METHODS = ("eap", "eap_ig", "clean_corrupted", "exact")
-GRADIENT_METHODS = ("eap", "eap_ig", "clean_corrupted")  # whose scores are sums over positions of one contraction
+# methods whose scores are sums over positions, and so can be had for groups of positions by themselves
+POSITION_KERNELS: dict[str, Callable[..., Float[Tensor, "group writer reader"]]] = {
+    "eap": grouped_edge_scores,
+    "eap_ig": grouped_edge_scores,
+    "clean_corrupted": grouped_edge_scores,
+    "eap_ig_activations": activation_edge_scores,
+    "flow_routes": lambda wiring, graph, batch, _metric, _ablated, _points, groups, *_: flow_scores(
+        wiring, graph, batch, groups
+    ),
+}
+METHODS = (*POSITION_KERNELS, "qk_fix", "exact")
 EDGES_AT_ONCE = 32  # edges patched as one batch by ``exact``
 
 
 def path_points(method: str, steps: int = 5, ig_rule: str = "left") -> list[float]:
-    """Where on the way from the ablated (0) to the clean input (1) a gradient method takes its gradients."""
-    if method == "eap":
-        return [1.0]
-    if method == "clean_corrupted":
-        return [0.0, 1.0]
-    if method != "eap_ig":
+    """Where on the way from the ablated (0) to the clean input or activation (1) a method takes its gradients, if any."""
+    fixed = {"eap": [1.0], "qk_fix": [1.0], "clean_corrupted": [0.0, 1.0], "flow_routes": [], "exact": []}
+    if method in fixed:
+        return fixed[method]
+    if method not in METHODS:
         raise MethodError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if ig_rule not in IG_RULES:
         raise MethodError(f"unknown ig_rule {ig_rule!r}: use one of {', '.join(IG_RULES)}")
@@ -80,8 +97,7 @@ def check_attribution(
         MethodError: unknown method, metric, rule or intervention, or one that does not fit the method.
     """
     get_metric(metric)
-    if method != "exact":
-        path_points(method, steps, ig_rule)
+    path_points(method, steps, ig_rule)
     if intervention not in INTERVENTIONS:
         raise MethodError(f"unknown intervention {intervention!r}: use one of {', '.join(INTERVENTIONS)}")
     if method == "clean_corrupted" and intervention != "patching":
@@ -142,10 +158,10 @@ def attribute_facts(
     """``attribute_edges`` for each pair by itself, in the order of ``pairs``, at the cost of their mean.
 
     Arguments and errors are those of ``attribute_edges``, and ``attribute_facts(...).mean()`` is what it returns. A mean
-    intervention takes its mean over all pairs. Only the gradient methods keep facts apart inside a batch; others run one
+    intervention takes its mean over all pairs. Only ``POSITION_KERNELS`` keep facts apart inside a batch; others run one
     pair at a time. Holds one score matrix per pair in memory.
     """
-    if method not in GRADIENT_METHODS:
+    if method not in POSITION_KERNELS:
         batch_size = 1
     options = _Options(method, steps, ig_rule, get_metric(metric), intervention, grouped, full_answer, batch_size, progress)
     wiring = wiring_of(model)
@@ -214,14 +230,15 @@ class _Options:
         )
 
     def provenance(self, model: TransformerBridge, n_pairs: int) -> dict[str, Any]:
+        reads_only = self.method == "flow_routes"
         return {
             "model": model_name(model),
             "method": self.method,
             "steps": self.steps,
             "ig_rule": self.ig_rule,
-            "metric": self.metric.name,
-            "unit": self.metric.unit,
-            "intervention": self.intervention,
+            "metric": None if reads_only else self.metric.name,
+            "unit": "share of the reader's input" if reads_only else self.metric.unit,
+            "intervention": None if reads_only else self.intervention,
             "n_pairs": n_pairs,
         }
 
@@ -231,19 +248,24 @@ def _batch_scores(
 ) -> Iterator[Float[Tensor, "group writer reader"]]:
     """Sums of scores over each batch's examples, apart for the groups of positions that ``grouping`` names.
 
-    A method that is none of ``GRADIENT_METHODS`` knows no groups and gives one sum.
+    A method that is none of ``POSITION_KERNELS`` knows no groups and gives one sum.
     """
     method, metric = options.method, options.metric
-    means = reference_means(wiring, options.intervention, pairs, options.batch_size, options.full_answer)
-    prepared = _prepared(wiring, pairs, metric, options.intervention, means, options.batch_size, options.full_answer)
-    points = path_points(method, options.steps, options.ig_rule) if method in GRADIENT_METHODS else []
+    intervention = "zero" if method == "flow_routes" else options.intervention  # it asks for no ablated values
+    means = reference_means(wiring, intervention, pairs, options.batch_size, options.full_answer)
+    prepared = _prepared(wiring, pairs, metric, intervention, means, options.batch_size, options.full_answer)
+    points = path_points(method, options.steps, options.ig_rule)
     n_steps = len(pairs) if method != "exact" else len(pairs) * len(graph.readers)
     with tqdm(total=n_steps, desc=f"{method} scores", unit="pair", disable=not options.progress) as bar:
         for batch, ablated, reference, context in prepared:
             if method == "exact":
                 yield _exact_scores(wiring, graph, batch, metric, ablated, reference, context, bar)[None]
                 continue
-            yield grouped_edge_scores(wiring, graph, batch, metric, ablated, points, grouping(batch), reference, context)
+            if method == "qk_fix":
+                yield qk_fix_scores(wiring, graph, batch, metric, ablated, reference, context)[None]
+            else:
+                kernel = POSITION_KERNELS[method]
+                yield kernel(wiring, graph, batch, metric, ablated, points, grouping(batch), reference, context)
             bar.update(len(batch))
 
 
