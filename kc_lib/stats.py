@@ -1,47 +1,47 @@
-"""Intervals for what is averaged over facts, and empirical p-values against nulls."""
+"""Intervals for what is averaged over facts, and empirical p-values against nulls.
+
+Intervals are percentile bootstraps: facts are drawn with replacement, and everything measured on a fact goes with it, so
+that ratios, differences and areas of several circuits keep what they share.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 RESAMPLES = 2000
 
 
-def bootstrap_ratio(
-    numerator: Sequence[float] | np.ndarray,
-    denominator: Sequence[float] | np.ndarray,
-    seed: int,
-    confidence: float = 0.95,
-) -> tuple[float, float, float]:
-    """Ratio of means over facts, with its percentile bootstrap interval (facts resampled in pairs).
+def resampled_means(
+    values: Float[np.ndarray, "fact column"], seed: int, n_resamples: int = RESAMPLES
+) -> Float[np.ndarray, "resample column"]:
+    """Means of every column over facts drawn with replacement, the same facts for all columns; NaN below two facts."""
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        return np.full((n_resamples, values.shape[1]), np.nan)
+    drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
+    counts = np.zeros((n_resamples, n))
+    np.add.at(counts, (np.arange(n_resamples)[:, None], drawn), 1.0)
+    return counts @ values / n
 
-    Returns ``(ratio, low, high)``; the interval is NaN for fewer than two facts, the ratio where its denominator is 0.
-    """
-    top, bottom = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    mean_bottom = bottom.mean()
-    if mean_bottom == 0:
-        return float("nan"), float("nan"), float("nan")
-    ratio = float(top.mean() / mean_bottom)
-    if len(top) < 2:
-        return ratio, float("nan"), float("nan")
 
-    def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(a.mean(axis=axis) / b.mean(axis=axis))
+def interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper percentile of resampled figures ``[resample, ...]``, over the first axis; NaN where a draw is."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    return low, high
 
-    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may have a denominator of 0
-        interval = stats.bootstrap(
-            (top, bottom),
-            ratio_of_means,
-            paired=True,
-            n_resamples=RESAMPLES,
-            confidence_level=confidence,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    return ratio, float(interval.low), float(interval.high)
+
+def share_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a share of ``n`` independent draws; NaN for none."""
+    if n == 0:
+        return float("nan"), float("nan")
+    found = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def empirical_p(value: float, null: Sequence[float]) -> float:

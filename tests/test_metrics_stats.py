@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
-from kc_lib.stats import bootstrap_ratio, empirical_p
+from kc_lib.stats import RESAMPLES, empirical_p, interval, resampled_means, share_interval
 from kc_lib.tasks import Batch, TokenPair, make_batch
 
 VOCAB = 12
@@ -109,21 +110,46 @@ def test_metrics_by_name() -> None:
 # --- statistics --------------------------------------------------------------------------------------------------
 
 
-def test_a_ratio_of_means_by_hand() -> None:
-    ratio, low, high = bootstrap_ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], seed=0)
-    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
-    ratio, low, high = bootstrap_ratio([1.0, 2.0, 6.0], [4.0, 4.0, 4.0], seed=0)
-    assert ratio == pytest.approx(0.75)
-    assert 0.25 <= low < 0.75 < high <= 1.5
-    assert bootstrap_ratio([1.0, 2.0, 6.0], [4.0, 4.0, 4.0], seed=0) == (ratio, low, high)
-    assert bootstrap_ratio([1.0, 5.0], [2.0, 0.0], seed=0)[0] == pytest.approx(3.0)  # not the mean of ratios
+def test_resampled_means_are_means_of_one_draw_for_all_columns() -> None:
+    values = np.random.default_rng(3).normal(size=(5, 2))
+    means = resampled_means(np.column_stack([values, values @ [2.0, -1.0]]), seed=1)
+    assert means.shape == (RESAMPLES, 3)
+    assert means[:, 2] == pytest.approx(means[:, :2] @ [2.0, -1.0])
+    drawn = np.random.default_rng(1).integers(0, 5, (RESAMPLES, 5))
+    for i in (0, 7, RESAMPLES - 1):
+        assert means[i, :2] == pytest.approx(np.mean([values[fact] for fact in drawn[i]], axis=0))
+    assert np.array_equal(resampled_means(values, 4), resampled_means(values, 4))
+    assert not np.array_equal(resampled_means(values, 4), resampled_means(values, 5))
+    assert np.isnan(resampled_means(values[:1], 0)).all()  # one fact has no spread
 
 
-def test_ratios_that_are_not_there() -> None:
-    assert np.isnan(bootstrap_ratio([1.0, 2.0], [1.0, -1.0], seed=0)).all()
-    ratio, low, high = bootstrap_ratio([1.0], [2.0], seed=0)
-    assert ratio == 0.5
-    assert np.isnan([low, high]).all()
+def test_intervals_of_a_ratio_are_scipys_paired_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    top, bottom = rng.normal(1.0, 1.0, 20), rng.normal(3.0, 1.0, 20)
+    means = resampled_means(np.column_stack([top, bottom]), seed=3)
+    for confidence in (0.5, 0.95):
+        expected = scipy.stats.bootstrap(
+            (top, bottom),
+            lambda a, b, axis=-1: a.mean(axis=axis) / b.mean(axis=axis),
+            paired=True,
+            n_resamples=RESAMPLES,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(3),
+        ).confidence_interval
+        low, high = interval(means[:, 0] / means[:, 1], confidence)
+        assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+def test_intervals_by_hand() -> None:
+    draws = np.stack([np.arange(101.0), -np.arange(101.0)], axis=1)
+    low, high = interval(draws, confidence=0.9)
+    assert low == pytest.approx([5.0, -95.0])
+    assert high == pytest.approx([95.0, -5.0])
+    draws[3, 0] = np.nan
+    low, high = interval(draws)
+    assert np.isnan([low[0], high[0]]).all()
+    assert not np.isnan([low[1], high[1]]).any()
 
 
 def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
@@ -132,12 +158,23 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
     for trial in range(200):
         bottom = rng.normal(4.0, 1.0, 40)
         top = 0.6 * bottom + rng.normal(0.0, 1.0, 40)
-        _, low, high = bootstrap_ratio(top, bottom, seed=trial)
+        means = resampled_means(np.column_stack([top, bottom]), seed=trial)
+        low, high = interval(means[:, 0] / means[:, 1])
         covered += low <= 0.6 <= high
-        _, low, high = bootstrap_ratio(top, bottom, seed=trial, confidence=0.5)
+        low, high = interval(means[:, 0] / means[:, 1], confidence=0.5)
         narrow += low <= 0.6 <= high
     assert 0.89 <= covered / 200 <= 0.99
     assert 0.38 <= narrow / 200 <= 0.62
+
+
+def test_wilsons_interval_by_its_formula() -> None:
+    z = scipy.stats.norm.ppf(0.975)
+    for count, n in ((0, 10), (7, 10), (50, 50)):
+        share = count / n
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        assert share_interval(count, n) == pytest.approx((middle - half, middle + half), abs=1e-9)
+    assert np.isnan(share_interval(0, 0)).all()
 
 
 def test_empirical_p_by_hand() -> None:

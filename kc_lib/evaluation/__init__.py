@@ -1,23 +1,82 @@
-"""Is a circuit faithful? Circuits run alone, on the facts they were found on and on held-out ones, beside their nulls."""
+"""The judge: what a circuit is worth, on the facts it was found on and on held-out ones, beside its nulls.
 
-from kc_lib.evaluation.runs import (
-    MINIMAL_EFFECT,
+Circuits go in by name; each is run alone once per fact, and everything else is read from those runs::
+
+    named = {"circuit": circuit} | random_nulls(circuit, 20) | random_nulls(circuit, 20, kind="profile")
+    sizes = circuits_by_size(scores, "absolute") | circuits_by_size(scores, "signed", label="signed")
+    result = evaluate_circuits(model, named | complements(named) | sizes, {"discovery": ..., "held_out": ...})
+
+============ ============================================================ =====================================
+question     answer                                                       from
+============ ============================================================ =====================================
+faithful?    ``result.summary``, ``headline``, ``conclusion``             ``evaluate_circuits`` -> Evaluation
+at any size? ``areas(result)``: CPR, CMD, log area by ranking             ``circuits_by_size`` in the evaluation
+complete?    ``completeness(result)``: of every circuit and null          ``complements`` in the evaluation
+minimal?     ``minimality(model, circuit, splits)`` -> Minimality         runs without single edges
+stable?      ``stability(circuits, reference)`` -> Stability              ``resampled_circuits(fact_scores)``, or
+                                                                          circuits by method or template
+true?        ``edge_auroc(scores, truth)``, ``recovery(circuit, truth)``  a model whose circuit is known
+how small?   ``smallest_faithful(model, scores, pairs)``                  runs at sizes that the search picks
+altogether?  ``verdict(result, minimality, stability)``                   all of the above
+============ ============================================================ =====================================
+
+Tables have one row per circuit (or ranking, edge, comparison) and split, and give a figure as ``name``, ``name_low``,
+``name_high`` with its 95% bootstrap interval over facts. Evaluation, Minimality and Stability are kept with ``save`` and
+read with ``load``. What circuits are called and how names are read is at the head of ``circuits.py``; each question's
+definition, source and null is at the head of its file.
+"""
+
+from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.circuits import (
+    NULL_KINDS,
     SHARES,
-    Evaluation,
     circuits_by_size,
-    conclusion,
-    evaluate_circuits,
-    headline,
+    complement,
+    complements,
+    kind_of,
     random_nulls,
+    ranking_of,
 )
+from kc_lib.evaluation.completeness import completeness
+from kc_lib.evaluation.conclusion import conclusion, headline
+from kc_lib.evaluation.faithfulness import MINIMAL_EFFECT, Faithfulness, faithfulness_of
+from kc_lib.evaluation.minimality import Minimality, edges_between_nodes, minimality
+from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
+from kc_lib.evaluation.smallest import smallest_faithful
+from kc_lib.evaluation.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
+from kc_lib.evaluation.truth import Recovery, edge_auroc, recovery
+from kc_lib.evaluation.verdict import verdict
 
 __all__ = [
     "MINIMAL_EFFECT",
+    "NULL_KINDS",
     "SHARES",
     "Evaluation",
+    "Faithfulness",
+    "Minimality",
+    "Recovery",
+    "Stability",
+    "areas",
     "circuits_by_size",
+    "complement",
+    "complements",
+    "completeness",
     "conclusion",
+    "edge_auroc",
+    "edges_between_nodes",
     "evaluate_circuits",
+    "faithfulness_of",
     "headline",
+    "jaccard",
+    "jaccard_matrix",
+    "kind_of",
+    "metric_values",
+    "minimality",
     "random_nulls",
+    "ranking_of",
+    "recovery",
+    "resampled_circuits",
+    "smallest_faithful",
+    "stability",
+    "verdict",
 ]

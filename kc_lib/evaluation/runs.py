@@ -1,37 +1,28 @@
-"""Is a circuit faithful? Circuits run alone, on the facts they were found on and on held-out ones, beside their nulls.
-
-Faithfulness is (m(circuit) - m(empty)) / (m(full) - m(empty)), with m the metric's mean over facts, "empty" the circuit
-without edges (with patching: the model on the corrupted prompts) and "full" the model itself. Its interval resamples the
-facts. Where the full model's effect is next to nothing, faithfulness is undefined and reported as NaN.
-"""
+"""Circuits run alone, on the facts they were found on and on held-out ones: what every circuit gives on every fact."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from kc_lib.errors import MethodError
+from kc_lib.evaluation.circuits import kind_of
+from kc_lib.evaluation.faithfulness import faithfulness_of, with_interval
 from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.runs import full_logits, reference_means
-from kc_lib.kernels.writers import ablation
-from kc_lib.methods.attribution import EdgeScores
-from kc_lib.methods.selection import random_circuit, select
+from kc_lib.kernels.writers import Means, ablation
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
-from kc_lib.stats import bootstrap_ratio, empirical_p
 from kc_lib.tasks import Batch, TokenPair, batches
-from kc_lib.wiring import wiring_of
-
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # MIB's (Mueller et al. 2025, section 3)
-MINIMAL_EFFECT = 1e-6
+from kc_lib.wiring import Wiring, wiring_of
 
 
 @dataclass(frozen=True)
@@ -60,10 +51,26 @@ class Evaluation:
         summary = pd.read_parquet(path)
         return cls(summary, pd.read_parquet(_examples_path(path)), get_metric(str(summary["metric"].iloc[0])))
 
+    @property
+    def splits(self) -> list[str]:
+        return [str(split) for split in self.summary["split"].unique()]
+
     def row(self, circuit: str, split: str) -> pd.Series:
-        """One circuit's summary on one split."""
+        """One circuit's summary on one split.
+
+        Raises:
+            MethodError: no such circuit was judged on that split.
+        """
         found = self.summary[(self.summary["circuit"] == circuit) & (self.summary["split"] == split)]
+        if found.empty:
+            raise MethodError(f"circuit {circuit!r} was not judged on split {split!r}: run evaluate_circuits on it")
         return found.iloc[0]
+
+    def values(self, split: str) -> pd.DataFrame:
+        """The metric on one split, fact x circuit."""
+        rows = self.examples[self.examples["split"] == split]
+        table = rows.pivot(index="fact", columns="circuit", values="value")
+        return table[list(rows["circuit"].unique())]  # pivot sorts by name
 
 
 def _examples_path(path: Path) -> Path:
@@ -89,7 +96,7 @@ def evaluate_circuits(
         reference: pairs whose clean prompts give the means of a mean intervention (those of discovery, not the judged).
 
     Raises:
-        MethodError: unknown metric or intervention.
+        MethodError: unknown metric or intervention, or a circuit of the name "full" or "empty".
     """
     metric = get_metric(metric)
     wiring = wiring_of(model)
@@ -98,17 +105,9 @@ def evaluate_circuits(
     total = sum(len(pairs) for pairs in splits.values()) * (len(circuits) + 1)
     with tqdm(total=total, desc="running circuits", unit="run", disable=not progress) as bar:
         for split, pairs in splits.items():
-            for batch in batches(pairs, batch_size, full_answer, wiring.device):
-                context = shared_context(wiring, batch, intervention)
-                ablated = ablation(wiring, intervention, batch, means, context)
-                full = full_logits(wiring, batch, context)
-                frames.append(_measure("full", split, full, full, batch, metric))
-                for name, circuit in (("empty", None), *circuits.items()):
-                    graph = wiring.graph() if circuit is None else circuit.graph
-                    mask = torch.zeros_like(graph.edges) if circuit is None else circuit.mask
-                    logits = run_circuit(wiring, graph, mask, batch, ablated, context)
-                    frames.append(_measure(name, split, logits, full, batch, metric))
-                    bar.update(len(batch))
+            for name, logits, full, batch in _runs(wiring, circuits, pairs, intervention, means, full_answer, batch_size):
+                frames.append(_measure(name, split, logits, full, batch, metric))
+                bar.update(len(batch) if name != "full" else 0)
     examples = pd.concat(frames, ignore_index=True)
     examples["fact"] = examples.groupby(["circuit", "split"]).cumcount()
     sizes = {name: (circuit.n_edges, circuit.share) for name, circuit in circuits.items()}
@@ -117,79 +116,55 @@ def evaluate_circuits(
     return Evaluation(_summarise(examples, sizes, metric, seed), examples, metric)
 
 
-def circuits_by_size(
-    scores: EdgeScores,
-    selection: str = "absolute",
-    shares: Sequence[float] = SHARES,
-    n_random: int = 3,
-    seed: int = 0,
-) -> dict[str, Circuit]:
-    """The circuits a ranking gives at each share of the edges, and random ones of those sizes.
+def metric_values(
+    model: TransformerBridge,
+    circuits: Mapping[str, Circuit],
+    pairs: Sequence[TokenPair],
+    *,
+    metric: str | Metric = "logit_difference",
+    intervention: str = "patching",
+    reference: Sequence[TokenPair] = (),
+    full_answer: bool = False,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The metric alone, fact x circuit, with "full" and "empty" among the circuits; as ``evaluate_circuits`` otherwise.
 
-    Named ``top 0.005`` and ``random 0.005 #1``; the whole graph needs no null and has none. As in MIB, a share counts the
-    edges before pruning.
+    For many circuits of which nothing else is asked: one pass per batch, context and ablated values computed once.
     """
-    circuits = {}
-    for share in shares:
-        circuits[f"top {share:g}"] = select(scores, selection, float(share), fill=False)
-    for share in shares:
-        if share < 1.0:
-            for draw, null in enumerate(random_nulls(circuits[f"top {share:g}"], n_random, seed).values(), start=1):
-                circuits[f"random {share:g} #{draw}"] = null
-    return circuits
+    metric = get_metric(metric)
+    wiring = wiring_of(model)
+    means = reference_means(wiring, intervention, reference, batch_size, full_answer)
+    values: dict[str, list[Tensor]] = {}
+    with tqdm(total=len(pairs) * (len(circuits) + 1), desc="running circuits", unit="run", disable=not progress) as bar:
+        for name, logits, full, batch in _runs(wiring, circuits, pairs, intervention, means, full_answer, batch_size):
+            values.setdefault(name, []).append(metric(logits, batch, full).double().cpu())
+            bar.update(len(batch) if name != "full" else 0)
+    return pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in values.items()})
 
 
-def random_nulls(circuit: Circuit, n: int, seed: int = 0) -> dict[str, Circuit]:
-    """``n`` random connected circuits of the circuit's size, named ``null #1`` and so on."""
-    return {f"null #{draw + 1}": random_circuit(circuit.graph, circuit.n_edges, seed + draw) for draw in range(n)}
-
-
-def headline(evaluation: Evaluation, circuit: Circuit, split: str) -> dict[str, str]:
-    """The figures that matter: size, faithfulness with its interval, and that of random circuits of the same size."""
-    own, nulls = evaluation.row("circuit", split), _nulls(evaluation, split)
-    edges, nodes = circuit.graph.n_edges, len(circuit.nodes)
-    random = "none drawn"
-    if len(nulls):
-        mean, low, high = (round(value, 3) + 0.0 for value in (nulls.mean(), nulls.min(), nulls.max()))  # no -0.000
-        random = f"{mean:.3f} ({low:.3f} to {high:.3f}, n = {len(nulls)})"
-    return {
-        "size": f"{circuit.n_edges} of {edges} edges ({circuit.share:.2%}), {nodes} nodes",
-        f"faithfulness, {split}": (
-            f"{own.faithfulness:.3f} [{own.faithfulness_low:.3f}, {own.faithfulness_high:.3f}] (95%, n = {own.n} facts)"
-        ),
-        "faithfulness, random circuits": random,
-    }
-
-
-def conclusion(evaluation: Evaluation, circuit: Circuit, split: str) -> str:
-    """One paragraph (Markdown) that says what was found and what it does not say."""
-    own, nulls = evaluation.row("circuit", split), _nulls(evaluation, split)
-    facts = f"{own.n} {'held-out' if split == 'held_out' else split} facts"
-    if np.isnan(own.faithfulness):
-        return (
-            f"On {facts} the corrupted prompts change the metric by next to nothing, so faithfulness is undefined: choose "
-            "another task, metric or intervention."
-        )
-    against = "No random circuits were drawn."
-    if len(nulls):
-        p = empirical_p(own.faithfulness, nulls.tolist())
-        against = (
-            f"Random circuits of that size have {nulls.mean():.2f} on average and {nulls.max():.2f} at most "
-            f"(p = {p:.2f}, {len(nulls)} draws)."
-        )
-    held_out = "" if split == "held_out" else " No facts were held out, so the circuit is judged on those it was found on."
-    return (
-        f"On {facts} the circuit of **{circuit.n_edges:,} edges ({circuit.share:.2%})** has a faithfulness of "
-        f"**{own.faithfulness:.2f}** (95% interval {own.faithfulness_low:.2f} to {own.faithfulness_high:.2f}).{held_out} "
-        f"{against} The right answer is among its first ten tokens for {own.hit_at_10:.0%} of the facts.\n\n"
-        "Faithful means that these edges *suffice* for this metric under this intervention. It does not mean that no other "
-        "set would, or that every edge in it is needed."
-    )
-
-
-def _nulls(evaluation: Evaluation, split: str) -> pd.Series:
-    summary = evaluation.summary
-    return summary.loc[(summary["kind"] == "null") & (summary["split"] == split), "faithfulness"]
+def _runs(
+    wiring: Wiring,
+    circuits: Mapping[str, Circuit],
+    pairs: Sequence[TokenPair],
+    intervention: str,
+    means: Means | None,
+    full_answer: bool,
+    batch_size: int,
+) -> Iterator[tuple[str, Tensor, Tensor, Batch]]:
+    """Name, logits, the full model's logits and batch of every run: per batch "full", "empty" and every circuit."""
+    taken = {"full", "empty"} & circuits.keys()
+    if taken:
+        raise MethodError(f"a circuit is named {taken.pop()!r}, as the full model or the empty circuit: rename it")
+    for batch in batches(pairs, batch_size, full_answer, wiring.device):
+        context = shared_context(wiring, batch, intervention)
+        ablated = ablation(wiring, intervention, batch, means, context)
+        full = full_logits(wiring, batch, context)
+        yield "full", full, full, batch
+        graph = wiring.graph()
+        yield "empty", run_circuit(wiring, graph, torch.zeros_like(graph.edges), batch, ablated, context), full, batch
+        for name, circuit in circuits.items():
+            yield name, run_circuit(wiring, circuit.graph, circuit.mask, batch, ablated, context), full, batch
 
 
 def _measure(name: str, split: str, logits: Tensor, full: Tensor, batch: Batch, metric: Metric) -> pd.DataFrame:
@@ -205,32 +180,26 @@ def _measure(name: str, split: str, logits: Tensor, full: Tensor, batch: Batch, 
 
 def _summarise(examples: pd.DataFrame, sizes: Mapping[str, tuple[int, float]], metric: Metric, seed: int) -> pd.DataFrame:
     rows = []
-    groups = examples.groupby(["circuit", "split"], sort=False)
-    by_circuit = {(str(name), str(split)): group.sort_values("fact") for (name, split), group in groups}
-    for (name, split), group in by_circuit.items():
-        full = by_circuit[("full", split)]["value"].to_numpy()
-        empty = by_circuit[("empty", split)]["value"].to_numpy()
-        value = group["value"].to_numpy()
-        ratio = (float("nan"),) * 3
-        if abs(np.mean(full - empty)) > MINIMAL_EFFECT:
-            ratio = bootstrap_ratio(value - empty, full - empty, seed)
-        rows.append(
-            {
-                "circuit": name,
-                "kind": name.partition(" ")[0],
-                "split": split,
-                "n_edges": sizes[name][0],
-                "share": sizes[name][1],
-                "n": len(group),
-                "metric": metric.name,
-                "value": value.mean(),
-                "faithfulness": ratio[0],
-                "faithfulness_low": ratio[1],
-                "faithfulness_high": ratio[2],
-                "hit_at_10": (group["rank"] <= 10).mean(),
-                "rank_median": group["rank"].median(),
-                "probability": group["probability"].mean(),
-                "kl": group["kl"].mean(),
-            }
-        )
+    for split, facts in examples.groupby("split", sort=False):
+        values = facts.pivot(index="fact", columns="circuit", values="value")
+        found = faithfulness_of(values, seed)
+        for name, group in facts.groupby("circuit", sort=False):
+            (estimate,), draws = found.of(str(name))
+            rows.append(
+                {
+                    "circuit": name,
+                    "kind": kind_of(str(name)),
+                    "split": split,
+                    "n_edges": sizes[str(name)][0],
+                    "share": sizes[str(name)][1],
+                    "n": len(group),
+                    "metric": metric.name,
+                    "value": group["value"].mean(),
+                    **with_interval("faithfulness", estimate, draws[:, 0]),
+                    "hit_at_10": (group["rank"] <= 10).mean(),
+                    "rank_median": group["rank"].median(),
+                    "probability": group["probability"].mean(),
+                    "kl": group["kl"].mean(),
+                }
+            )
     return pd.DataFrame(rows)

@@ -4,6 +4,8 @@
 - ``threshold``: every edge with |score| >= threshold.
 - ``greedy``: best-first from the logits, so that each kept edge leads on from one already kept (EAP-IG's
   ``apply_greedy``, by |score|).
+- ``bootstrap``: every edge whose mean score's interval over resamples of the facts excludes 0; needs the scores of each
+  fact and has a function of its own, ``select_bootstrap``.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import math
 import random
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy import stats
 from torch import Tensor
 
 from kc_lib.checks import checked
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.methods.attribution import EdgeScores
+from kc_lib.methods.scores import EdgeScores, FactScores
 
-SELECTIONS = ("absolute", "signed", "threshold", "greedy")
+SELECTIONS = ("absolute", "signed", "threshold", "greedy", "bootstrap")
 
 
 def select(
@@ -39,9 +43,12 @@ def select(
             False prunes the top n, as EAP-IG does, which leaves fewer than n.
 
     Raises:
-        MethodError: unknown selection, a size or threshold out of range, or one too small for any path.
+        MethodError: unknown selection, one that needs the scores of each fact, a size or threshold out of range, or one
+            too small for any path.
     """
     check_selection(selection, size, threshold)
+    if selection == "bootstrap":
+        raise MethodError("selection 'bootstrap' needs the scores of each fact: select_bootstrap(attribute_facts(...))")
     graph = scores.graph
     ranking = scores.scores if selection == "signed" else scores.scores.abs()
     if threshold is not None and selection == "threshold":
@@ -56,8 +63,52 @@ def select(
     return Circuit(graph, mask, scores.scores, provenance)
 
 
+def select_bootstrap(
+    fact_scores: FactScores,
+    n_resamples: int = 10,
+    seed: int = 0,
+    confidence: float = 0.95,
+    size: int | float | None = None,
+) -> Circuit:
+    """Every edge whose mean score over facts differs from 0 by a bootstrap interval, pruned; or the strongest ``size``.
+
+    After Nikankin et al. 2025 (arXiv:2510.25786), who keep the edges that agree over 10 resamples of the examples. Ten
+    draws hold no 2.5th percentile: their whole range is expected to cover only 9/11 = 82% of further draws. The
+    interval is therefore Student's: mean over all facts +- t(n_resamples - 1) times the standard deviation of the
+    resampled means (for 10 resamples t = 2.26, and that standard deviation is itself known to about 24%). It is an
+    interval per edge, not corrected for their number: of edges without any effect, 5% pass.
+
+    Args:
+        size: keep of those edges the strongest by |score|, a number of edges or a share of the graph, counted after
+            pruning; None keeps all.
+
+    Raises:
+        MethodError: fewer than two facts or resamples, a confidence out of range, or no path among the edges that pass.
+    """
+    n_facts, graph = len(fact_scores.scores), fact_scores.graph
+    if n_facts < 2 or n_resamples < 2:
+        raise MethodError(f"bootstrap needs at least 2 facts and 2 resamples, not {n_facts} and {n_resamples}")
+    if not 0 < confidence < 1:
+        raise MethodError(f"confidence is {confidence!r}; it must lie between 0 and 1, as 0.95")
+    check_selection("bootstrap", 1.0 if size is None else size)
+    scores = fact_scores.mean()
+    facts = np.random.default_rng(seed).integers(0, n_facts, (n_resamples, n_facts))
+    means = torch.stack([fact_scores.mean(draw.tolist()).scores for draw in facts])
+    half_width = means.std(0) * float(stats.t.ppf((1 + confidence) / 2, n_resamples - 1))
+    passing = graph.edges & (scores.scores.abs() > half_width)
+    n = graph.n_edges if size is None else number_of_edges(graph, size)
+    mask = _filled(graph, scores.scores.abs(), n, lambda g, ranking, k: top_edges(g, ranking * passing, k) & passing)
+    if not mask.any():
+        raise MethodError(
+            f"no path from input to logits among the {int(passing.sum())} edges whose interval excludes 0, within size "
+            f"{size!r}: give more facts or a lower confidence"
+        )
+    provenance = {**scores.provenance, "selection": "bootstrap", "size": size, "confidence": confidence}
+    return Circuit(graph, mask, scores.scores, provenance | {"n_resamples": n_resamples, "seed": seed})
+
+
 def check_selection(selection: str, size: int | float = 0.005, threshold: float | None = None) -> None:
-    """Refuse what ``select`` would refuse, before anything is computed.
+    """Refuse what ``select`` or ``select_bootstrap`` would refuse, before anything is computed.
 
     Raises:
         MethodError: unknown selection, or a size or threshold out of range.
@@ -146,6 +197,30 @@ def random_circuit(graph: Graph, n_edges: int, seed: int) -> Circuit:
         count += len(new)
         nodes |= fresh
     return Circuit(graph, mask, None, {"selection": "random", "size": n_edges, "seed": seed})
+
+
+def profile_null(circuit: Circuit, seed: int) -> Circuit:
+    """The circuit with its heads exchanged at random within every layer, the null for a circuit of that profile.
+
+    The exchange is a symmetry of the graph: key-value groups change places within a layer, and heads within their group
+    (in the ungrouped view every head has keys and values of its own and may take any place). So every writer's and
+    reader's layer and type, the number of edges between any two of them, and all connections stay; *which* heads do it
+    changes. Edges between input, MLPs and logits stay as they are, and by chance a head may keep its place.
+    """
+    graph = circuit.graph
+    generator = torch.Generator().manual_seed(seed)
+    group = graph.n_heads // graph.n_kv_readers
+    writers, readers = torch.arange(len(graph.writers)), torch.arange(len(graph.readers))
+    for layer in range(graph.n_layers):
+        groups = torch.randperm(graph.n_kv_readers, generator=generator)
+        within = torch.stack([torch.randperm(group, generator=generator) for _ in range(graph.n_kv_readers)])
+        heads = (groups[:, None] * group + within).flatten()
+        writers[graph.head_writers(layer)] = graph.head_writers(layer).start + heads
+        for kind, order in {"q": heads, "k": groups, "v": groups}.items():
+            columns = graph.reader_columns(layer, kind)
+            readers[columns] = columns.start + order
+    mask = circuit.mask[writers][:, readers]
+    return Circuit(graph, mask, None, {"selection": "profile null", "size": circuit.n_edges, "seed": seed})
 
 
 def _greedy(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:
