@@ -111,6 +111,7 @@ class RunningCircuit:
                 block = wiring.blocks[layer]
                 written = block.mlp_output(block.mlp_norm(x[:, None]))[:, 0]
                 self.differences[heads.stop, :n_rows] = written - self.ablated[heads.stop, :n_rows]
+        self._slope = self._loss_slope()
 
     def full_loss(self) -> float:
         """The circuit's loss."""
@@ -154,17 +155,31 @@ class RunningCircuit:
         self._projections.pop(column, None)
 
     def predicted_rises(self, column: int) -> Float[Tensor, " writer"]:
-        """First-order estimate of how much the loss rises when one edge into the reader is removed, for every writer."""
+        """First-order estimate of how much the loss rises when one edge into the reader is removed, for every writer.
+
+        The loss is taken as linear in the logits' input, with its slope of the last ``build``: the unembedding, which can
+        cost more than all the rest, is not run.
+        """
         self._find_needed(self.graph.readers[column].layer)
         with torch.no_grad():
             x = self._input(column)[:, None].clone()
         with frozen(self.wiring.model), torch.enable_grad():
             x.requires_grad_()
             self._raw_trials = {}
-            loss = self._losses(self._propagate(column, x, _Changes(None)))[0]
-            (gradient,) = torch.autograd.grad(loss, x)
+            final = self._propagate(column, x, _Changes(None))
+            n_rows = min(final.shape[0], self._slope.shape[0])
+            (gradient,) = torch.autograd.grad((final[:n_rows, 0] * self._slope[:n_rows]).sum(), x)
         n_writers = self.graph.readers[column].n_writers
         return -(self.differences[:n_writers].flatten(1) @ gradient.flatten())
+
+    def _loss_slope(self) -> Float[Tensor, "row d_model"]:
+        """Gradient of the circuit's loss at the logits' input; zero at rows that predict no answer."""
+        with torch.no_grad():
+            x = self._input(len(self.graph.readers) - 1)[:, None].clone()
+        with frozen(self.wiring.model), torch.enable_grad():
+            x.requires_grad_()
+            (slope,) = torch.autograd.grad(self._losses(x)[0], x)
+        return slope[:, 0]
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -281,7 +296,7 @@ class RunningCircuit:
 
     def _losses(self, x: Float[Tensor, "row trial d_model"]) -> Float[Tensor, " trial"]:
         """Loss of every trial from the logits' input."""
-        final = rearrange(x[self.rows.answers], "b a k d -> k b a d")
+        final = rearrange(x[self.rows.answers], "b a k d -> k b a d").contiguous()  # one product, not one per example
         step = max(1, LOGITS_AT_ONCE // (self.rows.answers.numel() * self.wiring.W_U.shape[1]))
         return torch.stack([self.loss(logits) for part in final.split(step) for logits in self.wiring.unembed(part).float()])
 

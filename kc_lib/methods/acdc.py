@@ -53,6 +53,7 @@ from kc_lib.wiring import wiring_of
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 16
+FEWEST_AT_ONCE = 4  # tests of one batch, however unsure: a single test hardly costs less time
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
@@ -86,7 +87,8 @@ def acdc(
         normalize: the loss is the mean over *answer* tokens; "positions" divides the answer tokens' sum by all positions
             of the prompt, as the published Knowledge Circuits code does, which dilutes tau by prompt length.
         skip: nodes ("a3.h5", "m2", "logits") whose incoming edges are kept untested, unless nothing reads the node.
-        prefilter: start from the pruned circuit of the n best edges by EAP-IG, |score|, instead of the whole graph.
+        prefilter: start from the pruned circuit of the n best edges by EAP-IG (|score|, ``ig_rule="right"``), instead of the
+            whole graph.
         edges_at_once: tests per batch; changes the speed only.
         checkpoint: a file that keeps the state; if it is there, work goes on from it.
 
@@ -187,43 +189,47 @@ def check_acdc(
 
 
 class _Tests:
-    """Tests of edges on a running circuit: its loss now, and how many tests to batch."""
+    """Tests of edges on a running circuit, with its loss as it stands."""
 
     def __init__(self, running: RunningCircuit, effects: Tensor, tau: float, absolute: bool, widest: int) -> None:
         self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
-        self.width = widest
         self.loss = self._finite(running.full_loss())
+        self.error = tau  # of the predictions, a running mean
 
     def test(self, column: int, writers: Sequence[int]) -> None:
         """Test every edge from ``writers`` into one reader, in that order; the circuit is what stands afterwards."""
-        done, rises = 0, None
-        while done < len(writers):
-            if rises is None:
-                rises = self.running.predicted_rises(column).tolist()
-            chunk = writers[done : done + self.width]
-            removed = torch.zeros(len(chunk), len(self.running.graph.writers), dtype=torch.bool)
-            for place, writer in enumerate(chunk):
+        rises = self.running.predicted_rises(column).tolist()
+        remaining = list(writers)
+        while remaining:
+            together = remaining[: self._how_many([rises[writer] for writer in remaining])]
+            removed = torch.zeros(len(together), len(self.running.graph.writers), dtype=torch.bool)
+            for place, writer in enumerate(together):
                 removed[place, writer] = True
                 if self._stands(rises[writer]):
                     removed[place + 1 :, writer] = True
             losses = self.running.trial_losses(column, removed).tolist()
-            last = None
-            surprise = False
-            for place, writer in enumerate(chunk):
+            accepted = None
+            for place, writer in enumerate(together):
                 effect = self._finite(losses[place]) - self.loss
                 self.effects[writer, column] = effect
-                done += 1
+                self.error += 0.1 * (abs(effect - rises[writer]) - self.error)
+                remaining.pop(0)
                 if self._stands(effect):
-                    last, self.loss = place, losses[place]
+                    accepted, self.loss = place, losses[place]
                 if self._stands(effect) != self._stands(rises[writer]):
-                    surprise = True
-                    break
-            if last is not None:
-                self.running.accept(last)
-            if surprise:
-                rises, self.width = None, max(min(4, self.widest), min(self.widest, 2 * (place + 1)))
-            else:
-                self.width = min(self.widest, 2 * self.width)
+                    break  # the later tests assumed the other outcome
+            if accepted is not None:
+                self.running.accept(accepted)
+
+    def _how_many(self, rises: Sequence[float]) -> int:
+        """How many tests to batch: while it is likelier than not that all outcomes so far are as predicted."""
+        sure = 1.0
+        for n, rise in enumerate(rises[: self.widest], start=1):
+            distance = abs((abs(rise) if self.absolute else rise) - self.tau)
+            sure *= 1.0 - 0.5 * math.exp(-distance / self.error)
+            if sure < 0.5 and n >= FEWEST_AT_ONCE:
+                return n
+        return min(len(rises), self.widest)
 
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
@@ -279,7 +285,8 @@ def _prefiltered(
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise MethodError(f"prefilter is {size!r}; give the number of edges that ACDC starts from")
     shared = {key: settings[key] for key in ("metric", "intervention", "full_answer")}
-    scores = attribute_edges(model, pairs, "eap_ig", grouped=grouped, **shared)
+    # "right" leaves out the ablated end of the path: at a zero embedding (zero ablation) a norm has no usable gradient
+    scores = attribute_edges(model, pairs, "eap_ig", ig_rule="right", grouped=grouped, **shared)
     mask = select(scores, "absolute", size, fill=False).mask
     if not mask.any():
         raise MethodError(f"prefilter {size}: the {size} best edges make no path from the input to the logits; use more")
