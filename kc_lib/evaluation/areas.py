@@ -21,30 +21,33 @@ from kc_lib.evaluation.runs import Evaluation
 
 
 def areas(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
-    """CPR, CMD and log area of every ranking that was run at two or more sizes (``circuits_by_size``), by split.
+    """CPR, CMD and log area of every ranking that was run at several sizes (``circuits_by_size``), by split.
 
-    Columns ranking (``top``, ``random #1``, or your label), kind, split, n (facts), n_sizes, smallest and largest share,
-    and each area with its 95% interval (``cpr``, ``cpr_low``, ``cpr_high`` ...): a resample of the facts serves all sizes.
-    Figures compare with published ones where the shares run from 0.001 to 1. An interval of cmd leans upwards, because
-    noise adds to a distance.
+    All edges are the model itself, so every curve ends at share 1 with faithfulness 1, run there or not: random circuits
+    that do nothing have a CPR of 0.25. Figures compare with published ones where the smallest share is 0.001. An
+    interval of cmd leans upwards, because noise adds to a distance.
+
+    Returns:
+        Columns ranking (``top``, ``random #1``, or your label), kind, split, n (facts), n_sizes, smallest (share), and
+        each area with its 95% interval (``cpr``, ``cpr_low``, ``cpr_high`` ...): a resample of the facts serves all sizes.
 
     Raises:
-        MethodError: no ranking was run at two sizes.
+        MethodError: no ranking was run below share 1.
     """
-    curves: dict[str, list[tuple[float, str]]] = {}
+    curves: dict[str, dict[float, str]] = {}
     for name in evaluation.summary["circuit"].unique():
         if place := ranking_of(name):
-            curves.setdefault(place[0], []).append((place[1], name))
-    curves = {ranking: sorted(points) for ranking, points in curves.items() if len(points) > 1}
+            curves.setdefault(place[0], {1.0: "full"})[place[1]] = name
+    curves = {ranking: points for ranking, points in curves.items() if len(points) > 1}
     if not curves:
-        raise MethodError("no ranking was judged at two sizes: give evaluate_circuits what circuits_by_size returns")
+        raise MethodError("no ranking was judged at several sizes: give evaluate_circuits what circuits_by_size returns")
     rows = []
     for split in evaluation.splits:
         values = evaluation.values(split)
         found = faithfulness_of(values, seed)
         for ranking, points in curves.items():
-            shares = np.array([share for share, _ in points])
-            estimate, draws = found.of(*(name for _, name in points))
+            shares = np.array(sorted(points))
+            estimate, draws = found.of(*(points[share] for share in shares))
             curve = np.concatenate([estimate[None], draws])
             logs = np.log10(shares)
             measured = {
@@ -53,7 +56,7 @@ def areas(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
                 "log_area": trapezoid(curve, logs) / (logs[-1] - logs[0]),
             }
             row = {"ranking": ranking, "kind": kind_of(ranking), "split": split, "n": len(values), "n_sizes": len(shares)}
-            row |= {"smallest": shares[0], "largest": shares[-1]}
+            row["smallest"] = shares[0]
             for name, area in measured.items():
                 row |= with_interval(name, area[0], area[1:])
             rows.append(row)
