@@ -34,7 +34,7 @@ from kc_lib.kernels.groups import Groups, one_group
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Attention, Block, Norm, Wiring, frozen
+from kc_lib.wiring import NATIVE, Attention, BackwardRules, Block, Norm, Wiring, frozen
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,17 @@ def edge_scores(
     alphas: Sequence[float],
     reference: Float[Tensor, "batch answer vocab"] | None = None,
     context: Context = EMPTY,
+    rules: BackwardRules = NATIVE,
 ) -> Float[Tensor, "writer reader"]:
     """Sum over the batch's examples of each edge's attribution score, in units of the metric.
 
     score(u -> v) = sum over positions and d_model of (ablated_u - clean_u) . d loss / d input_v, with loss the metric
     signed so that lower is better, and the gradient averaged over inputs ``ablated + alpha (clean - ablated)``. A
     positive score means that ablating the edge is predicted to hurt. ``ablation`` covers the positions after the context's.
+    ``rules`` may put local rules in the place of derivatives, on the way from the loss to the readers' inputs.
     """
-    return grouped_edge_scores(wiring, graph, batch, metric, ablation, alphas, one_group(batch), reference, context)[0]
+    whole = one_group(batch)
+    return grouped_edge_scores(wiring, graph, batch, metric, ablation, alphas, whole, reference, context, rules)[0]
 
 
 @checked
@@ -78,6 +81,7 @@ def grouped_edge_scores(
     groups: Groups,
     reference: Float[Tensor, "batch answer vocab"] | None = None,
     context: Context = EMPTY,
+    rules: BackwardRules = NATIVE,
 ) -> Float[Tensor, "group writer reader"]:
     """``edge_scores`` in parts: for each group, the sum over its positions only."""
     clean = writer_outputs(wiring, batch.clean, context)
@@ -86,16 +90,16 @@ def grouped_edge_scores(
     path = torch.stack([start + alpha * (clean[0] - start) for alpha in alphas])
     n_steps = len(alphas)
     with frozen(wiring.model), torch.enable_grad():
-        records, final, loss = recorded_run(wiring, graph, path, batch, metric, reference, context)
+        records, final, loss = recorded_run(wiring, graph, path, batch, metric, reference, context, rules=rules)
         targets = [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
-        gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final]))
+        gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final], materialize_grads=rules.freeze_pattern))
 
     scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=wiring.device)
     with torch.no_grad():
         at_answers = at_positions(difference, batch.answer_positions - context.start)
         run_groups, answer_groups = groups.after(context.start), groups.at(batch.answer_positions)
         difference = run_groups.ordered(difference)
-        for columns, gradient in reader_gradients(wiring, graph, records, gradients, n_steps):
+        for columns, gradient in reader_gradients(wiring, graph, records, gradients, n_steps, rules=rules):
             before = graph.readers[columns.start].n_writers
             scores[:, :before, columns] = run_groups.contract(difference[:before], gradient)
         final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
@@ -110,6 +114,7 @@ def reader_gradients(
     gradients: Iterator[Tensor],
     n_steps: int,
     first_layer: int = 0,
+    rules: BackwardRules = NATIVE,
 ) -> Iterator[tuple[slice, Float[Tensor, "reader batch pos d_model"]]]:
     """Gradients at the residual inputs of the recorded blocks' readers, summed over the steps, with the readers' columns.
 
@@ -119,10 +124,11 @@ def reader_gradients(
         block = wiring.blocks[layer]
         for kind, outputs in record.projections.items():
             gradient = _head_reader_gradient(
-                block.attention, kind, record.attention_input, outputs, next(gradients), n_steps
+                block.attention, kind, record.attention_input, outputs, next(gradients), n_steps, rules
             )
             yield graph.reader_columns(layer, kind), gradient
-        yield graph.reader_columns(layer, "mlp"), mlp_reader_gradient(block, record.mlp_input, next(gradients), n_steps)
+        mlp_gradient = mlp_reader_gradient(block, record.mlp_input, next(gradients), n_steps, rules)
+        yield graph.reader_columns(layer, "mlp"), mlp_gradient
 
 
 def mlp_reader_gradient(
@@ -130,9 +136,10 @@ def mlp_reader_gradient(
     stream: Float[Tensor, "step_batch pos d_model"],
     gradient: Float[Tensor, "step_batch pos d_model"],
     n_steps: int,
+    rules: BackwardRules = NATIVE,
 ) -> Float[Tensor, "1 batch pos d_model"]:
     """The gradient at the residual input of a block's MLP, summed over the steps."""
-    return rearrange(block.mlp_norm.vjp(stream, gradient), "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
+    return rearrange(block.mlp_norm.vjp(stream, gradient, rules), "(s b) p d -> s b p d", s=n_steps).sum(0)[None]
 
 
 def recorded_run(
@@ -144,6 +151,7 @@ def recorded_run(
     reference: Tensor | None,
     context: Context,
     first_layer: int = 0,
+    rules: BackwardRules = NATIVE,
 ) -> tuple[list[Recorded], Tensor, Tensor]:
     """A plain run of all interpolated streams as one batch: per-block records, final stream at the answers, loss.
 
@@ -155,20 +163,20 @@ def recorded_run(
     records = []
     for layer, block in enumerate(wiring.blocks[first_layer:], first_layer):
         attention = block.attention
-        x = attention.norm(resid)
+        x = attention.norm(resid, rules)
         past = context.of_layer(layer)
         projections = {kind: attention.project(kind, x) for kind in "qkv"}
         if repeat > 1:
             projections |= {kind: projections[kind].repeat_interleave(repeat, dim=2) for kind in "kv"}
             past = None if past is None else (past[0].repeat_interleave(repeat, 2), past[1].repeat_interleave(repeat, 2))
-        z = attention.attend(projections["q"], projections["k"], projections["v"], past)
-        after_attention = resid + attention.output(z)
+        z = attention.attend(projections["q"], projections["k"], projections["v"], past, rules)
+        after_attention = resid + attention.output(z, rules)
         mlp_input = resid if block.parallel else after_attention
-        mlp_normed = block.mlp_norm(mlp_input)
+        mlp_normed = block.mlp_norm(mlp_input, rules)
         records.append(Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))
-        resid = after_attention + block.mlp_output(mlp_normed)
+        resid = after_attention + block.mlp_output(mlp_normed, rules)
     final = at_positions(resid[None], (batch.answer_positions - context.start).repeat(n_steps, 1))[0]
-    logits = rearrange(wiring.unembed(final).float(), "(s b) a v -> s b a v", s=n_steps)
+    logits = rearrange(wiring.unembed(final, rules).float(), "(s b) a v -> s b a v", s=n_steps)
     loss = sum(metric.loss(step, batch, reference).sum() for step in logits)
     return records, final, torch.as_tensor(loss)
 
@@ -180,6 +188,7 @@ def _head_reader_gradient(
     outputs: Float[Tensor, "step_batch pos reader d_head"],
     gradient: Float[Tensor, "step_batch pos reader d_head"],
     n_steps: int,
+    rules: BackwardRules = NATIVE,
 ) -> Float[Tensor, "reader batch pos d_model"]:
     """Gradients at the residual inputs of a layer's q, k or v readers, summed over the steps (point 2 above)."""
     weight, bias = attention.weights(kind)
@@ -190,7 +199,7 @@ def _head_reader_gradient(
     scale = norm.scale(stream).float()
     in_head_space = rearrange(gradient * scale[..., None], "(s b) p r h -> s b p r h", s=n_steps).sum(0)
     result = norm.centre(norm.weighted(torch.einsum("bprh,rdh->rbpd", in_head_space, weight)))
-    if norm.kind == "none":
+    if norm.kind == "none" or rules.freeze_norms:
         return result
     along = (gradient * (outputs.float() - _constant(norm, weight, bias))).sum(-1) * scale / stream.shape[-1]
     normalised = rearrange(norm.normalised(stream).float(), "(s b) p d -> s b p d", s=n_steps)

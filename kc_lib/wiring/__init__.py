@@ -4,7 +4,8 @@ A pre-norm decoder is a stream to which the embedding, every attention head and 
 which the queries, keys and values of every head, every MLP and the logits read through a norm. ``wiring_of`` takes a
 ``TransformerBridge`` apart into exactly that: per-head weights, norms whose vector-Jacobian product is known in closed
 form, the model's own MLP modules, and what attention does between queries and head outputs. The kernels compute with
-these parts and never look at the model again.
+these parts and never look at the model again. Where a method changes the backward pass (``backward.py``) or scores
+neurons, MLPs and norms on queries and keys are needed in parts too; a model where these are not known is refused there only.
 
 Covered: learned, rotary (full, partial, half-split or adjacent pairs) or no positions; grouped queries; biases; norms
 on queries and keys per head; sliding windows; soft-capped scores and logits; parallel attention and MLP (NeoX, GPT-J,
@@ -16,8 +17,21 @@ the stream itself after every block, so no sum of writers equals it: they are re
 known here therefore shows as an error on load, never as a wrong number later.
 """
 
+from kc_lib.wiring.backward import GIM, NATIVE, RELP, BackwardRules
 from kc_lib.wiring.boot import wiring_of
 from kc_lib.wiring.decoder import Wiring, frozen
-from kc_lib.wiring.parts import Attention, Block, Norm
+from kc_lib.wiring.parts import Attention, Block, Mlp, Norm
 
-__all__ = ["Attention", "Block", "Norm", "Wiring", "frozen", "wiring_of"]
+__all__ = [
+    "GIM",
+    "NATIVE",
+    "RELP",
+    "Attention",
+    "BackwardRules",
+    "Block",
+    "Mlp",
+    "Norm",
+    "Wiring",
+    "frozen",
+    "wiring_of",
+]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.activations import ACT2FN
 
-from kc_lib.errors import ModelError
+from kc_lib.errors import ModelError, first_line
 from kc_lib.wiring.decoder import Wiring
-from kc_lib.wiring.parts import Attention, Block, Norm
+from kc_lib.wiring.parts import Attention, Block, Mlp, Norm
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -60,7 +62,50 @@ def _block(model: TransformerBridge, layer: int, name: str) -> Block:
         mlp=block.mlp,
         mlp_post_norm=_norm(block.ln2_post, cfg) if hasattr(block, "ln2_post") else None,
         parallel=parallel,
+        mlp_in_parts=partial(_checked_mlp, block.mlp, cfg, f"{name}: the MLP of layer {layer}"),
     )
+
+
+def _checked_mlp(mlp: nn.Module, cfg: Any, which: str) -> Mlp:
+    """The MLP in parts, checked against the module on random input.
+
+    Done on demand: a model with experts, or with hooks set in its MLPs, loses only the methods that need these parts.
+    """
+    advice = "use a method that scores edges by native gradients"
+    try:
+        parts = _mlp(mlp, cfg)
+        x = torch.randn(1, 3, parts.W_in.shape[0], generator=torch.Generator().manual_seed(0)).to(parts.W_in)
+        with torch.no_grad():
+            gap = _gap(parts(x), mlp(x))
+    except (AttributeError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{which} is not of the form act(x W_in) W_out, with or without a gate ({first_line(error)}): {advice}"
+        ) from error
+    if not gap <= RELATIVE_TOLERANCE.get(x.dtype, 1e-3):
+        raise ModelError(f"{which} is not its weights and activation alone (they differ by {gap:.1e}, relative): {advice}")
+    return parts
+
+
+def _mlp(mlp: Any, cfg: Any) -> Mlp:
+    inner: Any = mlp.original_component
+    W_in, W_out = mlp.W_in.detach(), mlp.W_out.detach()
+    W_gate = None if mlp.W_gate is None else mlp.W_gate.detach()
+    named = (getattr(inner, name, None) for name in ("act_fn", "act", "activation_fn", "activation"))
+    activation = next((function for function in named if callable(function)), None)
+    return Mlp(
+        W_in=W_in,
+        W_gate=W_gate,
+        W_out=W_out,
+        b_in=_bias(mlp.b_in, W_in, W_in.shape[1:]),
+        b_gate=_bias(mlp.b_gate if W_gate is not None else None, W_in, W_in.shape[1:]),
+        b_out=_bias(mlp.b_out, W_out, W_out.shape[1:]),
+        activation=ACT2FN[cfg.act_fn] if activation is None else activation,
+    )
+
+
+def _gap(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    return (expected - actual).abs().max().item() / max(expected.abs().max().item(), 1e-6)
 
 
 def _attention(model: TransformerBridge, layer: int, norm: Norm, name: str) -> Attention:
@@ -86,6 +131,7 @@ def _attention(model: TransformerBridge, layer: int, norm: Norm, name: str) -> A
         scale = 1.0 / float(getattr(inner, "scale_attn", math.sqrt(d_head)))
     sliding = getattr(inner, "layer_type", "sliding_attention") == "sliding_attention"
     rope, adjacent = _rope(model, layer, inner)
+    q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     return Attention(
         norm=norm,
         W_Q=W_Q,
@@ -96,15 +142,31 @@ def _attention(model: TransformerBridge, layer: int, norm: Norm, name: str) -> A
         b_K=_bias(attn.b_K, W_K, (W_K.shape[0], d_head)),
         b_V=_bias(attn.b_V, W_V, (W_V.shape[0], d_head)),
         b_O=b_O,
-        q_norm=getattr(attn, "q_norm", None),
-        k_norm=getattr(attn, "k_norm", None),
+        q_norm=q_norm,
+        k_norm=k_norm,
         rope=rope,
         adjacent_pairs=adjacent,
         scale=float(scale),
         soft_cap=_positive(getattr(cfg, "attn_scores_soft_cap", None)),
         window=getattr(inner, "sliding_window", None) if sliding else None,
         post_norm=_norm(model.blocks[layer].ln1_post, cfg) if has_post_norm else None,
+        q_norm_parts=_head_norm_parts(q_norm, cfg, W_Q),
+        k_norm_parts=_head_norm_parts(k_norm, cfg, W_K),
     )
+
+
+def _head_norm_parts(norm: nn.Module | None, cfg: Any, W: Tensor) -> Norm | None:
+    """A norm on queries or keys in closed form, if that equals the module on random input."""
+    if norm is None:
+        return None
+    x = torch.randn(1, 3, *W.shape[::2], generator=torch.Generator().manual_seed(0)).to(W)
+    try:
+        parts = _norm(norm, cfg)
+        with torch.no_grad():
+            gap = _gap(parts(x), norm(x))
+    except (AttributeError, RuntimeError, ValueError, TypeError):
+        return None
+    return parts if gap <= RELATIVE_TOLERANCE.get(x.dtype, 1e-3) else None
 
 
 def _norm(bridge: nn.Module | None, cfg: Any) -> Norm:
@@ -176,7 +238,7 @@ def _check_against_model(wiring: Wiring, name: str) -> None:
     with torch.no_grad():
         expected = wiring.model(tokens)
         actual = wiring.unembed(wiring.run(wiring.embed(tokens)))
-    gap = (expected - actual).abs().max().item() / max(expected.abs().max().item(), 1e-6)
+    gap = _gap(actual, expected)
     if not gap <= RELATIVE_TOLERANCE.get(expected.dtype, 1e-3):
         raise ModelError(
             f"{name} has a part the residual-stream wiring does not know: its logits differ by {gap:.1e} (relative) from "

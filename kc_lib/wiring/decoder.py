@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.graph import Graph
+from kc_lib.wiring.backward import NATIVE, BackwardRules
 from kc_lib.wiring.parts import Block, Norm
 
 
@@ -69,9 +70,11 @@ class Wiring:
             # a clone, so that no hook of the model can reach the kernels' copy
             return self.model(tokens.to(self.device), stop_at_layer=0).clone()
 
-    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+    def unembed(
+        self, resid: Float[Tensor, "*batch d_model"], rules: BackwardRules = NATIVE
+    ) -> Float[Tensor, "*batch d_vocab"]:
         """Logits from the final residual stream, at the given vectors only."""
-        logits = F.linear(self.final_norm(resid), self.W_U.T) + self.b_U
+        logits = F.linear(self.final_norm(resid, rules), self.W_U.T) + self.b_U
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
         return logits

@@ -1,15 +1,19 @@
-"""The parts of a block as plain tensors and functions: norms, attention, the block itself."""
+"""The parts of a block as plain tensors and functions: norms, attention, MLPs, the block itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+
+from kc_lib.errors import ModelError
+from kc_lib.wiring.backward import NATIVE, BackwardRules, shared
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,21 @@ class Norm:
     def weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
 
-    def vjp(self, x: Float[Tensor, "... d_model"], gradient: Float[Tensor, "... d_model"]) -> Tensor:
+    def vjp(
+        self, x: Float[Tensor, "... d_model"], gradient: Float[Tensor, "... d_model"], rules: BackwardRules = NATIVE
+    ) -> Tensor:
         """The gradient at the input from the gradient at the output, where the input was ``x``."""
         upstream = self.weighted(gradient)
         if self.kind == "none":
             return upstream
+        if rules.freeze_norms:
+            return self.scale(x) * self.centre(upstream)
         normalised = self.normalised(x)
         along = normalised * (normalised * upstream).mean(-1, keepdim=True)
         return self.scale(x) * (self.centre(upstream) - along)
 
-    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        y = self.weighted(self.normalised(x))
+    def __call__(self, x: Float[Tensor, "... d_model"], rules: BackwardRules = NATIVE) -> Float[Tensor, "... d_model"]:
+        y = self.weighted(self.centre(x) * self.scale(x.detach() if rules.freeze_norms else x))
         return y if self.bias is None else y + self.bias
 
 
@@ -74,6 +82,8 @@ class Attention:
     soft_cap: float | None
     window: int | None
     post_norm: Norm | None
+    q_norm_parts: Norm | None = None  # the same norms in closed form, where they are of a form that is known
+    k_norm_parts: Norm | None = None
 
     @property
     def group_size(self) -> int:
@@ -96,18 +106,20 @@ class Attention:
         k: Float[Tensor, "batch pos kv d_head"],
         v: Float[Tensor, "batch pos kv d_head"],
         past: tuple[Float[Tensor, "rows past kv d_head"], Float[Tensor, "rows past kv d_head"]] | None = None,
+        rules: BackwardRules = NATIVE,
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs z from queries, keys and values; keys and values may come per group or per query head.
 
         ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
         """
         n_new = q.shape[1]
+        q, k, v = shared(q, rules.qk_share), shared(k, rules.qk_share), shared(v, rules.v_share)
         if past is not None:
             repeats = (k.shape[0] // past[0].shape[0], 1, 1, 1)
             k, v = torch.cat([past[0].repeat(repeats), k], 1), torch.cat([past[1].repeat(repeats), v], 1)
         n_pos = k.shape[1]
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q = _head_norm(self.q_norm, self.q_norm_parts, q, rules)
+        k = _head_norm(self.k_norm, self.k_norm_parts, k, rules)
         if self.rope is not None:
             cos, sin = self.rope(n_pos)
             q = _rotate(q, cos[-n_new:], sin[-n_new:], self.adjacent_pairs)
@@ -119,18 +131,20 @@ class Attention:
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device)[-n_new:], float("-inf"))
-        pattern = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        pattern = rules.softmax(scores).to(q.dtype)
         return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
 
     def head_outputs(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "head batch pos d_model"]:
         """Every head's own write ``z_h W_O[h]``, without the bias, which belongs to no head."""
         return torch.einsum("bphd,hde->hbpe", z, self.W_O)
 
-    def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+    def output(
+        self, z: Float[Tensor, "batch pos head d_head"], rules: BackwardRules = NATIVE
+    ) -> Float[Tensor, "batch pos d_model"]:
         """The layer's write to the stream: all heads, the bias, and the norm on the output where there is one."""
         flat = rearrange(z, "b p head d_head -> b p (head d_head)")
         out = flat @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model") + self.b_O
-        return out if self.post_norm is None else self.post_norm(out)
+        return out if self.post_norm is None else self.post_norm(out, rules)
 
     def contributions(self, heads: Float[Tensor, "head batch pos d_model"]) -> Float[Tensor, "head batch pos d_model"]:
         """What each head adds to the stream: its write, times the output norm's scale in this run."""
@@ -140,19 +154,76 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """An MLP in parts: ``post = act(x W_gate + b_gate) * (x W_in + b_in)``, or ``act(x W_in + b_in)`` without a gate."""
+
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_gate: Float[Tensor, "d_model d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_in: Float[Tensor, " d_mlp"]
+    b_gate: Float[Tensor, " d_mlp"]
+    b_out: Float[Tensor, " d_model"]
+    activation: Callable[[Tensor], Tensor]
+
+    def neurons(self, normed: Float[Tensor, "... d_model"], rules: BackwardRules = NATIVE) -> Float[Tensor, "... d_mlp"]:
+        """What every neuron hands to its output direction: after the activation and, where there is one, the gate."""
+        up = normed @ self.W_in + self.b_in
+        if self.W_gate is None:
+            return rules.activation(self.activation, up)
+        return rules.product(rules.activation(self.activation, normed @ self.W_gate + self.b_gate), up)
+
+    def __call__(self, normed: Float[Tensor, "... d_model"], rules: BackwardRules = NATIVE) -> Float[Tensor, "... d_model"]:
+        return self.neurons(normed, rules) @ self.W_out + self.b_out
+
+
+@dataclass(frozen=True)
 class Block:
-    """One transformer block; ``parallel`` means the MLP does not read the block's own attention."""
+    """One transformer block; ``parallel`` means the MLP does not read the block's own attention.
+
+    ``mlp`` is the model's own module, in which hooks of the user's act; ``mlp_in_parts`` takes it apart when somebody asks.
+    """
 
     attention: Attention
     mlp_norm: Norm
     mlp: Callable[[Tensor], Tensor]
     mlp_post_norm: Norm | None
     parallel: bool
+    mlp_in_parts: Callable[[], Mlp]
 
-    def mlp_output(self, normed: Float[Tensor, "... pos d_model"]) -> Float[Tensor, "... pos d_model"]:
+    @cached_property
+    def mlp_parts(self) -> Mlp:
+        """The MLP in parts, which were seen to equal the module.
+
+        Raises:
+            ModelError: it is not of the form that ``Mlp`` describes.
+        """
+        return self.mlp_in_parts()
+
+    def mlp_write(
+        self, normed: Float[Tensor, "... pos d_model"], rules: BackwardRules = NATIVE
+    ) -> Float[Tensor, "... pos d_model"]:
+        """The MLP's output from its normed input, before the norm on it where there is one."""
+        return self.mlp_parts(normed, rules) if rules.of_mlps else self.mlp(normed)
+
+    def mlp_output(
+        self, normed: Float[Tensor, "... pos d_model"], rules: BackwardRules = NATIVE
+    ) -> Float[Tensor, "... pos d_model"]:
         """The MLP's write to the stream from its normed input."""
-        out = self.mlp(normed)
-        return out if self.mlp_post_norm is None else self.mlp_post_norm(out)
+        out = self.mlp_write(normed, rules)
+        return out if self.mlp_post_norm is None else self.mlp_post_norm(out, rules)
+
+
+def _head_norm(norm: Callable[[Tensor], Tensor] | None, parts: Norm | None, x: Tensor, rules: BackwardRules) -> Tensor:
+    """Queries or keys after the norm they may have, by the model's own module unless its derivative is to change."""
+    if norm is None:
+        return x
+    if not rules.freeze_norms:
+        return norm(x)
+    if parts is None:
+        raise ModelError(
+            "the norm on queries and keys is of no form whose scale can be frozen: use a method with native gradients"
+        )
+    return parts(x, rules)
 
 
 def _rotate(

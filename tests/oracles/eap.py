@@ -51,6 +51,8 @@ class Layer:
     window: int | None  # positions visible to a sliding-window layer
     post_attention_factor: Map | None  # weight / rms of the norm on the attention output
     post_mlp: Map  # norm on the MLP output
+    value_norm: Map = lambda v: v  # on [B, P, J, E]
+    softmax: Map = lambda scores: scores.softmax(dim=-1)
 
 
 @dataclass
@@ -540,7 +542,7 @@ def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     hidden = age < 0
     if layer.window is not None:
         hidden = hidden | (age >= layer.window)
-    pattern = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    pattern = layer.softmax(scores.masked_fill(hidden, float("-inf")))
     return torch.einsum("bhij,bjhe->bihe", pattern, v)
 
 
@@ -548,7 +550,7 @@ def head_contributions(layer: Layer, q_in: Tensor, k_in: Tensor, v_in: Tensor) -
     """What each head adds to the residual stream, from the copies its q, k and v read: [B, P, H, D]."""
     q = layer.rotate(layer.query_norm(project(layer.pre_attention(q_in), layer.w_q, layer.b_q)))
     k = layer.rotate(layer.key_norm(project(layer.pre_attention(k_in), layer.w_k, layer.b_k)))
-    v = project(layer.pre_attention(v_in), layer.w_v, layer.b_v)
+    v = layer.value_norm(project(layer.pre_attention(v_in), layer.w_v, layer.b_v))
     heads = torch.einsum("bphe,hed->bphd", attend(layer, q, k, v), layer.w_o)
     if layer.post_attention_factor is not None:
         heads = heads * layer.post_attention_factor(heads.sum(dim=2)).unsqueeze(2)
@@ -652,15 +654,17 @@ def oracle_edge_scores(
     ungrouped: bool = False,
     metric: str = "logit_difference",
     all_positions: bool = True,
+    decoder: Decoder | None = None,
 ) -> Tensor:
     """EAP-IG edge scores [U, V] (Hanna et al. 2024); with alphas (1.0,) these are EAP scores at the clean input.
 
     score(u -> v) is the mean over the alphas and the examples of the sum over positions and model dimensions of
     (corrupted_u - clean_u) * d(-metric) / d(input of v), the gradient taken where the input writer puts out
     corrupted + alpha * (clean - corrupted). Pairs that are no edge get 0. The published code computes logits at
-    every position; `all_positions=False` computes them at `last` only, with the same scores.
+    every position; `all_positions=False` computes them at `last` only, with the same scores. `decoder` is the model with
+    other backward passes (`oracles.rules`).
     """
-    decoder = read_decoder(hf_model)
+    decoder = decoder or read_decoder(hf_model)
     logits_at = None if all_positions else last
     with torch.no_grad():
         _, corrupted = run(decoder, decoder.embed(corrupted_tokens), ungrouped, logits_at)
