@@ -1,6 +1,16 @@
 """Loading any model TransformerLens boots, and the models that need no hub."""
 
+from kc_lib.models.handwired import HAND_WIRED, HandWired, hand_wired
 from kc_lib.models.load import EMBEDDED, load_model, model_hash, model_name
 from kc_lib.models.smollm2 import cached_smollm2
 
-__all__ = ["EMBEDDED", "cached_smollm2", "load_model", "model_hash", "model_name"]
+__all__ = [
+    "EMBEDDED",
+    "HAND_WIRED",
+    "HandWired",
+    "cached_smollm2",
+    "hand_wired",
+    "load_model",
+    "model_hash",
+    "model_name",
+]
