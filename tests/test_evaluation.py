@@ -25,7 +25,7 @@ from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.writers import ablation
 from kc_lib.methods.attribution import EdgeScores, attribute_edges
-from kc_lib.methods.selection import select
+from kc_lib.methods.selection import profile_null, random_circuit, select
 from kc_lib.metrics import METRICS
 from kc_lib.tasks import TokenPair, make_batch
 from kc_lib.wiring import wiring_of
@@ -150,6 +150,46 @@ def test_circuits_by_size(scores: EdgeScores) -> None:
     assert SHARES == (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+def test_several_rankings_in_one_evaluation(scores: EdgeScores) -> None:
+    circuits = circuits_by_size(scores, shares=(0.3, 1.0), n_random=1)
+    circuits |= circuits_by_size(scores, "signed", shares=(0.3, 1.0), n_random=1, label="ig signed")
+    assert list(circuits) == [
+        "top 0.3",
+        "top 1",
+        "random 0.3 #1",
+        "ig signed 0.3",
+        "ig signed 1",
+        "ig signed random 0.3 #1",
+    ]
+    assert torch.equal(circuits["ig signed 0.3"].mask, select(scores, "signed", 0.3, fill=False).mask)
+    assert circuits["ig signed random 0.3 #1"].n_edges == circuits["ig signed 0.3"].n_edges
+
+
+def test_nulls_of_both_kinds(circuit: Circuit) -> None:
+    connected, profile = random_nulls(circuit, 3, seed=5), random_nulls(circuit, 2, seed=5, kind="profile")
+    assert list(connected) == ["null #1", "null #2", "null #3"]
+    assert list(profile) == ["profile null #1", "profile null #2"]
+    for draw, null in enumerate(connected.values()):
+        assert torch.equal(null.mask, random_circuit(circuit.graph, circuit.n_edges, 5 + draw).mask)
+    for draw, null in enumerate(profile.values()):
+        assert torch.equal(null.mask, profile_null(circuit, 5 + draw).mask)
+    with pytest.raises(MethodError, match="unknown kind of null 'easy'"):
+        random_nulls(circuit, 1, kind="easy")
+
+
+def test_both_kinds_of_null_are_named_apart(small_model: SmallModel, circuit: Circuit) -> None:
+    nulls = random_nulls(circuit, 3) | random_nulls(circuit, 2, kind="profile")
+    found = evaluate_circuits(small_model("llama"), {"circuit": circuit} | nulls, {"held_out": HELD_OUT})
+    own = found.row("circuit", "held_out")["faithfulness"]
+    figures, text = headline(found, circuit, "held_out"), conclusion(found, circuit, "held_out")
+    for key, kind, n in (("random circuits", "null", 3), ("heads shuffled within layers", "profile null", 2)):
+        drawn = [found.row(f"{kind} #{i + 1}", "held_out")["faithfulness"] for i in range(n)]
+        assert figures[f"faithfulness, {key}"].startswith(f"{np.mean(drawn) + 0.0:.3f} (")
+        assert f"n = {n})" in figures[f"faithfulness, {key}"]
+        p = (1 + sum(null >= own for null in drawn)) / (1 + n)
+        assert f"{max(drawn):.2f} at most (p = {p:.2f}, {n} draws)" in text
+
+
 def test_what_is_said_holds_the_numbers(evaluation: Evaluation, circuit: Circuit) -> None:
     row = evaluation.row("circuit", "held_out")
     nulls = [evaluation.row(f"null #{i}", "held_out")["faithfulness"] for i in (1, 2, 3, 4)]
@@ -174,7 +214,9 @@ def test_what_is_said_holds_the_numbers(evaluation: Evaluation, circuit: Circuit
 def test_without_nulls_it_says_so(small_model: SmallModel, circuit: Circuit) -> None:
     found = evaluate_circuits(small_model("llama"), {"circuit": circuit}, SPLITS)
     assert "No random circuits" in conclusion(found, circuit, "held_out")
-    assert headline(found, circuit, "held_out")["faithfulness, random circuits"] == "none drawn"
+    figures = headline(found, circuit, "held_out")
+    assert figures["faithfulness, random circuits"] == "none drawn"
+    assert len(figures) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph, edge_frame
-from kc_lib.methods.attribution import EdgeScores
-from kc_lib.methods.selection import number_of_edges, random_circuit, select, top_edges
+from kc_lib.methods.scores import EdgeScores, FactScores
+from kc_lib.methods.selection import (
+    number_of_edges,
+    profile_null,
+    random_circuit,
+    select,
+    select_bootstrap,
+    top_edges,
+)
 
 TINY = Graph(1, 1, 1, 4)  # input, a0.h0, m0; edges into q, k, v: 1 each, m0: 2, logits: 3
 GRAPHS = [Graph(2, 4, 2, 8), Graph(2, 4, 2, 8, grouped=False), Graph(3, 2, 2, 8, parallel=True)]
@@ -168,6 +179,7 @@ def test_sizes_are_numbers_or_shares() -> None:
         ({"size": float("nan")}, "size nan"),
         ({"size": float("inf")}, "size inf"),
         ({"selection": "best"}, "unknown selection 'best'"),
+        ({"selection": "bootstrap"}, "scores of each fact: select_bootstrap"),
         ({"selection": "threshold"}, "needs a threshold"),
         ({"selection": "threshold", "threshold": -1.0}, "needs a threshold"),
         ({"selection": "threshold", "threshold": float("nan")}, "needs a threshold"),
@@ -194,3 +206,164 @@ def test_random_circuits_from_no_edge_to_all() -> None:
     assert random_circuit(graph, 0, 0).n_edges == 0
     assert random_circuit(graph, 1, 0).n_edges == 1
     assert random_circuit(graph, graph.n_edges, 0).n_edges == graph.n_edges
+
+
+# --- the circuit with its heads exchanged ------------------------------------------------------------------------
+
+PROFILED = [*GRAPHS, Graph(3, 4, 1, 8), Graph(2, 6, 3, 8, parallel=True), Graph(2, 3, 3, 8)]
+
+
+def cells(graph: Graph, mask: Tensor) -> dict[tuple[str, str], int]:
+    """How many edges run from each layer and type of writer to each layer and type of reader."""
+    counts: dict[tuple[str, str], int] = {}
+    for name in names(graph, mask):
+        writer, reader = name.split("->")
+        kind = reader.split("<")[1] if "<" in reader else ""
+        cell = (writer.split(".")[0], f"{reader.split('.')[0]}<{kind}")
+        counts[cell] = counts.get(cell, 0) + 1
+    return counts
+
+
+def renamed(graph: Graph, name: str, heads: dict[int, list[int]]) -> str:
+    """An edge after layer l's head i moved to place heads[l][i]; a shared key or value reader goes with its group."""
+
+    def moved(node: str) -> str:
+        if not node.startswith("a"):
+            return node
+        layer, head, kind = int(node[1:].split(".")[0]), int(node.split(".h")[1].split("<")[0]), node.partition("<")[1:]
+        group = graph.n_heads // graph.n_kv_readers if node[-3:] in ("<k>", "<v>") else 1
+        return f"a{layer}.h{heads[layer][head * group] // group}{''.join(kind)}"
+
+    writer, reader = name.split("->")
+    return f"{moved(writer)}->{moved(reader)}"
+
+
+@pytest.mark.parametrize("graph", PROFILED, ids=str)
+def test_a_profile_null_keeps_the_profile_and_all_connections(graph: Graph) -> None:
+    changed = 0
+    for seed in range(6):
+        circuit = random_circuit(graph, graph.n_edges // 6, seed)
+        null = profile_null(circuit, seed)
+        assert null.n_edges == circuit.n_edges
+        assert cells(graph, null.mask) == cells(graph, circuit.mask)
+        assert torch.equal(graph.prune(null.mask), null.mask)
+        assert sorted(null.mask.sum(0).tolist()) == sorted(circuit.mask.sum(0).tolist())
+        assert sorted(null.mask.sum(1).tolist()) == sorted(circuit.mask.sum(1).tolist())
+        fixed = [i for i, name in enumerate(graph.writers) if not name.startswith("a")]
+        kept = [i for i, reader in enumerate(graph.readers) if reader.kind in ("mlp", "logits")]
+        assert torch.equal(null.mask[fixed][:, kept], circuit.mask[fixed][:, kept])
+        assert torch.equal(profile_null(circuit, seed).mask, null.mask)
+        changed += not torch.equal(null.mask, circuit.mask)
+    assert changed >= 4
+
+
+def orders(graph: Graph) -> list[list[int]]:
+    """All places a layer's heads may take: any, as long as heads that share a key go on sharing one."""
+    group = graph.n_heads // graph.n_kv_readers
+    return [
+        list(order)
+        for order in itertools.permutations(range(graph.n_heads))
+        if all(order[i] // group == order[j] // group for i in range(graph.n_heads) for j in range(i // group * group, i))
+    ]
+
+
+@pytest.mark.parametrize(("graph", "n_orders"), [(Graph(2, 4, 2, 8), 8), (Graph(2, 4, 2, 8, grouped=False), 24)], ids=str)
+def test_profile_nulls_are_all_exchanges_of_heads_and_no_others(graph: Graph, n_orders: int) -> None:
+    circuit = random_circuit(graph, 60, 0)
+    allowed = orders(graph)
+    assert len(allowed) == n_orders
+    exchanged = {
+        frozenset(renamed(graph, name, {0: first, 1: second}) for name in names(graph, circuit.mask)): (i, j)
+        for i, first in enumerate(allowed)
+        for j, second in enumerate(allowed)
+    }
+    assert len(exchanged) == n_orders**2  # no two exchanges give the same circuit
+    drawn = [exchanged[frozenset(names(graph, profile_null(circuit, seed).mask))] for seed in range(200)]
+    assert {i for i, _ in drawn} == {j for _, j in drawn} == set(range(n_orders))
+
+
+# --- edges that differ from zero ---------------------------------------------------------------------------------
+
+
+def drawn_facts(graph: Graph, n: int, seed: int = 0) -> FactScores:
+    generator = torch.Generator().manual_seed(seed)
+    effect = 2 * torch.randn(graph.edges.shape, generator=generator).clamp(min=0.0)  # every other edge has none
+    scores = (effect + torch.randn(n, *graph.edges.shape, generator=generator)) * graph.edges
+    return FactScores(graph, scores, {"method": "eap", "n_pairs": n})
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_bootstrap_selection_by_hand(graph: Graph, confidence: float) -> None:
+    facts = drawn_facts(graph, 15)
+    generator = np.random.default_rng(3)
+    means = []
+    for _ in range(10):
+        drawn = generator.integers(0, 15, 15)
+        means.append(torch.stack([facts.scores[fact] for fact in drawn]).mean(0))
+    mask = torch.zeros_like(graph.edges)
+    for row, column in graph.edges.nonzero().tolist():
+        resampled = [mean[row, column].item() for mean in means]
+        error = np.std(resampled, ddof=1)
+        low, high = scipy.stats.t.interval(confidence, 9, facts.scores[:, row, column].mean().item(), error)
+        mask[row, column] = bool(low > 0 or high < 0)
+    found = select_bootstrap(facts, seed=3, confidence=confidence)
+    assert torch.equal(found.mask, graph.prune(mask))
+    assert 0 < found.n_edges < graph.n_edges
+    assert torch.equal(found.scores, facts.mean().scores)
+    assert found.provenance == {
+        "method": "eap",
+        "n_pairs": 15,
+        "selection": "bootstrap",
+        "size": None,
+        "confidence": confidence,
+        "n_resamples": 10,
+        "seed": 3,
+    }
+
+
+def test_many_resamples_are_the_standard_error() -> None:
+    facts = drawn_facts(GRAPHS[0], 30)
+    error = facts.scores.std(0, correction=0) / 30**0.5
+    ratio = facts.mean().scores.abs() / error.clamp(min=1e-9)
+    found = select_bootstrap(facts, n_resamples=4000)
+    clear = GRAPHS[0].edges & ((ratio < 1.85) | (ratio > 2.1))
+    expected = GRAPHS[0].prune(GRAPHS[0].edges & (ratio > 1.96))
+    assert (found.mask == expected)[clear].float().mean() > 0.97
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
+def test_the_strongest_of_the_edges_that_pass(graph: Graph) -> None:
+    facts = drawn_facts(graph, 15)
+    passing = select_bootstrap(facts, seed=1)
+    strongest = EdgeScores(graph, facts.mean().scores * passing.mask)
+    for size in (10, 25, 0.1, 1.0, passing.n_edges):
+        found = select_bootstrap(facts, seed=1, size=size)
+        n = number_of_edges(graph, size)
+        circuits = [select(strongest, size=k, fill=False).mask & passing.mask for k in range(1, passing.n_edges + 1)]
+        sizes = [int(graph.prune(mask).sum()) for mask in circuits]
+        assert found.n_edges == max(size for size in sizes if size <= n)
+        assert not (found.mask & ~passing.mask).any()
+        assert torch.equal(graph.prune(found.mask), found.mask)
+        assert torch.equal(found.mask, passing.mask) == (n >= passing.n_edges)
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "message"),
+    [
+        ({}, 1, "at least 2 facts"),
+        ({"n_resamples": 1}, 5, "at least 2 facts and 2 resamples"),
+        ({"confidence": 1.0}, 5, "confidence is 1.0"),
+        ({"confidence": 95}, 5, "confidence is 95"),
+        ({"size": -3}, 5, "size -3"),
+        ({"size": 10**6}, 5, "the graph has"),
+        ({"size": 1}, 5, "no path from input to logits"),
+        ({"confidence": 1 - 1e-12}, 3, "give more facts or a lower confidence"),
+    ],
+)
+def test_bootstrap_selections_that_cannot_be(options: dict, n: int, message: str) -> None:
+    facts = drawn_facts(GRAPHS[0], n)
+    if options.get("size") == 1:  # then one edge is no path
+        facts.scores[:, 0, -1] = 0.0
+    with pytest.raises(MethodError, match=message):
+        select_bootstrap(facts, **options)
