@@ -1,0 +1,26 @@
+"""Figures of circuits, scores and evaluations: each function takes results and returns a plotly figure.
+
+Positive scores are blue (ablating the edge hurts), negative ones vermillion (ablating it helps): colours of Okabe and
+Ito's, which colour-blind readers can tell apart. Under grouped queries an edge into a key or value reader that
+several heads share is drawn into, and counted for, each of those heads that writes in the circuit.
+"""
+
+from kc_lib.figures.circuits import circuit_graph, top_edges_table, top_nodes_table
+from kc_lib.figures.evaluation import PANELS, comparison_bars, faithfulness_figure
+from kc_lib.figures.scores import score_distribution
+from kc_lib.figures.style import DARK, NEGATIVE, NEUTRAL, POSITIVE, TEMPLATE
+
+__all__ = [
+    "DARK",
+    "NEGATIVE",
+    "NEUTRAL",
+    "PANELS",
+    "POSITIVE",
+    "TEMPLATE",
+    "circuit_graph",
+    "comparison_bars",
+    "faithfulness_figure",
+    "score_distribution",
+    "top_edges_table",
+    "top_nodes_table",
+]
