@@ -7,6 +7,7 @@ their groups once, so that every block is a slice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kc_lib.tasks.batches import Batch
+from kc_lib.tasks.batches import Batch, TokenPair
+
+POSITION_GROUPS = ("subject", "relation", "last", "other")
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,15 @@ def by_example(batch: Batch) -> Groups:
     """Each example by itself."""
     rows = torch.arange(len(batch), device=batch.clean.device)
     return Groups(rows[:, None].expand_as(batch.clean), len(batch))
+
+
+def by_position(batch: Batch, pairs: Sequence[TokenPair]) -> Groups:
+    """Positions by what they hold, in the order of ``POSITION_GROUPS``; ``pairs`` are those of the batch.
+
+    A position that predicts a token of the answer is "last", whatever else it is, and a subject's is no relation's.
+    """
+    number = torch.full_like(batch.clean, POSITION_GROUPS.index("other"))
+    for row, pair in zip(number, pairs, strict=True):
+        for name in ("relation", "subject"):
+            row[list(pair.positions.get(name, ()))] = POSITION_GROUPS.index(name)
+    return Groups(number.scatter(1, batch.answer_positions, POSITION_GROUPS.index("last")), len(POSITION_GROUPS))
