@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kc_lib.errors import MethodError
@@ -83,6 +86,20 @@ class FactScores:
         weights = counts.to(self.scores) / len(chosen)
         provenance = {**self.provenance} if facts is None else {**self.provenance, "facts": [int(fact) for fact in facts]}
         return EdgeScores(self.graph, torch.einsum("f,fwr->wr", weights, self.scores), provenance)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the scores as safetensors; graph and provenance go into the file's metadata."""
+        about = {"graph": json.dumps(asdict(self.graph)), "provenance": json.dumps(dict(self.provenance), default=str)}
+        save_file({"scores": self.scores.contiguous()}, path, about)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FactScores:
+        """Read what ``save`` wrote."""
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            scores = file.get_tensor("scores")
+        return cls(Graph(**json.loads(about["graph"])), scores, json.loads(about["provenance"]))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Facts and tasks as clean/corrupted token pairs with named positions."""
 
 from kc_lib.tasks.batches import Batch, TokenPair, batches, make_batch
-from kc_lib.tasks.relations import Fact, Relation, load_relation, relation_files
+from kc_lib.tasks.relations import Fact, Relation, load_relation, relation_files, relation_templates
 from kc_lib.tasks.task import GENERATED, Task, load_task
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
@@ -18,5 +18,6 @@ __all__ = [
     "load_task",
     "make_batch",
     "relation_files",
+    "relation_templates",
     "tokenizer_of",
 ]

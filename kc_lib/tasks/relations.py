@@ -69,6 +69,12 @@ def relation_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted((DATA / "relations").glob("*/*.json"))}
 
 
+def relation_templates(name_or_path: str) -> tuple[str, ...]:
+    """The sentences of a relation in the order of ``load_task``'s ``template``; none for a task that is no relation."""
+    is_relation = name_or_path in relation_files() or Path(name_or_path).suffix == ".json"
+    return load_relation(name_or_path).templates if is_relation else ()
+
+
 def load_relation(name_or_path: str | Path) -> Relation:
     """A relation of the project's by name, or any file in the LRE format, checked row by row.
 
