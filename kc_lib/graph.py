@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kc_lib.errors import GraphError
+from kc_lib.errors import GraphError, first_line
+
+MAX_HEADS = 20_000  # over all layers; what a file claims beyond it is no model, and its graph would not fit in memory
+JSON_NAMES = {dict: "an object", list: "a list", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -245,48 +248,31 @@ class Circuit:
         """Read EAP-IG / MIB json, ours or foreign; with ``graph``, refuse a circuit of another model.
 
         Raises:
-            GraphError: no such file, not such a file, unknown nodes, edges against the flow, or another model's graph.
+            GraphError: no such file, not such a file (down to a score that is no number or an ``in_graph`` that is no
+                boolean), unknown nodes, edges against the flow, left-out neurons, or another model's graph.
         """
         try:
-            document = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise GraphError(f"{path}: cannot be read as a circuit ({error})") from error
-        try:
-            cfg, edges = document["cfg"], document["edges"]
-            file_graph = Graph(
-                n_layers=int(cfg["n_layers"]),
-                n_heads=int(cfg["n_heads"]),
-                # foreign files do not say how many key-value heads there are
-                n_kv_heads=int(cfg.get("n_key_value_heads", graph.n_kv_heads if graph else cfg["n_heads"])),
-                d_model=int(cfg["d_model"]),
-                parallel=bool(cfg["parallel_attn_mlp"]),
-                grouped=False,
-            )
-            rows = [(str(name), bool(edge["in_graph"]), float(edge["score"])) for name, edge in edges.items()]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise GraphError(
-                f"{path}: no circuit in EAP-IG's json format (cfg, nodes, edges with score and in_graph): {error!r}"
-            ) from error
-        if file_graph.n_kv_heads < 1 or file_graph.n_heads % file_graph.n_kv_heads:
-            raise GraphError(
-                f"{path}: {file_graph.n_heads} heads cannot share {file_graph.n_kv_heads} key-value heads; see cfg"
-            )
-        if graph is not None and file_graph != replace(graph, grouped=False):
-            raise GraphError(f"{path}: is a circuit of another model ({file_graph}), not of this one ({graph})")
-        mask = torch.zeros_like(file_graph.edges)
-        scores = torch.zeros(mask.shape, dtype=torch.float64)
-        for name, in_graph, score in rows:
-            try:
-                u, v = file_graph.edge_positions(name)
-            except GraphError as error:
-                raise GraphError(f"{path}: {error}") from error
-            mask[u, v], scores[u, v] = in_graph, score if math.isfinite(score) else 0.0
-        if cfg.get("grouped", False):
+            document = _read_json(path)
+            cfg, file_graph = _read_cfg(document, graph)
+            if graph is not None and file_graph != replace(graph, grouped=False):
+                raise GraphError(
+                    f"is a circuit of another model ({file_graph}), not of this one ({graph}): load that model, or give a "
+                    "circuit of this one"
+                )
+            _check_nodes(document, file_graph)
+            mask = torch.zeros_like(file_graph.edges)
+            scores = torch.zeros(mask.shape, dtype=torch.float64)
+            for (u, v), in_graph, score in _read_edges(document, file_graph):
+                mask[u, v], scores[u, v] = in_graph, score if math.isfinite(score) else 0.0
+            provenance = _value({"provenance": {}} | document, "provenance", dict, "the file")
+        except GraphError as error:
+            raise GraphError(f"{path}: {error}") from error
+        if cfg["grouped"]:
             file_graph = replace(file_graph, grouped=True)
             merge = _group_spread(file_graph).T
             mask, scores = (mask.float() @ merge) > 0, scores @ merge.double()
-        kept = scores.float() if cfg.get("scored", True) else None
-        return cls(file_graph, mask, kept, document.get("provenance", {}))
+        kept = scores.float() if cfg["scored"] else None
+        return cls(file_graph, mask, kept, provenance)
 
 
 def edge_frame(
@@ -319,3 +305,81 @@ def _group_spread(graph: Graph) -> Float[Tensor, "reader ungrouped_reader"]:
             name = f"a{reader.layer}.h{reader.index // group}<{reader.kind}>"
         spread[graph.reader_index[name], column] = 1.0
     return spread
+
+
+def _malformed(what: str) -> GraphError:
+    return GraphError(
+        f"no circuit in EAP-IG's json format: {what}; give a json file that Circuit.save or EAP-IG's Graph.to_json wrote"
+    )
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GraphError(f"cannot be read ({first_line(error)}); check the path") from error
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, or a number too long
+        raise _malformed(f"it is not JSON ({first_line(error)})") from error
+    if not isinstance(document, dict):
+        raise _malformed(f"it is {_shown(document)}, not an object")
+    return document
+
+
+def _read_cfg(document: dict[str, Any], graph: Graph | None) -> tuple[dict[str, bool], Graph]:
+    """Whether the file is grouped and scored, and its graph (ungrouped)."""
+    cfg = _value(document, "cfg", dict, "the file")
+    sizes = {name: _value(cfg, name, int, "cfg") for name in ("n_layers", "n_heads", "d_model")}
+    # foreign files do not say how many key-value heads there are
+    shared = graph.n_kv_heads if graph is not None and graph.n_heads == sizes["n_heads"] else sizes["n_heads"]
+    cfg = {"n_key_value_heads": shared, "grouped": False, "scored": True} | cfg
+    n_kv_heads, parallel = _value(cfg, "n_key_value_heads", int, "cfg"), _value(cfg, "parallel_attn_mlp", bool, "cfg")
+    if min(sizes.values()) < 1 or sizes["n_layers"] * sizes["n_heads"] > MAX_HEADS:
+        raise _malformed(f"cfg is of no model: {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+    if n_kv_heads < 1 or sizes["n_heads"] % n_kv_heads:
+        raise _malformed(f"{sizes['n_heads']} heads cannot share {n_kv_heads} key-value heads; see cfg")
+    flags = {name: _value(cfg, name, bool, "cfg") for name in ("grouped", "scored")}
+    return flags, Graph(**sizes, n_kv_heads=n_kv_heads, parallel=parallel, grouped=False)
+
+
+def _check_nodes(document: dict[str, Any], graph: Graph) -> None:
+    """Nodes are those of the graph, in it or not, and whole: ``true`` (early files) or an object with ``in_graph``."""
+    for name, node in _value({"nodes": {}} | document, "nodes", dict, "the file").items():
+        if name != "logits" and name not in graph.writer_index:
+            raise GraphError(f"node {name!r} of the section nodes is none of a model with its cfg: load the circuit's model")
+        if type(node) is bool:
+            continue
+        inside = _value(node, "in_graph", bool, f"node {name!r}")
+        if inside and not all(_value({"neurons": []} | node, "neurons", list, f"node {name!r}")):
+            raise GraphError(f"node {name!r} lacks some of its neurons, which no edges can say: give a circuit of edges")
+
+
+def _read_edges(document: dict[str, Any], graph: Graph) -> Iterator[tuple[tuple[int, int], bool, float]]:
+    """Position, ``in_graph`` and score of every edge."""
+    edges = _value(document, "edges", dict, "the file")
+    if not edges:
+        raise _malformed("it lists no edges")
+    for name, edge in edges.items():
+        in_graph, score = (_value(edge, key, kind, f"edge {name!r}") for key, kind in (("in_graph", bool), ("score", float)))
+        try:
+            yield graph.edge_positions(name), in_graph, float(score)
+        except OverflowError:
+            raise _malformed(f"the score of edge {name!r} is {_shown(score)}, too large") from None
+        except GraphError as error:
+            raise GraphError(f"{error}; correct the file, or its cfg") from error
+
+
+def _value(mapping: Any, key: str, kind: type, where: str) -> Any:
+    """The value of a key, exactly of that kind (a float may be written as a whole number; True is no number)."""
+    if not isinstance(mapping, dict):
+        raise _malformed(f"{where} is {_shown(mapping)}, not an object")
+    if key not in mapping:
+        raise _malformed(f"{where} has no {key!r}")
+    value = mapping[key]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise _malformed(f"{key!r} of {where} is {_shown(value)}, not {JSON_NAMES[kind]}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

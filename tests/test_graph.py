@@ -238,38 +238,101 @@ def test_a_foreign_file_is_read(tmp_path: Path) -> None:
 EDGE = {"score": 1.0, "in_graph": True}
 
 
+def with_cfg(**changes: object) -> dict:
+    return foreign(cfg=foreign()["cfg"] | changes)
+
+
+def with_edge(name: str = "input->m0", **changes: object) -> dict:
+    return foreign(edges=foreign()["edges"] | {name: EDGE | changes})
+
+
+def without(document: dict, key: str) -> dict:
+    return {name: value for name, value in document.items() if name != key}
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        "{not json",
-        "[]",
-        "3",
-        json.dumps({"edges": {}}),
-        json.dumps(foreign(cfg={"n_layers": 1})),
-        json.dumps(foreign(cfg=None)),
-        json.dumps(foreign(edges=["input->m0"])),
-        json.dumps(foreign(edges={"input->m0": 1.0})),
-        json.dumps(foreign(edges={"input->m0": {"score": "high", "in_graph": True}})),
-        json.dumps(foreign(edges={"input->m0": {"score": None, "in_graph": True}})),
-        json.dumps(foreign(edges={"input->m7": EDGE})),
-        json.dumps(foreign(edges={"a5.h0->logits": EDGE})),
-        json.dumps(foreign(edges={"m0->a0.h0<q>": EDGE})),
-        json.dumps(foreign(edges={"m0": EDGE})),
-        json.dumps(foreign(cfg=foreign()["cfg"] | {"n_layers": "many"})),
-        json.dumps(foreign(cfg=foreign()["cfg"] | {"n_heads": 0})),
-        json.dumps(foreign(cfg=foreign()["cfg"] | {"n_layers": -1})),
-        json.dumps(foreign(cfg=foreign()["cfg"] | {"n_heads": 4, "n_key_value_heads": 0, "grouped": True})),
-        json.dumps(foreign(cfg=foreign()["cfg"] | {"n_heads": 4, "n_key_value_heads": 3, "grouped": True})),
-        b"\xff\xfe\x00",
+        ("{not json", "it is not JSON"),
+        ("", "it is not JSON"),
+        ("[" * 100_000, "it is not JSON"),
+        (b"\xff\xfe\x00", "it is not JSON"),
+        (b"PK\x03\x04\x00\x00\x08\x08circuit/data.pkl\x80\x02}q\x00", "it is not JSON"),  # a .pt file
+        ("[]", r"it is \[\], not an object"),
+        (json.dumps([foreign()]), "not an object"),
+        ("3", "it is 3, not an object"),
+        ("null", "it is null, not an object"),
+        ({"edges": {}}, "the file has no 'cfg'"),
+        (without(foreign(), "edges"), "the file has no 'edges'"),
+        (foreign(cfg={"n_layers": 1}), "cfg has no 'n_heads'"),
+        (foreign(cfg=None), "'cfg' of the file is null, not an object"),
+        (with_cfg(n_layers="many"), "'n_layers' of cfg is \"many\", not a whole number"),
+        (with_cfg(n_layers=1.5), "'n_layers' of cfg is 1.5, not a whole number"),
+        (with_cfg(n_layers=True), "'n_layers' of cfg is true, not a whole number"),
+        (with_cfg(n_heads=0), "cfg is of no model: n_layers 1, n_heads 0"),
+        (with_cfg(n_layers=-1), "cfg is of no model"),
+        (with_cfg(d_model=0), "cfg is of no model"),
+        (with_cfg(n_layers=10**9), "cfg is of no model"),  # no attempt to build its graph
+        (with_cfg(parallel_attn_mlp="false"), "'parallel_attn_mlp' of cfg is \"false\", not true or false"),
+        (with_cfg(grouped="false"), "'grouped' of cfg is \"false\", not true or false"),
+        (with_cfg(scored=0), "'scored' of cfg is 0, not true or false"),
+        (with_cfg(n_heads=4, n_key_value_heads=0, grouped=True), "4 heads cannot share 0 key-value heads"),
+        (with_cfg(n_heads=4, n_key_value_heads=3, grouped=True), "4 heads cannot share 3 key-value heads"),
+        (foreign(edges={}), "it lists no edges"),
+        (foreign(edges=["input->m0"]), "'edges' of the file is .*, not an object"),
+        (foreign(edges={"input->m0": 1.0}), "edge 'input->m0' is 1.0, not an object"),
+        (foreign(edges={"input->m0": {"score": 1.0}}), "edge 'input->m0' has no 'in_graph'"),
+        (foreign(edges={"input->m0": {"in_graph": True}}), "edge 'input->m0' has no 'score'"),
+        (with_edge(in_graph="false"), "'in_graph' of edge 'input->m0' is \"false\", not true or false"),
+        (with_edge(in_graph=1), "'in_graph' of edge 'input->m0' is 1, not true or false"),
+        (with_edge(in_graph=None), "'in_graph' of edge 'input->m0' is null, not true or false"),
+        (with_edge(score="high"), "'score' of edge 'input->m0' is \"high\", not a number"),
+        (with_edge(score="1.0"), "'score' of edge 'input->m0' is \"1.0\", not a number"),
+        (with_edge(score=None), "'score' of edge 'input->m0' is null, not a number"),
+        (with_edge(score=True), "'score' of edge 'input->m0' is true, not a number"),
+        (with_edge(score=[1.0]), r"'score' of edge 'input->m0' is \[1.0\], not a number"),
+        (with_edge(score=10**400), "score of edge 'input->m0' is 1000.*, too large"),
+        (with_edge("input->m7"), "edge 'input->m7': the graph has no 'm7'"),
+        (with_edge("a5.h0->logits"), "edge 'a5.h0->logits': the graph has no 'a5.h0'"),
+        (with_edge("input->a0.h0"), "edge 'input->a0.h0': the graph has no 'a0.h0'"),
+        (with_edge("m0->a0.h0<q>"), "edge 'm0->a0.h0<q>' runs against the flow"),
+        (with_edge("m0"), "edge 'm0': the graph has no 'm0'"),
+        (foreign(nodes={"m3": {"in_graph": False}}), "node 'm3' of the section nodes is none of a model with its cfg"),
+        (foreign(nodes={"a0.h0<q>": True}), "node 'a0.h0<q>' of the section nodes"),
+        (foreign(nodes={"m0": {}}), "node 'm0' has no 'in_graph'"),
+        (foreign(nodes={"m0": {"in_graph": "no"}}), "'in_graph' of node 'm0' is \"no\", not true or false"),
+        (foreign(nodes={"m0": "yes"}), "node 'm0' is \"yes\", not an object"),
+        (foreign(nodes=["m0"]), "'nodes' of the file is .*, not an object"),
+        (foreign(nodes={"m0": {"in_graph": True, "neurons": [True, False]}}), "node 'm0' lacks some of its neurons"),
+        (foreign(provenance="mine"), "'provenance' of the file is \"mine\", not an object"),
     ],
 )
-def test_malformed_files_are_refused_in_one_line(tmp_path: Path, content: str | bytes) -> None:
+def test_malformed_files_are_refused_in_one_line(tmp_path: Path, content: object, message: str) -> None:
     path = tmp_path / "broken.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(GraphError) as caught:
+    text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(GraphError, match=message) as caught:
         Circuit.load(path)
-    assert "broken.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert "\n" not in said
+    assert len(said) < 400 + len(str(path))
+    assert any(remedy in said for remedy in ("; give a", ": give a", "; correct the file", ": load the circuit's model"))
+
+
+def test_foreign_files_of_all_ages_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.json"
+    whole = {"in_graph": True, "score": 0.5, "neurons": [True, True], "neurons_scores": [0.1, 0.2]}
+    left_out = {"in_graph": False, "neurons": [False, False]}
+    for nodes in ({}, {"input": True, "m0": False, "logits": True}, {"a0.h0": whole, "m0": left_out}):
+        path.write_text(json.dumps(foreign(nodes=nodes)))
+        assert Circuit.load(path).n_edges == 2
+    path.write_text(json.dumps(without(foreign(), "nodes")))
+    assert Circuit.load(path).n_edges == 2
+    path.write_text(json.dumps(with_edge(score=3)).replace("-1.0", "NaN"))
+    circuit = Circuit.load(path)
+    assert circuit.n_edges == 3
+    assert circuit.to_frame()["score"].tolist() == [3.0, 0.5, 0.0]  # what is not finite ranks last
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -285,6 +348,15 @@ def test_another_models_circuit_is_refused(tmp_path: Path, other: Graph) -> None
     with pytest.raises(GraphError, match="another model") as caught:
         Circuit.load(path, other)
     assert str(path) in str(caught.value)
+    assert "load that model" in str(caught.value)
+
+
+@pytest.mark.parametrize("other", [Graph(1, 4, 2, 4), Graph(1, 2, 2, 4), Graph(2, 1, 1, 4), Graph(1, 1, 1, 8)], ids=str)
+def test_another_models_foreign_circuit_is_refused(tmp_path: Path, other: Graph) -> None:
+    path = tmp_path / "foreign.json"
+    path.write_text(json.dumps(foreign()))
+    with pytest.raises(GraphError, match="another model"):
+        Circuit.load(path, other)
 
 
 def test_a_foreign_circuit_of_a_model_with_shared_keys_is_read(tmp_path: Path) -> None:
