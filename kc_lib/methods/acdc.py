@@ -99,7 +99,16 @@ def acdc(
         ModelError: a model whose residual stream is no sum of writers.
     """
     metric = get_metric(metric)
-    check_acdc(tau=tau, intervention=intervention, order=order, normalize=normalize, edges_at_once=edges_at_once)
+    check_acdc(
+        tau=tau,
+        metric=metric,
+        intervention=intervention,
+        order=order,
+        absolute=absolute,
+        normalize=normalize,
+        prefilter=prefilter,
+        edges_at_once=edges_at_once,
+    )
     settings = {
         "model": model_name(model),
         "method": "acdc",
@@ -166,7 +175,9 @@ def check_acdc(
     metric: str | Metric = "match_nll",
     intervention: str = "zero",
     order: str = "reverse",
+    absolute: bool = False,
     normalize: str = "answer",
+    prefilter: int | None = None,
     edges_at_once: int = 32,
 ) -> None:
     """Refuse what ``acdc`` would refuse, before a model is loaded.
@@ -184,6 +195,10 @@ def check_acdc(
     ):
         if value not in known:
             raise MethodError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+    if not isinstance(absolute, bool):
+        raise MethodError(f"absolute is {absolute!r}; it must be true or false")
+    if prefilter is not None and (isinstance(prefilter, bool) or not isinstance(prefilter, int) or prefilter < 1):
+        raise MethodError(f"prefilter is {prefilter!r}; give the number of edges that ACDC starts from")
     if edges_at_once < 1:
         raise MethodError(f"edges_at_once is {edges_at_once}; it must be at least 1")
 
@@ -282,8 +297,6 @@ def _readers_of(graph: Graph, nodes: Sequence[str]) -> set[int]:
 def _prefiltered(
     model: TransformerBridge, pairs: Sequence[TokenPair], size: int, grouped: bool, settings: dict[str, Any]
 ) -> Bool[Tensor, "writer reader"]:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise MethodError(f"prefilter is {size!r}; give the number of edges that ACDC starts from")
     shared = {key: settings[key] for key in ("metric", "intervention", "full_answer")}
     # "right" leaves out the ablated end of the path: at a zero embedding (zero ablation) a norm has no usable gradient
     scores = attribute_edges(model, pairs, "eap_ig", ig_rule="right", grouped=grouped, **shared)
