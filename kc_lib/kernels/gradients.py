@@ -45,6 +45,7 @@ class Recorded:
     projections: dict[str, Tensor]  # "q", "k", "v" -> step*batch pos head d_head
     mlp_input: Tensor
     mlp_normed: Tensor
+    mlp_write: Tensor  # before the norm on it, where there is one
 
 
 @checked
@@ -86,8 +87,7 @@ def grouped_edge_scores(
     """``edge_scores`` in parts: for each group, the sum over its positions only."""
     clean = writer_outputs(wiring, batch.clean, context)
     difference = ablation.outputs - clean
-    start = ablation.outputs[0].expand_as(clean[0])
-    path = torch.stack([start + alpha * (clean[0] - start) for alpha in alphas])
+    path = interpolated(ablation.outputs[0], clean[0], alphas)
     n_steps = len(alphas)
     with frozen(wiring.model), torch.enable_grad():
         records, final, loss = recorded_run(wiring, graph, path, batch, metric, reference, context, rules=rules)
@@ -105,6 +105,14 @@ def grouped_edge_scores(
         final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
         scores[:, :, -1:] = answer_groups.contract(answer_groups.ordered(at_answers), final_gradient)
     return scores
+
+
+def interpolated(
+    start: Float[Tensor, "#batch #pos d_model"], end: Float[Tensor, "batch pos d_model"], alphas: Sequence[float]
+) -> Float[Tensor, "step batch pos d_model"]:
+    """Points on the straight way from ``start`` (0) to ``end`` (1)."""
+    start = start.expand_as(end)
+    return torch.stack([start + alpha * (end - start) for alpha in alphas])
 
 
 def reader_gradients(
@@ -173,8 +181,9 @@ def recorded_run(
         after_attention = resid + attention.output(z, rules)
         mlp_input = resid if block.parallel else after_attention
         mlp_normed = block.mlp_norm(mlp_input, rules)
-        records.append(Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed))
-        resid = after_attention + block.mlp_output(mlp_normed, rules)
+        mlp_write = block.mlp_write(mlp_normed, rules)
+        records.append(Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed, mlp_write))
+        resid = after_attention + block.mlp_contribution(mlp_write, rules)
     final = at_positions(resid[None], (batch.answer_positions - context.start).repeat(n_steps, 1))[0]
     logits = rearrange(wiring.unembed(final, rules).float(), "(s b) a v -> s b a v", s=n_steps)
     loss = sum(metric.loss(step, batch, reference).sum() for step in logits)

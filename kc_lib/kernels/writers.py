@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -75,16 +75,22 @@ class Means:
     outputs: Float[Tensor, "writer 1 pos d_model"]
 
 
-def mean_outputs(wiring: Wiring, reference: Iterable[Batch], positional: bool = False) -> Means:
+def mean_outputs(
+    wiring: Wiring,
+    reference: Iterable[Batch],
+    positional: bool = False,
+    outputs_of: Callable[..., Tensor] = writer_outputs,
+) -> Means:
     """Mean contribution of each writer over the clean prompts of a reference set, pads left out.
 
     ``positional`` averages each position (counted from the left) on its own. EAP-IG's non-positional mean averages
     across nodes and reads the last token only (known fault); this is the mean over examples and positions, per node.
+    ``outputs_of`` gives what else is to be averaged, neurons say, from wiring and tokens.
     """
     total: Tensor | None = None
     count: Tensor | None = None
     for batch in reference:
-        outputs = writer_outputs(wiring, batch.clean)
+        outputs = outputs_of(wiring, batch.clean)
         n_pos = outputs.shape[2]
         real = torch.arange(n_pos, device=outputs.device) < batch.lengths[:, None]
         summed = (outputs * real[:, :, None]).sum(1, keepdim=True)
@@ -103,7 +109,14 @@ def mean_outputs(wiring: Wiring, reference: Iterable[Batch], positional: bool = 
     return Means(total.sum(2, keepdim=True) / count.sum())
 
 
-def ablation(wiring: Wiring, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY) -> Ablation:
+def ablation(
+    wiring: Wiring,
+    kind: str,
+    batch: Batch,
+    means: Means | None = None,
+    context: Context = EMPTY,
+    outputs_of: Callable[..., Tensor] = writer_outputs,
+) -> Ablation:
     """The ablated values for one batch: the corrupted prompts' outputs, zeros, or means of a reference set.
 
     Under "zero" the components' outputs are zeroed and the attention biases, which belong to no writer, are kept.
@@ -112,7 +125,7 @@ def ablation(wiring: Wiring, kind: str, batch: Batch, means: Means | None = None
         MethodError: an unknown kind, or a mean without its reference or too short for this batch.
     """
     if kind == "patching":
-        return Ablation(kind, writer_outputs(wiring, batch.corrupted, context))
+        return Ablation(kind, outputs_of(wiring, batch.corrupted, context))
     if kind == "zero":
         return Ablation(kind, wiring.W_U.new_zeros(wiring.n_writers, 1, 1, wiring.W_U.shape[0]))
     if kind not in INTERVENTIONS:

@@ -87,13 +87,21 @@ class Wiring:
     ) -> Float[Tensor, "batch pos d_model"]:
         """The stream after a block, from the stream before it; ``past`` as in ``Attention.attend``."""
         block = self.blocks[layer]
-        attention = block.attention
-        x = attention.norm(resid)
-        q, k, v = (attention.project(kind, x) for kind in "qkv")
-        z = attention.attend(q, k, v, past)
-        after_attention = resid + attention.output(z)
+        after_attention = self.run_attention(layer, resid, past)
         mlp_input = resid if block.parallel else after_attention
         return after_attention + block.mlp_output(block.mlp_norm(mlp_input))
+
+    def run_attention(
+        self,
+        layer: int,
+        resid: Float[Tensor, "batch pos d_model"],
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream after a block's attention, from the stream before the block."""
+        attention = self.blocks[layer].attention
+        x = attention.norm(resid)
+        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        return resid + attention.output(attention.attend(q, k, v, past))
 
     def run(
         self,

@@ -173,7 +173,11 @@ class Mlp:
         return rules.product(rules.activation(self.activation, normed @ self.W_gate + self.b_gate), up)
 
     def __call__(self, normed: Float[Tensor, "... d_model"], rules: BackwardRules = NATIVE) -> Float[Tensor, "... d_model"]:
-        return self.neurons(normed, rules) @ self.W_out + self.b_out
+        return self.write(self.neurons(normed, rules))
+
+    def write(self, neurons: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
+        """The output from the neurons."""
+        return neurons @ self.W_out + self.b_out
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,12 @@ class Block:
         self, normed: Float[Tensor, "... pos d_model"], rules: BackwardRules = NATIVE
     ) -> Float[Tensor, "... pos d_model"]:
         """The MLP's write to the stream from its normed input."""
-        out = self.mlp_write(normed, rules)
+        return self.mlp_contribution(self.mlp_write(normed, rules), rules)
+
+    def mlp_contribution(
+        self, out: Float[Tensor, "... pos d_model"], rules: BackwardRules = NATIVE
+    ) -> Float[Tensor, "... pos d_model"]:
+        """What the MLP's output adds to the stream: itself, or its norm."""
         return out if self.mlp_post_norm is None else self.mlp_post_norm(out, rules)
 
 

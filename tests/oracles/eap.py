@@ -655,6 +655,7 @@ def oracle_edge_scores(
     metric: str = "logit_difference",
     all_positions: bool = True,
     decoder: Decoder | None = None,
+    only: Tensor | None = None,
 ) -> Tensor:
     """EAP-IG edge scores [U, V] (Hanna et al. 2024); with alphas (1.0,) these are EAP scores at the clean input.
 
@@ -662,7 +663,7 @@ def oracle_edge_scores(
     (corrupted_u - clean_u) * d(-metric) / d(input of v), the gradient taken where the input writer puts out
     corrupted + alpha * (clean - corrupted). Pairs that are no edge get 0. The published code computes logits at
     every position; `all_positions=False` computes them at `last` only, with the same scores. `decoder` is the model with
-    other backward passes (`oracles.rules`).
+    other backward passes (`oracles.rules`); `only` [B, P] is true where the sum over positions is taken.
     """
     decoder = decoder or read_decoder(hf_model)
     logits_at = None if all_positions else last
@@ -670,6 +671,8 @@ def oracle_edge_scores(
         _, corrupted = run(decoder, decoder.embed(corrupted_tokens), ungrouped, logits_at)
         _, clean = run(decoder, decoder.embed(clean_tokens), ungrouped, logits_at)
         activation_difference = corrupted - clean
+        if only is not None:
+            activation_difference = activation_difference * only[:, :, None, None]
     corrupted_input, clean_input = corrupted[:, :, 0], clean[:, :, 0]
 
     shape = (len(writer_names(hf_model)), len(reader_names(hf_model, ungrouped)))
