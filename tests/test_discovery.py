@@ -13,11 +13,11 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.kernels.activations import activation_edge_scores
 from kc_lib.kernels.context import EMPTY, shared_context
+from kc_lib.kernels.gradients import grouped_edge_scores
 from kc_lib.kernels.groups import one_group
 from kc_lib.kernels.patterns import qk_fix_scores
 from kc_lib.kernels.runs import reference_means
 from kc_lib.kernels.writers import Ablation, ablation, writer_outputs
-from kc_lib.methods import attribution
 from kc_lib.methods.attribution import attribute_edges, attribute_facts, patch_single_edges
 from kc_lib.methods.ensembles import ensemble
 from kc_lib.methods.scores import EdgeScores
@@ -49,7 +49,7 @@ def test_activation_scores_are_the_oracles(
     model, hf, pairs = small_model(kind), hf_model(small_folder(kind)), random_pairs()
     batch = make_batch(pairs)
     corrupted = discovery.all_writer_outputs(hf, batch.corrupted)
-    for rule, alphas, intervention in (("left", (0.0, 0.5), "patching"), ("right", (0.5, 1.0), "mean")):
+    for rule, alphas, intervention in (("left", (0.0, 0.5), "patching"), ("midpoint", (0.5,), "mean")):
         expected = discovery.oracle_activation_scores(
             hf,
             batch.clean,
@@ -64,7 +64,7 @@ def test_activation_scores_are_the_oracles(
             model,
             pairs,
             "eap_ig_activations",
-            steps=2,
+            steps=len(alphas),
             ig_rule=rule,
             intervention=intervention,
             grouped=grouped,
@@ -99,7 +99,7 @@ def test_qk_fix_scores_are_the_oracles(small_model: SmallModel, small_folder: Sm
 
 @views
 def test_flow_scores_are_the_oracles(small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool) -> None:
-    pairs = random_pairs()
+    pairs = random_pairs((4, 7, 5))
     expected = discovery.oracle_flow_scores(
         hf_model(small_folder(kind)), [pair.clean for pair in pairs], ungrouped=not grouped
     )
@@ -181,7 +181,7 @@ def test_the_qk_fix_of_a_small_change_is_eap(small_model: SmallModel, kind: str)
     for size in (1e-2, 1.0):
         ablated = Ablation("tensor", clean + size * change)
         fixed = qk_fix_scores(wiring, graph, batch, metric, ablated)
-        linear = attribution.grouped_edge_scores(wiring, graph, batch, metric, ablated, [1.0], one_group(batch))[0]
+        linear = grouped_edge_scores(wiring, graph, batch, metric, ablated, [1.0], one_group(batch))[0]
         gaps.append(relative_gap(fixed, linear))
     assert gaps[0] <= 0.05 < gaps[1]
 

@@ -7,8 +7,8 @@ depend on it is clean, and the gradients at the readers above it, averaged over 
     score(u -> v) = sum over positions and d_model of (ablated_u - clean_u) . mean over alpha of
     d loss / d input_v, where u's layer puts out ``ablated + alpha (clean - ablated)``
 
-(Marks et al. 2024, arXiv:2403.19647, section 3.1, for nodes; EAP-IG's ``get_scores_ig_activations``, of which its author
-says that it is theirs.) For the input this is EAP-IG (inputs); an edge into the logits from the last MLP gets its exact
+(Marks et al. 2024, arXiv:2403.19647, for nodes; the author of EAP-IG's ``get_scores_ig_activations`` says that it is
+theirs.) For the input this is EAP-IG (inputs); an edge into the logits from the last MLP gets its exact
 effect as the steps grow.
 
 Where this differs from EAP-IG's code:

@@ -1,15 +1,15 @@
 """Information flow routes: how much of what a reader sees comes from each writer, in one plain forward pass.
 
 importance(u -> v) at one position is ``max(0, |in_v|_1 - |in_v - out_u|_1)``, divided by its sum over the writers u of
-the reader (Ferrando & Voita 2024, arXiv:2403.00824, section 2.2): the nearer a writer's output is to the whole input, the
+the reader (Ferrando & Voita 2024, arXiv:2403.00824, after ALTI): the nearer a writer's output is to the whole input, the
 more of the input it is. No metric, no corrupted prompt and no gradient come in, so the score says what is *read*, not
 what matters for the answer; it is never negative.
 
 Where this differs from others:
 
-- The paper splits a head's output by the position it attends to, and walks from the answer down the routes it finds. Here
-  a writer is a whole head, as everywhere in this suite, and every edge is scored, as in EAP-IG's
-  ``get_scores_information_flow_routes``.
+- The paper's parts of a stream are one block's heads, split by the position they attend to, and the residual connection,
+  and it walks from the answer down the routes it finds. Here the parts are all earlier writers, a head as a whole, as
+  everywhere in this suite, and every edge is scored, as in EAP-IG's ``get_scores_information_flow_routes``.
 - That code averages every reader over all positions. For the logits we take the answer's positions, the only ones from
   which anything is read.
 - At a position where every writer's term is 0, EAP-IG's code divides 0 by 0; here all importances are 0 there. The paper's

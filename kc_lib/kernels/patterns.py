@@ -1,7 +1,7 @@
 """Edge attribution with the QK fix: attention patterns are recomputed, not linearised, for queries and keys.
 
 Where attention is saturated, the softmax is flat and the gradient at queries and keys says next to nothing, however much
-another query or key would move the pattern. The fix (Kramar et al. 2024, AtP*, arXiv:2403.00745, section 4.1) computes
+another query or key would move the pattern. The fix (Kramar et al. 2024, AtP*, arXiv:2403.00745, "QK fix") computes
 the pattern that the ablated value gives and linearises only what comes after it. For a reader v that is a query or a key,
 
     score(u -> v) = sum over examples, heads of v and positions of (pattern_ablated - pattern_clean) . d loss / d pattern,
@@ -13,8 +13,8 @@ left clean: no pattern is kept and one gradient per head output serves all write
 only, so all heads of a layer go through one attention call, and so do all its keys.
 
 Where this differs from the paper: it scores nodes (a head's query or key at one position); here the writer's whole change,
-at all positions, goes through the norm into one reader, which makes it an edge's score. Its other half, GradDrop (section
-4.2), is not part of this.
+at all positions, goes through the norm into one reader, which makes it an edge's score. The keys of all positions change
+together, where the paper adds up the effects of changing them one by one. Its other half, GradDrop, is not part of this.
 """
 
 from __future__ import annotations

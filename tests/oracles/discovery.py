@@ -64,9 +64,8 @@ def oracle_activation_scores(
                     copies += shift[:, :, None]
 
                 def contract(gradient: Tensor) -> None:
-                    for row in layer:
-                        for n in range(gradient.shape[2]):
-                            scores[row, column + n] += (difference[row] * gradient[:, :, n]).sum()
+                    products = torch.einsum("ubpd,bpnd->un", difference[layer], gradient)
+                    scores[layer, column : column + gradient.shape[2]] += products
 
                 copies.register_hook(contract)
 
@@ -141,15 +140,11 @@ def oracle_flow_scores(hf_model: Any, prompts: Sequence[Sequence[int]], ungroupe
             positions = [len(prompt) - 1] if reader == "logits" else range(len(prompt))
             for position in positions:
                 whole = seen[position]
-                proximity = {
-                    row: max(0.0, (whole.abs().sum() - (whole - outputs[row, position]).abs().sum()).item())
-                    for row in range(len(writers))
-                    if exists[row, column]
-                }
-                total = sum(proximity.values())
-                for row, value in proximity.items():
-                    if total > 0:
-                        scores[row, column] += value / total / len(positions) / len(prompts)
+                proximity = torch.zeros(len(writers))
+                for row in exists[:, column].nonzero()[:, 0].tolist():
+                    rest = whole - outputs[row, position]
+                    proximity[row] = max(whole.abs().sum() - rest.abs().sum(), torch.tensor(0.0))
+                scores[:, column] += proximity / proximity.sum() / len(positions) / len(prompts)
     return scores
 
 
