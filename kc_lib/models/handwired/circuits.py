@@ -88,8 +88,8 @@ def saturated() -> HandWired:
     """``induction`` with a match score of 30: the softmax is flat wherever clean or corrupted prompts put it.
 
     Gradients through the pattern vanish at both ends of the path between them, so the queries, the keys and the
-    previous-token head score 0 under EAP and clean-corrupted; single-edge patching and finite differences of the pattern
-    see them; integrated gradients do if a step falls into the narrow middle.
+    previous-token head score about 0 under EAP and clean-corrupted. Single-edge patching sees them; finite differences of
+    the pattern see queries and keys, not what lies below; integrated gradients do if a step falls into the narrow middle.
     """
     return _induction("saturated", HARD, "queries, keys and the previous-token head have vanishing gradients")
 
