@@ -37,15 +37,15 @@ from conftest import save_tokenizer  # what the tests are made of lives with the
 from oracles.acdc import loss_of_edges, plain_acdc
 from oracles.eap import edge_exists
 
-LENGTHS = (11, 12, 12, 13)
 EMBEDDING_SCALE, WEIGHT_SCALE = 10.0, 3.0  # on GPT-2's initial weights (standard deviation 0.02)
 FACTS = 10  # of the SmolLM2 part
 Value = TypeVar("Value")
 
 
 def main(
-    tau: Annotated[float, typer.Option(help="threshold, in nats of match-NLL")] = 0.02,
-    pairs: Annotated[int, typer.Option(help="pairs of about 12 tokens")] = 8,
+    tau: Annotated[float, typer.Option(help="threshold, in nats of match-NLL")] = 0.1,
+    pairs: Annotated[int, typer.Option(help="number of pairs")] = 8,
+    tokens: Annotated[int, typer.Option(help="tokens of a prompt, give or take one")] = 12,
     layers: Annotated[int, typer.Option(help="layers of the GPT-2-shaped model")] = 4,
     edges_at_once: Annotated[int, typer.Option(help="tests per batch")] = 32,
     quick: Annotated[bool, typer.Option(help="count the plain loop from one run instead of running it")] = False,
@@ -57,7 +57,7 @@ def main(
         save_random_gpt2(Path(folder), layers)
         model = load_model(folder, device="cpu")
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    compare(console, model, reference, random_pairs(reference, pairs), tau, edges_at_once, quick)
+    compare(console, model, reference, random_pairs(reference, pairs, tokens), tau, edges_at_once, quick)
     if smollm2:
         run_on_smollm2(console, edges_at_once)
 
@@ -81,14 +81,14 @@ def compare(
         for what, everywhere in ((every, True), (answers, False))
     }
     circuit, own_seconds = timed(ours)
-    n_tests = circuit.provenance["n_tested"]
+    n_tests, lengths = circuit.provenance["n_tested"], [len(pair.clean) for pair in pairs]
     own_operations = flops(ours)
     operations, times = {}, {}
     for what, loss in loss_of.items():
         operations[what] = n_tests * flops(lambda loss=loss: loss(whole))
         times[what] = n_tests * min(timed(lambda loss=loss: loss(whole))[1] for _ in range(3))
     console.print(
-        f"{len(pairs)} pairs of {min(LENGTHS)} to {max(LENGTHS)} tokens, zero ablation, match-NLL, tau = {tau:g}, "
+        f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens, zero ablation, match-NLL, tau = {tau:g}, "
         f"{torch.get_num_threads()} threads; kept {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
         f"({circuit.share:.1%}) after {n_tests:,} tests"
     )
@@ -104,6 +104,10 @@ def compare(
     table = Table("", "tests", "seconds", "GFLOP", "operations per test", title="ACDC")
     own = f"{own_operations / 1e9:,.0f}", f"{own_operations / n_tests / 1e9:.3f} GFLOP"
     table.add_row("kc_lib", f"{n_tests:,}", f"{own_seconds:.1f}", *own)
+    at_answers = flops(lambda: model.unembed(torch.zeros(1, len(pairs), model.cfg.d_model)))
+    table.add_row(
+        "  of which logits, at least", "", "", f"{n_tests * at_answers / 1e9:,.0f}", f"{at_answers / 1e9:.3f} GFLOP"
+    )
     for what, total in operations.items():
         spent = f"{times[what]:.1f}" if what == answers and not quick else f"~{times[what]:.1f}"
         table.add_row(
@@ -150,12 +154,12 @@ def save_random_gpt2(folder: Path, layers: int) -> None:
     save_tokenizer(folder)
 
 
-def random_pairs(reference: PreTrainedModel, n: int) -> list[TokenPair]:
-    """Random prompts, one token of which is another in the corrupted one; the answer is what the model ranks first."""
+def random_pairs(reference: PreTrainedModel, n: int, tokens: int) -> list[TokenPair]:
+    """Prompts of random tokens, one of which the corrupted prompt changes; the answer is what the model ranks first."""
     rng = random.Random(0)
     pairs = []
     for i in range(n):
-        clean = [rng.randrange(3, reference.config.vocab_size) for _ in range(LENGTHS[i % len(LENGTHS)])]
+        clean = [rng.randrange(3, reference.config.vocab_size) for _ in range(tokens + (-1, 0, 0, 1)[i % 4])]
         corrupted = list(clean)
         corrupted[rng.randrange(1, len(clean))] = rng.randrange(3, reference.config.vocab_size)
         with torch.no_grad():
