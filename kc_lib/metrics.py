@@ -24,13 +24,17 @@ MetricFunction = Callable[[Tensor, Batch, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric with its name, unit, and which direction is better."""
+    """A metric with its name, unit, and which direction is better.
+
+    ``answers_only`` says that it reads the logits of answers and distractors alone, so the others need not be computed.
+    """
 
     name: str
     unit: str
     function: MetricFunction
     higher_is_better: bool = True
     needs_reference: bool = False
+    answers_only: bool = False
 
     def __call__(
         self,
@@ -87,7 +91,7 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         # logit of the answer's first token minus the distractor's (Wang et al. 2023, section 2)
-        Metric("logit_difference", "logits", _logit_difference),
+        Metric("logit_difference", "logits", _logit_difference, answers_only=True),
         Metric("log_probability", "nats", _log_probability),
         Metric("probability", "probability", _probability),
         # KL(full model || circuit) over the vocabulary (Conmy et al. 2023, section 3)

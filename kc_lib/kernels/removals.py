@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.graph import Graph
@@ -54,7 +54,8 @@ class _Changes:
 class RunningCircuit:
     """A circuit's activations on one batch, and trial removals at one of its readers; see the head of this file.
 
-    Writers below the reader under trial must not depend on it, so readers are tried from the logits down.
+    Writers below the reader under trial must not depend on it, so readers are tried from the logits down. ``loss`` takes the
+    logits at the answers, of all tokens or, where it reads no others, of ``tokens``.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class RunningCircuit:
         ablation: Ablation,
         loss: LogitsLoss,
         context: Context = EMPTY,
+        tokens: Int[Tensor, " token"] | None = None,
     ) -> None:
-        self.wiring, self.graph, self.context, self.loss = wiring, graph, context, loss
+        self.wiring, self.graph, self.context, self.loss, self.tokens = wiring, graph, context, loss, tokens
         self.mask = mask.clone()
         self.rows = rows_of(batch, ablation.kind, context)
         self.ablated = self.rows.take(ablation.outputs)
@@ -264,7 +266,7 @@ class RunningCircuit:
     ) -> Float[Tensor, "head n_rows trial d_model"]:
         """Raw outputs of some heads, with new projections (``[row, trial, d_head]``) of some readers."""
         attention = self.wiring.blocks[layer].attention
-        projected = []
+        projected: dict[str, Tensor] = {}
         n_read = self._rows_read(layer)
         row_of = self.rows.row_of.clamp(max=n_read - 1)  # rows beyond are not needed, whatever stands there
         for kind in "qkv":
@@ -274,12 +276,14 @@ class RunningCircuit:
                 for column in columns
             ]
             stacked = torch.stack([y[:n_read] for y in per_head], 2)  # row trial head d_head
-            projected.append(rearrange(stacked[row_of], "b p k h d -> (k b) p h d"))
+            projected[kind] = rearrange(stacked[row_of], "b p k h d -> (k b) p h d")
         past = self.context.of_layer(layer)
         if past is not None:
             group = [head // attention.group_size for head in heads]
             past = (past[0][:, :, group], past[1][:, :, group])
-        z = rearrange(attention.attend(*projected, past), "(k b) p h d -> (b p) k h d", k=n_trials)
+        z = rearrange(
+            attention.attend(projected["q"], projected["k"], projected["v"], past), "(k b) p h d -> (b p) k h d", k=n_trials
+        )
         start = self.graph.head_writers(layer).start
         n_rows = max(_count(self._needed[start + head]) for head in heads)
         return torch.einsum("rkhd,hde->hrke", z[self.rows.first[:n_rows]], attention.W_O[list(heads)])
@@ -297,8 +301,10 @@ class RunningCircuit:
     def _losses(self, x: Float[Tensor, "row trial d_model"]) -> Float[Tensor, " trial"]:
         """Loss of every trial from the logits' input."""
         final = rearrange(x[self.rows.answers], "b a k d -> k b a d").contiguous()  # one product, not one per example
-        step = max(1, LOGITS_AT_ONCE // (self.rows.answers.numel() * self.wiring.W_U.shape[1]))
-        return torch.stack([self.loss(logits) for part in final.split(step) for logits in self.wiring.unembed(part).float()])
+        n_tokens = self.wiring.W_U.shape[1] if self.tokens is None else len(self.tokens)
+        step = max(1, LOGITS_AT_ONCE // (self.rows.answers.numel() * n_tokens))
+        logits = (self.wiring.unembed(part, tokens=self.tokens).float() for part in final.split(step))
+        return torch.stack([self.loss(of_trial) for part in logits for of_trial in part])
 
     # --- what the circuit needs and sees -----------------------------------------------------------------------------
 

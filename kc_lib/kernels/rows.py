@@ -51,7 +51,7 @@ def rows_of(batch: Batch, intervention: str, context: Context = EMPTY) -> Rows:
     answering = {key_of[place] for place in answers}
     order = sorted(places, key=lambda place: (key_of[place] not in answering, -place[1], place[0]))
     row_of_key: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-    first = []
+    first: list[int] = []
     width = batch.clean.shape[1] - start
     for i, p in order:
         if key_of[i, p] not in row_of_key:

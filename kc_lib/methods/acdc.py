@@ -134,8 +134,10 @@ def acdc(
     means = reference_means(wiring, intervention, pairs, len(pairs), full_answer)
     weights = _example_weights(batch, normalize)
 
+    judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
+
     def loss(logits: Tensor) -> Tensor:
-        return (metric.loss(logits, batch, whole) * weights).mean()
+        return (metric.loss(logits, judged, whole) * weights).mean()
 
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
     kept = None if file is None else file.read()
@@ -143,9 +145,8 @@ def acdc(
         start = graph.edges if prefilter is None else _prefiltered(model, pairs, prefilter, grouped, settings)
         kept = 0, start, torch.full(start.shape, math.nan)
     first, mask, effects = kept
-    running = RunningCircuit(
-        wiring, graph, mask, batch, ablation(wiring, intervention, batch, means, context), loss, context
-    )
+    ablated = ablation(wiring, intervention, batch, means, context)
+    running = RunningCircuit(wiring, graph, mask, batch, ablated, loss, context, tokens)
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
     tests = _Tests(running, effects, tau, absolute, widest)
     columns = list(reversed(range(len(graph.readers))))
@@ -165,7 +166,8 @@ def acdc(
                 tests.test(column, _ordered(writers, order, f"{seed} {graph.readers[column].name}"))
             bar.update(len(writers))
             bar.set_postfix(reader=graph.readers[column].name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
-    settings |= {"n_tested": int(effects.isfinite().sum()), "loss_full": float(loss(whole)), "loss": tests.loss}
+    loss_full = float((metric.loss(whole, batch, whole) * weights).mean())
+    settings |= {"n_tested": int(effects.isfinite().sum()), "loss_full": loss_full, "loss": tests.loss}
     return Circuit(graph, running.mask, effects, settings)
 
 

@@ -7,7 +7,7 @@ everything is read at named positions, so no result depends on what else is in t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -55,6 +55,13 @@ class Batch:
 
     def __len__(self) -> int:
         return self.clean.shape[0]
+
+    def among_answers(self) -> tuple[Batch, Int[Tensor, " token"]]:
+        """The batch with answers and distractors counted among themselves, and the token each number stands for."""
+        flat = torch.cat([self.answers.flatten(), self.distractors])
+        tokens, places = flat.unique(return_inverse=True)
+        answers = places[: self.answers.numel()].view_as(self.answers)
+        return replace(self, answers=answers, distractors=places[self.answers.numel() :]), tokens
 
 
 def make_batch(pairs: Sequence[TokenPair], full_answer: bool = False, device: torch.device | str = "cpu") -> Batch:

@@ -71,10 +71,14 @@ class Wiring:
             return self.model(tokens.to(self.device), stop_at_layer=0).clone()
 
     def unembed(
-        self, resid: Float[Tensor, "*batch d_model"], rules: BackwardRules = NATIVE
-    ) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits from the final residual stream, at the given vectors only."""
-        logits = F.linear(self.final_norm(resid, rules), self.W_U.T) + self.b_U
+        self,
+        resid: Float[Tensor, "*batch d_model"],
+        rules: BackwardRules = NATIVE,
+        tokens: Int[Tensor, " token"] | None = None,
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Logits from the final residual stream, at the given vectors only; of all tokens or of some."""
+        W_U, b_U = (self.W_U, self.b_U) if tokens is None else (self.W_U[:, tokens], self.b_U[tokens])
+        logits = F.linear(self.final_norm(resid, rules), W_U.T) + b_U
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
         return logits
