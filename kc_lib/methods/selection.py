@@ -97,7 +97,7 @@ def select_bootstrap(
     half_width = means.std(0) * float(stats.t.ppf((1 + confidence) / 2, n_resamples - 1))
     passing = graph.edges & (scores.scores.abs() > half_width)
     n = graph.n_edges if size is None else number_of_edges(graph, size)
-    mask = _filled(graph, scores.scores.abs(), n, lambda g, ranking, k: top_edges(g, ranking * passing, k) & passing)
+    mask = _filled(graph, scores.scores.abs(), n, lambda g, ranking, k: top_edges(g, ranking, k) & passing)
     if not mask.any():
         raise MethodError(
             f"no path from input to logits among the {int(passing.sum())} edges whose interval excludes 0, within size "
