@@ -36,7 +36,7 @@ PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 NO_COMPILE := /(tests|testing|sympy|networkx|wandb|mypy|mypyc|pip|debugpy|_inductor|graph_objs/[a-z]+|transformers/models)/
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help setup demo test lab lint bench bench-acdc clean distclean
+.PHONY: help setup demo test lab lint bench bench-acdc bench-methods clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=...] [TORCH_INDEX=...] [ARGS=...]"
@@ -64,6 +64,9 @@ bench: $(ENV_STAMP) $(MODEL_STAMP) ## time the attribution methods
 
 bench-acdc: $(ENV_STAMP) $(MODEL_STAMP) ## time ACDC beside the loop over edges (ARGS="--quick --smollm2")
 	@$(BIN)/python bench/acdc.py $(ARGS)
+
+bench-methods: $(ENV_STAMP) $(MODEL_STAMP) ## judge every method on a relation and on IOI (half an hour)
+	@$(BIN)/python bench/methods.py $(ARGS)
 
 clean: ## remove caches and build products
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
