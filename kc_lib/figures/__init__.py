@@ -6,7 +6,10 @@ several heads share is drawn into, and counted for, each of those heads that wri
 """
 
 from kc_lib.figures.circuits import circuit_graph, top_edges_table, top_nodes_table
+from kc_lib.figures.comparison import method_bars, overlap_figure, verdict_table
 from kc_lib.figures.evaluation import PANELS, comparison_bars, faithfulness_figure
+from kc_lib.figures.judge import area_curves, completeness_figure, null_figure
+from kc_lib.figures.minimality import minimality_figure
 from kc_lib.figures.scores import score_distribution
 from kc_lib.figures.style import DARK, NEGATIVE, NEUTRAL, POSITIVE, TEMPLATE
 
@@ -17,10 +20,17 @@ __all__ = [
     "PANELS",
     "POSITIVE",
     "TEMPLATE",
+    "area_curves",
     "circuit_graph",
     "comparison_bars",
+    "completeness_figure",
     "faithfulness_figure",
+    "method_bars",
+    "minimality_figure",
+    "null_figure",
+    "overlap_figure",
     "score_distribution",
     "top_edges_table",
     "top_nodes_table",
+    "verdict_table",
 ]

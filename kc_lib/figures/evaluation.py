@@ -14,7 +14,18 @@ from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
 from kc_lib.evaluation import Evaluation
-from kc_lib.figures.style import DARK, NEUTRAL, POSITIVE, SPLIT_COLOURS, judged_split, shown_split, sizes, titled
+from kc_lib.figures.style import (
+    DARK,
+    NEUTRAL,
+    POSITIVE,
+    SPLIT_COLOURS,
+    circuit_hover,
+    faithfulness_range,
+    judged_split,
+    shown_split,
+    sizes,
+    titled,
+)
 
 NULL_KINDS = ("random", "null")
 PANELS = {
@@ -47,12 +58,10 @@ def faithfulness_figure(evaluation: Evaluation, title: str | None = None) -> go.
     for level, name in ((0, "empty circuit"), (1, "full model")):
         line = {"dash": "dot", "color": DARK, "width": 1}
         figure.add_hline(level, line=line, annotation_text=name, annotation_position="top left")
-    bounds = [0.0, 1.0, *shown["faithfulness"]]
     by_split = dict(list(top.groupby("split", sort=False)))
     for colour, (split, rows) in zip(cycle(SPLIT_COLOURS), by_split.items(), strict=False):
         band = rows.dropna(subset=["faithfulness_low", "faithfulness_high"])
         low, high = band["faithfulness_low"], band["faithfulness_high"]
-        bounds += [*low.clip(lower=-1), *high.clip(upper=2)]
         x, y = [*band["n_edges"], *band["n_edges"][::-1]], [*low, *high[::-1]]
         look = {"mode": "none", "fill": "toself", "fillcolor": colour, "opacity": 0.2, "hoverinfo": "skip"}
         figure.add_scatter(x=x, y=y, name=f"95% band, {shown_split(split)}", legendgroup=split, showlegend=False, **look)
@@ -65,9 +74,8 @@ def faithfulness_figure(evaluation: Evaluation, title: str | None = None) -> go.
     for colour, (split, rows) in zip(cycle(SPLIT_COLOURS), by_split.items(), strict=False):
         look = {"mode": "lines+markers", "marker": {"size": 9}, "line": {"color": colour, "width": 2.5}}
         _add_points(figure, rows, name=f"top, {shown_split(split)}", legendgroup=split, **look)
-    pad = 0.08 * (max(bounds) - min(bounds))
     figure.update_xaxes(type="log", title_text="edges in the circuit", dtick=1, tickformat=",", minor_ticks="outside")
-    figure.update_yaxes(title_text="faithfulness", range=[min(bounds) - pad, max(bounds) + pad])
+    figure.update_yaxes(title_text="faithfulness", range=faithfulness_range(shown, top))
     return figure.update_layout(width=900, height=520, hovermode="closest")
 
 
@@ -82,7 +90,8 @@ def comparison_bars(evaluation: Evaluation, circuits: list[str] | None = None) -
     """
     split = judged_split(evaluation.summary)
     rows = evaluation.summary[evaluation.summary["split"] == split].set_index("circuit", drop=False)
-    own = rows.index[~rows["kind"].isin(["full", "empty", *NULL_KINDS])].tolist()
+    others = rows["kind"].isin(["full", "empty", *NULL_KINDS, "profile null"]) | rows["kind"].str.startswith("without ")
+    own = rows.index[~others].tolist()
     names = list(circuits) if circuits is not None else [name for name in own if name == "circuit"] or own
     unknown = [name for name in names if name not in rows.index]
     if unknown or not names:
@@ -99,11 +108,11 @@ def comparison_bars(evaluation: Evaluation, circuits: list[str] | None = None) -
     metric = f"faithfulness of {evaluation.metric.name} ({evaluation.metric.unit})"
     figure = make_subplots(2, 2, subplot_titles=list(PANELS.values()), vertical_spacing=0.2, horizontal_spacing=0.08)
     titled(figure, "Circuits against random circuits and the full model", [sizes(rows), *draws, metric])
-    hover = [_hover(part.iloc[0]) if len(part) == 1 else "" for part, _ in bars.values()]
+    hover = [circuit_hover(part.iloc[0]) if len(part) == 1 else "" for part, _ in bars.values()]
     for i, column in enumerate(PANELS):
         at = {"row": i // 2 + 1, "col": i % 2 + 1}
         mean, low, high = np.array([part[column].agg(["mean", "min", "max"]) for part, _ in bars.values()]).T
-        text = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in mean]
+        text = [f"{round(value, 6) + 0.0:.3g}" if value < 1000 else f"{value:,.0f}" for value in mean]
         hints = [
             one or f"mean {m:.3g}, range {a:.3g} to {b:.3g}" for one, m, a, b in zip(hover, mean, low, high, strict=True)
         ]
@@ -132,21 +141,9 @@ def comparison_bars(evaluation: Evaluation, circuits: list[str] | None = None) -
     return figure.update_layout(width=width, height=660, margin_t=120, bargap=0.35, showlegend=False)
 
 
-def _hover(row: pd.Series) -> str:
-    """What a point of an evaluation says of its circuit."""
-    low, high = row["faithfulness_low"], row["faithfulness_high"]
-    return (
-        f"<b>{html.escape(row['circuit'])}</b>, {shown_split(row['split'])} (n = {row['n']})"
-        f"<br>{row['n_edges']:,} edges, share {row['share']:.2%}"
-        f"<br>faithfulness {row['faithfulness']:.3f}{f' [{low:.3f}, {high:.3f}]' if pd.notna(low) else ''}"
-        f"<br>Hit@10 {row['hit_at_10']:.1%}<br>probability {row['probability']:.3g}"
-        f"<br>median rank {row['rank_median']:g}"
-    )
-
-
 def _add_points(figure: go.Figure, rows: pd.DataFrame, **look: Any) -> None:
     """Faithfulness of an evaluation's rows against their number of edges."""
-    look |= {"text": [_hover(row) for _, row in rows.iterrows()], "hovertemplate": "%{text}<extra></extra>"}
+    look |= {"text": [circuit_hover(row) for _, row in rows.iterrows()], "hovertemplate": "%{text}<extra></extra>"}
     figure.add_scatter(x=rows["n_edges"].tolist(), y=rows["faithfulness"].tolist(), **look)
 
 

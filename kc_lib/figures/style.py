@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,12 @@ from kc_lib.errors import MethodError
 POSITIVE, NEGATIVE, NEUTRAL, DARK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
 HEAD, MLP = "#009E73", "#B0578D"
 SIGNED_SCALE = [[0.0, NEGATIVE], [0.5, "#FFFFFF"], [1.0, POSITIVE]]  # centre it on zero
+OKABE_ITO = (POSITIVE, "#E69F00", HEAD, MLP, "#56B4E9", NEGATIVE)  # for things without a sign, in this order
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")  # beside colours, for print in grey
 SPLIT_COLOURS = (POSITIVE, "#E69F00", HEAD, MLP)
+OVER_FACTS = "95% bootstrap over facts"  # what intervals are
+Row = Mapping[Any, Any] | pd.Series  # of a table of results
+ENDS = ("", "_low", "_high")  # of the columns that give a figure and its interval
 _AXIS = {
     "linecolor": "#555555",
     "ticks": "outside",
@@ -30,6 +35,9 @@ TEMPLATE = go.layout.Template(
         "title": {
             "x": 0.01,
             "xanchor": "left",
+            "y": 1.0,
+            "yanchor": "top",
+            "pad": {"t": 16},
             "font": {"size": 18},
             "subtitle": {"font": {"size": 13, "color": "#555555"}},
         },
@@ -95,3 +103,54 @@ def sizes(summary: pd.DataFrame) -> str:
     return ", ".join(
         f"{shown_split(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items()
     )
+
+
+def circuit_hover(row: Row) -> str:
+    """What a point of an evaluation says of its circuit."""
+    return (
+        f"<b>{html.escape(row['circuit'])}</b>, {shown_split(row['split'])} (n = {row['n']})"
+        f"<br>{row['n_edges']:,} edges, share {row['share']:.2%}"
+        f"<br>faithfulness {figure_text(row, 'faithfulness', 3)}"
+        f"<br>Hit@10 {row['hit_at_10']:.1%}<br>probability {row['probability']:.3g}"
+        f"<br>median rank {row['rank_median']:g}"
+    )
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A figure as shown: no -0.00, and "undefined" where it is."""
+    return "undefined" if pd.isna(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"
+
+
+def figure_text(row: Row, name: str, digits: int = 2) -> str:
+    """A figure of a table with its interval (columns name, name_low, name_high), where there is one."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    known = bool(pd.notna(low) and pd.notna(high))
+    return number(row[name], digits) + (f" [{number(low, digits)}, {number(high, digits)}]" if known else "")
+
+
+def undefined_on(splits: Sequence[str]) -> str:
+    """What a subtitle says of splits that are not drawn."""
+    return f"undefined on {', '.join(map(shown_split, splits))}" if splits else ""
+
+
+def marks(text: Sequence[str], colour: Any, symbol: str = "circle", size: int = 8, opacity: float = 1.0) -> dict[str, Any]:
+    """Markers that say ``text`` on hover."""
+    marker = {"color": colour, "symbol": symbol, "size": size, "opacity": opacity}
+    return {"mode": "markers", "marker": marker, "hovertext": text, "hovertemplate": "%{hovertext}<extra></extra>"}
+
+
+def whiskers(rows: Iterable[Row], name: str) -> dict[str, Any]:
+    """Error bars of a figure with an interval (columns name, name_low, name_high); of no length where there is none."""
+    ends = [[row.get(f"{name}{end}", float("nan")) for end in ENDS] for row in rows]
+    value, low, high = np.array(ends, dtype=float).reshape(-1, 3).T
+    up, down = np.nan_to_num(high - value), np.nan_to_num(value - low)
+    lengths = {"array": up.clip(min=0.0).tolist(), "arrayminus": down.clip(min=0.0).tolist()}
+    return {"type": "data", "symmetric": False, "thickness": 1.5, "width": 4} | lengths
+
+
+def faithfulness_range(points: pd.DataFrame, intervals: pd.DataFrame) -> list[float]:
+    """An axis that holds 0, 1, every faithfulness, and intervals as far as -1 and 2: wider ones run out of the figure."""
+    low, high = intervals["faithfulness_low"].clip(lower=-1), intervals["faithfulness_high"].clip(upper=2)
+    bounds = pd.concat([pd.Series([0.0, 1.0]), points["faithfulness"], low, high])
+    pad = 0.08 * (bounds.max() - bounds.min())
+    return [bounds.min() - pad, bounds.max() + pad]
