@@ -181,6 +181,12 @@ def test_the_width_of_a_batch_changes_nothing(small_model: SmallModel, kind: str
         assert circuit.provenance["n_tested"] == one.provenance["n_tested"]
 
 
+def test_a_reader_that_loses_every_edge_reads_exactly_nothing(small_model: SmallModel, small_folder: SmallFolder) -> None:
+    """Norms of queries and keys blow up whatever rounding leaves of a zero input."""
+    expected = oracle(hf_model(small_folder("gemma3")), random_pairs(), 0.01)
+    assert_same(acdc(small_model("gemma3"), random_pairs(), tau=0.01), expected)
+
+
 def test_what_it_reports(small_model: SmallModel) -> None:
     model, pairs = small_model("llama"), random_pairs()
     circuit = acdc(model, pairs, tau=0.05)
