@@ -69,7 +69,9 @@ def overlap_figure(overlap: pd.DataFrame | Stability, title: str | None = None) 
         about.append("brackets: 95% of pairs")
     elif len(known):
         about.append(f"mean of {len(known)} pairs {number(known.mean())}, lowest {number(known.min())}")
-    size = int(np.clip(46 * n, 340, 700))
+    ticks = [_short(name) for name in names]
+    longest = 7 * max(map(len, ticks))
+    size = int(np.clip(46 * n, 340, 850 - longest))
     figure = titled(go.Figure(), title or "Overlap of circuits (Jaccard)", about)
     full = [[f"{html.escape(a)}<br>{html.escape(b)}" for b in names] for a in names]
     figure.add_heatmap(
@@ -90,15 +92,12 @@ def overlap_figure(overlap: pd.DataFrame | Stability, title: str | None = None) 
         look = {"mode": "text", "textfont": font, "hoverinfo": "skip", "meta": "numbers"}
         if n <= NUMBERS_UP_TO:
             figure.add_scatter(x=x.tolist(), y=y.tolist(), text=[number(value) for value in values[y, x]], **look)
-    ticks = [_short(name) for name in names]
-    axis = {"tickvals": list(range(n)), "ticktext": ticks, "showgrid": False, "ticks": ""}
+    axis = {"tickvals": list(range(n)), "ticktext": ticks, "showgrid": False, "ticks": "", "ticklabelstandoff": 5}
     angle = -40 if max(map(len, ticks)) > 4 else 0
     figure.update_xaxes(**axis, tickangle=angle, constrain="domain", constraintoward="left")
     figure.update_yaxes(**axis, autorange="reversed", scaleanchor="x", constrain="domain")
-    longest = 7 * max(map(len, ticks))
-    return figure.update_layout(
-        width=max(800, size + longest + 150), height=size + 120 + int(0.65 * longest), showlegend=False
-    )
+    width = max(500, size + longest + 150, 6 * len(" · ".join(about)) + 40)
+    return figure.update_layout(width=width, height=int(size + 120 + 0.65 * longest), showlegend=False)
 
 
 def method_bars(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
@@ -236,7 +235,9 @@ def _range(frame: pd.DataFrame, measure: str) -> list[float]:
 
 
 def _short(name: str, letters: int = 36) -> str:
-    return html.escape(name if len(name) <= letters else f"{name[: letters - 1]}…")
+    """A name that fits, with what tells it from others: its two ends."""
+    half = letters // 2
+    return html.escape(name if len(name) <= letters else f"{name[:half]}…{name[1 - half :]}")
 
 
 def _wrapped(text: Any, width: int) -> list[str]:

@@ -40,6 +40,7 @@ from kc_lib.stats import empirical_p
 
 FAITHFULNESS = "faithfulness (0: no edges, 1: full model)"
 NULL_NAMES = {"connected": "random<br>circuits", "profile": "heads<br>shuffled<br>in layers"}
+LEGEND_NAME = 18  # letters that fit on a line with CPR and CMD
 AREAS = {"cpr": "CPR", "cmd": "CMD", "log_area": "log area"}
 RUNS = {  # -> shift to the side, colour and symbol
     "the circuit alone": (-0.2, POSITIVE, "circle"),
@@ -60,12 +61,13 @@ def area_curves(evaluation: Evaluation, title: str | None = None, seed: int = 0)
     table = areas(evaluation, seed)
     points = _ranked(evaluation, splits, table["ranking"].unique())
     looks = _ranking_looks(table["kind"].unique().tolist())
-    about = [f"bands, brackets: {OVER_FACTS}", "CPR: area under the curve", "CMD: area of |1 - faithfulness|", left_out]
+    two_lines = max(map(len, looks)) > LEGEND_NAME
+    about = [f"bands, brackets: {OVER_FACTS}", "CPR: area, CMD: area of |1 - faithfulness|", left_out]
     figure = _panels(evaluation, splits, title or "Faithfulness by share of edges", about)
     for column, split in enumerate(splits, start=1):
         for kind, look in looks.items():
             rows = table[(table["kind"] == kind) & (table["split"] == split)].to_dict("records")
-            name = f"{html.escape(kind)}: {_areas_text(rows)}"
+            name = f"{html.escape(kind)}:{'<br>' if two_lines else ' '}{_areas_text(rows)}"
             group = {"name": name, "legendgroup": kind, "legend": _legend(column), "row": 1, "col": column}
             for i, area in enumerate(rows):
                 curve = points[(points["ranking"] == area["ranking"]) & (points["split"] == split)]
@@ -75,7 +77,7 @@ def area_curves(evaluation: Evaluation, title: str | None = None, seed: int = 0)
     figure.update_xaxes(title_text="share of all edges that the ranking keeps")
     figure.update_yaxes(range=faithfulness_range(points, points))
     _mark_levels(figure, "y")
-    plot, below = 340, 70 + 24 * len(looks) + 10
+    plot, below = 340, 70 + (38 if two_lines else 22) * len(looks) + 10
     for column in range(1, len(splits) + 1):
         left = figure.layout[f"xaxis{column if column > 1 else ''}"].domain[0]
         place = {"x": left, "y": -65 / plot, "yanchor": "top", "tracegroupgap": 0, "font": {"size": 12}}
@@ -175,7 +177,7 @@ def _panels(evaluation: Evaluation, splits: Sequence[str], title: str, about: It
     figure.update_yaxes(ticks="")
     figure.update_yaxes(title_text=FAITHFULNESS, ticks="outside", col=1)
     metric = f"{evaluation.metric.name} ({evaluation.metric.unit})"
-    return titled(figure, title, [metric, *about]).update_layout(width=max(800, 480 * len(splits)), margin_t=115)
+    return titled(figure, title, [metric, *about]).update_layout(width=max(900, 480 * len(splits)), margin_t=115)
 
 
 def _defined_splits(evaluation: Evaluation) -> tuple[list[str], str]:
@@ -279,7 +281,7 @@ def _spread(n: int, width: float) -> np.ndarray:
 
 
 def _mark_levels(figure: go.Figure, axis: str) -> None:
-    """Lines at the empty circuit (0) and the full model (1), named once."""
+    """Lines at the empty circuit (0) and the full model (1)."""
     add = figure.add_hline if axis == "y" else figure.add_vline
     for level in (0, 1):
         add(level, line={"dash": "dot", "color": DARK, "width": 1})
