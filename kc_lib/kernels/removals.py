@@ -11,7 +11,7 @@ Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -26,7 +26,7 @@ from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
 
 LogitsLoss = Callable[[Float[Tensor, "batch answer vocab"]], Float[Tensor, ""]]
-LOGITS_AT_ONCE = 2**26  # numbers in the logits of the trials that are unembedded together
+ANSWERS_AT_ONCE = 48  # unembedded together: enough for a fast product, few enough to stop early
 
 
 class _Changes:
@@ -117,23 +117,27 @@ class RunningCircuit:
 
     def full_loss(self) -> float:
         """The circuit's loss."""
-        return float(self._losses(self._input(len(self.graph.readers) - 1)[:, None])[0])
+        return float(next(self._losses(self._input(len(self.graph.readers) - 1)[:, None])))
 
     # --- trials ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def trial_losses(self, column: int, removed: Bool[Tensor, "trial writer"]) -> Float[Tensor, " trial"]:
-        """Loss of the circuit without the ``removed`` edges into one reader, for every trial; ``accept`` makes one real."""
+    def trial_losses(self, column: int, removed: Bool[Tensor, "trial writer"]) -> Iterator[float]:
+        """Loss of the circuit without the ``removed`` edges into one reader, trial by trial; ``accept`` makes one real.
+
+        All trials run to the logits' input together; the unembedding, often the larger part, as losses are asked for.
+        """
         self._find_needed(self.graph.readers[column].layer)
-        gone = removed.any(0).nonzero()[:, 0]
-        x = self._input(column)
-        change = removed[:, gone].to(x) @ self.differences[gone].flatten(1)
-        x = x[:, None] - rearrange(change, "trial (row d) -> row trial d", row=len(self.rows))
+        # what stays is summed, not the rest subtracted: a reader that loses every edge must see exactly nothing, because
+        # norms blow up what rounding leaves of it
+        edges = self.mask[:, column].nonzero()[:, 0]
+        stay = (~removed[:, edges]).to(self.differences) @ self.differences[edges].flatten(1)
+        x = rearrange(stay, "trial (row d) -> row trial d", row=len(self.rows)) + self._base(column)[:, None]
         changes = _Changes(self._buffer_for(len(removed)))
         self._raw_trials: dict[int, Tensor] = {}
-        losses = self._losses(self._propagate(column, x, changes))
+        final = self._propagate(column, x, changes)
         self._trial = (column, removed, changes)
-        return losses
+        yield from map(float, self._losses(final))
 
     @torch.no_grad()
     def accept(self, trial: int) -> None:
@@ -180,7 +184,7 @@ class RunningCircuit:
             x = self._input(len(self.graph.readers) - 1)[:, None].clone()
         with frozen(self.wiring.model), torch.enable_grad():
             x.requires_grad_()
-            (slope,) = torch.autograd.grad(self._losses(x)[0], x)
+            (slope,) = torch.autograd.grad(next(self._losses(x)), x)
         return slope[:, 0]
 
     # --- parts -------------------------------------------------------------------------------------------------------
@@ -298,13 +302,12 @@ class RunningCircuit:
         own = [(column - first) * weight.shape[0] // n_readers for column in columns]
         return torch.einsum("vrkd,vdh->vrkh", attention.norm(x), weight[own]) + bias[own][:, None, None]
 
-    def _losses(self, x: Float[Tensor, "row trial d_model"]) -> Float[Tensor, " trial"]:
-        """Loss of every trial from the logits' input."""
+    def _losses(self, x: Float[Tensor, "row trial d_model"]) -> Iterator[Float[Tensor, ""]]:
+        """Loss of one trial after the other from the logits' input, unembedded a few at a time."""
         final = rearrange(x[self.rows.answers], "b a k d -> k b a d").contiguous()  # one product, not one per example
-        n_tokens = self.wiring.W_U.shape[1] if self.tokens is None else len(self.tokens)
-        step = max(1, LOGITS_AT_ONCE // (self.rows.answers.numel() * n_tokens))
-        logits = (self.wiring.unembed(part, tokens=self.tokens).float() for part in final.split(step))
-        return torch.stack([self.loss(of_trial) for part in logits for of_trial in part])
+        for some in final.split(max(1, ANSWERS_AT_ONCE // self.rows.answers.numel())):
+            for logits in self.wiring.unembed(some, tokens=self.tokens).float():
+                yield self.loss(logits)
 
     # --- what the circuit needs and sees -----------------------------------------------------------------------------
 
@@ -357,10 +360,13 @@ class RunningCircuit:
 
     def _input(self, column: int) -> Float[Tensor, "row d_model"]:
         if column not in self._inputs:
-            reader = self.graph.readers[column]
-            base = self._ablated_streams[reader.layer, int(reader.kind == "mlp")]
-            self._inputs[column] = base + self.differences[self.mask[:, column]].sum(0)
+            self._inputs[column] = self._base(column) + self.differences[self.mask[:, column]].sum(0)
         return self._inputs[column]
+
+    def _base(self, column: int) -> Float[Tensor, "row d_model"]:
+        """What a reader sees without any edge."""
+        reader = self.graph.readers[column]
+        return self._ablated_streams[reader.layer, int(reader.kind == "mlp")]
 
     def _projection(self, column: int) -> Float[Tensor, "row d_head"]:
         if column not in self._projections:

@@ -142,7 +142,7 @@ def acdc(
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
     kept = None if file is None else file.read()
     if kept is None:
-        start = graph.edges if prefilter is None else _prefiltered(model, pairs, prefilter, grouped, settings)
+        start = graph.edges if prefilter is None else _prefiltered(model, pairs, graph, prefilter, metric, settings)
         kept = 0, start, torch.full(start.shape, math.nan)
     first, mask, effects = kept
     ablated = ablation(wiring, intervention, batch, means, context)
@@ -224,15 +224,15 @@ class _Tests:
                 removed[place, writer] = True
                 if self._stands(rises[writer]):
                     removed[place + 1 :, writer] = True
-            losses = self.running.trial_losses(column, removed).tolist()
             accepted = None
-            for place, writer in enumerate(together):
-                effect = self._finite(losses[place]) - self.loss
+            losses = self.running.trial_losses(column, removed)
+            for place, (writer, loss) in enumerate(zip(together, losses, strict=True)):
+                effect = self._finite(loss) - self.loss
                 self.effects[writer, column] = effect
                 self.error += 0.1 * (abs(effect - rises[writer]) - self.error)
                 remaining.pop(0)
                 if self._stands(effect):
-                    accepted, self.loss = place, losses[place]
+                    accepted, self.loss = place, loss
                 if self._stands(effect) != self._stands(rises[writer]):
                     break  # the later tests assumed the other outcome
             if accepted is not None:
@@ -254,7 +254,7 @@ class _Tests:
         if not self.running.post_norm:
             self.running.drop(column)
             return
-        self.loss = self._finite(float(self.running.trial_losses(column, removed)[0]))
+        self.loss = self._finite(next(self.running.trial_losses(column, removed)))
         self.running.accept(0)
 
     def _stands(self, rise: float) -> bool:
@@ -297,12 +297,22 @@ def _readers_of(graph: Graph, nodes: Sequence[str]) -> set[int]:
 
 
 def _prefiltered(
-    model: TransformerBridge, pairs: Sequence[TokenPair], size: int, grouped: bool, settings: dict[str, Any]
+    model: TransformerBridge, pairs: Sequence[TokenPair], graph: Graph, size: int, metric: Metric, settings: dict[str, Any]
 ) -> Bool[Tensor, "writer reader"]:
-    shared = {key: settings[key] for key in ("metric", "intervention", "full_answer")}
+    if size > graph.n_edges:
+        raise MethodError(f"prefilter is {size}, but the graph has only {graph.n_edges} edges: leave it out, or use fewer")
     # "right" leaves out the ablated end of the path: at a zero embedding (zero ablation) a norm has no usable gradient
-    scores = attribute_edges(model, pairs, "eap_ig", ig_rule="right", grouped=grouped, **shared)
-    mask = select(scores, "absolute", size, fill=False).mask
+    scores = attribute_edges(
+        model,
+        pairs,
+        "eap_ig",
+        ig_rule="right",
+        metric=metric,
+        intervention=settings["intervention"],
+        grouped=graph.grouped,
+        full_answer=settings["full_answer"],
+    )
+    mask = select(scores, "absolute", int(size), fill=False).mask
     if not mask.any():
         raise MethodError(f"prefilter {size}: the {size} best edges make no path from the input to the logits; use more")
     return mask
