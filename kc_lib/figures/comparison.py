@@ -202,7 +202,6 @@ def _matrix(stability: Stability) -> pd.DataFrame:
     """Overlaps by name, 1 on the diagonal; blank for pairs that were not compared."""
     pairs = stability.pairs
     names = list(dict.fromkeys([*pairs["a"], *pairs["b"]]))
-    names.sort(key=lambda name: name == "reference")
     matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names).replace(0.0, np.nan)
     for a, b, value in zip(pairs["a"], pairs["b"], pairs["jaccard"], strict=True):
         matrix.loc[a, b] = matrix.loc[b, a] = value
