@@ -1,8 +1,9 @@
 """Figures of circuits, scores and evaluations: each function takes results and returns a plotly figure.
 
 Positive scores are blue (ablating the edge hurts), negative ones vermillion (ablating it helps): colours of Okabe and
-Ito's, which colour-blind readers can tell apart. Under grouped queries an edge into a key or value reader that
-several heads share is drawn into, and counted for, each of those heads that writes in the circuit.
+Ito's, which colour-blind readers can tell apart. A circuit is blue beside its grey nulls. Titles say units and n, and
+an interval is drawn wherever the results have one. Under grouped queries an edge into a key or value reader that several
+heads share is drawn into, and counted for, each of those heads that writes in the circuit.
 """
 
 from kc_lib.figures.circuits import circuit_graph, top_edges_table, top_nodes_table
