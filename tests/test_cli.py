@@ -20,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kc_lib import cli, runs
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError, TaskError
+from kc_lib.graph import Circuit, Graph
 from kc_lib.models.smollm2 import wheel_file
 
 BESIDE = Path(sys.executable).with_name("kc")
@@ -299,13 +300,13 @@ def test_a_spoiled_record_is_one_line(
         assert_one_line_and_code_2(called(monkeypatch, capsys, *arguments, "--out", tmp_path), str(path))
 
 
-def run_cells(**parameters: Any) -> None:
+def run_cells(notebook: Path = NOTEBOOK, /, **parameters: Any) -> None:
     """The notebook's cells in this process with these parameters, as papermill would run them."""
-    document = nbformat.read(NOTEBOOK, as_version=4)
+    document = nbformat.read(notebook, as_version=4)
     names: dict[str, Any] = {}
     for cell in document.cells:
         if cell.cell_type == "code":
-            exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
+            exec(compile(cell.source, notebook.name, "exec"), names)
             if "parameters" in cell.metadata.get("tags", []):
                 assert set(parameters) <= set(names)
                 names.update(parameters)
@@ -361,6 +362,10 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"size": -1}, ("-1",)),
     ({"selection": "threshold"}, ("threshold",)),
     ({"method": "clean_corrupted", "intervention": "zero"}, ("clean_corrupted",)),
+    ({"method": "acdc", "tau": 0}, ("tau is 0", "above 0")),
+    ({"method": "acdc", "order": "magic"}, ("'magic'", "reverse")),
+    ({"method": "acdc", "normalize": "magic"}, ("'magic'", "positions")),
+    ({"method": "acdc", "prefilter": 0}, ("prefilter is 0",)),
     ({"batch_size": 0}, ("batch_size is 0",)),
     ({"size": 10_000_000, "steps": 1}, ("10000000", "edges")),
 ]
@@ -391,6 +396,42 @@ def test_bad_values_in_the_notebook_are_ours_and_leave_no_run(
     told = PapermillExecutionError(1, 1, "", type(error.value).__name__, message, [])
     assert type(cli._as_ours(told)) is type(error.value)  # so kc prints this line
     assert str(cli._as_ours(told)) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("absent.json", ("absent.json",)),
+        ("spoiled.json", ("spoiled.json",)),
+        ("foreign.json", ("foreign.json", "another model")),
+        ("against.json", ("against.json", "against the flow")),
+        ("unknown.json", ("unknown.json", "a9.h0")),
+    ],
+)
+def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_judge(
+    name: str,
+    parts: tuple[str, ...],
+    small_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("good.csv"), rows())
+    graph = Graph(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32)  # the small llama's
+    whole = Circuit(graph, graph.edges).save("whole.json").read_text()
+    Path("spoiled.json").write_text(whole[:1000])
+    Path("against.json").write_text(whole.replace('"input->m0"', '"m2->m0"'))
+    Path("unknown.json").write_text(whole.replace('"input->m0"', '"input->a9.h0<q>"'))
+    other = Graph(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
+    Circuit(other, other.edges).save("foreign.json")
+    usual = {"model": str(small_folder("llama")), "task": "good.csv", "known_only": False, "device": "cpu", "out": "out"}
+    with pytest.raises(KnowledgeCircuitsError) as error:
+        run_cells(runs.NOTEBOOKS / "circuit_evaluation.ipynb", **usual, circuit=name)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert visible_runs(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(

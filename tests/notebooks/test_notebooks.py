@@ -19,6 +19,8 @@ SHORT_FUNCTION = 6  # lines; what is longer belongs into kc_lib, where it is tes
 REDUCED = {
     "max_facts": "12",
     "n_random": "2",
+    "n_edges": "4",
+    "n_resamples": "2",
     "steps": "2",
 }
 ABSOLUTE = re.compile(r"""(?<![\w.~<])(/(home|root|work|tmp|Users|mnt|data|opt|var|usr|content)/|~/|[A-Za-z]:\\)""")
