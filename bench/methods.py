@@ -40,7 +40,9 @@ TAU = {"country_capital": 0.01, "ioi": 0.01}  # of ACDC, logits
 def main(
     tasks: Annotated[str, typer.Option(help="comma-separated")] = "country_capital,ioi",
     methods: Annotated[str, typer.Option(help="comma-separated; default: all but exact")] = "",
-    pairs: Annotated[int, typer.Option(help="at most so many pairs in either half")] = 24,
+    pairs: Annotated[
+        int, typer.Option(help="at most so many pairs in either half (IOI: generated before the known are kept)")
+    ] = 24,
     prefilter: Annotated[int, typer.Option(help="edges ACDC starts from; 0 leaves ACDC out")] = 3000,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the tables; a picture goes beside it")] = None,
 ) -> None:
@@ -60,7 +62,7 @@ def main(
         text.append(f"### {about}\n\n{table}\n")
     if out is not None:
         out.write_text("\n".join(text))
-        figure = method_bars(pd.concat(frames))
+        figure = method_bars(pd.concat([frame.dropna(subset="cpr") for frame in frames]))
         figure.write_image(out.with_suffix(".png"), width=1000, height=520, scale=2)
 
 
@@ -104,7 +106,7 @@ def compare(model: TransformerBridge, task: Task, methods: Sequence[str], pairs:
         signed = found_areas.loc["random #1" if method == "random" else f"{method} signed"]
         absolute = found_areas.loc["random #1" if method == "random" else f"{method} absolute"]
         at = judged.row(f"random {AT:g} #1" if method == "random" else f"{method} absolute {AT:g}", "held_out")
-        row = {"method": method, "seconds": seconds.get(method, 0.0), "n_edges": at.n_edges}
+        row = {"method": method, "seconds": seconds.get(method, float("nan")), "n_edges": at.n_edges}
         row |= {f"cpr{end}": signed[f"cpr{end}"] for end in ("", "_low", "_high")}
         row |= {f"cmd{end}": absolute[f"cmd{end}"] for end in ("", "_low", "_high")}
         row |= {"log_area": absolute.log_area}
@@ -123,7 +125,7 @@ def markdown(frame: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for _, row in frame.sort_values("cpr", ascending=False).iterrows():
-        cells = [row.method, f"{row.seconds:.1f}" if row.seconds else ""]
+        cells = [row.method, "" if pd.isna(row.seconds) else f"{row.seconds:.1f}"]
         cells += [interval(row, "cpr"), interval(row, "cmd"), "" if pd.isna(row.log_area) else f"{row.log_area:.2f}"]
         cells += [f"{row.n_edges:.0f}", interval(row, "faithfulness")]
         lines.append("| " + " | ".join(cells) + " |")
