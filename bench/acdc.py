@@ -43,7 +43,8 @@ Value = TypeVar("Value")
 
 
 def main(
-    tau: Annotated[float, typer.Option(help="threshold, in nats of match-NLL")] = 0.1,
+    metric: Annotated[str, typer.Option(help="match_nll, logit_difference, kl, log_probability")] = "match_nll",
+    tau: Annotated[float, typer.Option(help="threshold, in units of the metric")] = 0.1,
     pairs: Annotated[int, typer.Option(help="number of pairs")] = 8,
     tokens: Annotated[int, typer.Option(help="tokens of a prompt, give or take one")] = 12,
     layers: Annotated[int, typer.Option(help="layers of the GPT-2-shaped model")] = 4,
@@ -57,7 +58,7 @@ def main(
         save_random_gpt2(Path(folder), layers)
         model = load_model(folder, device="cpu")
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    compare(console, model, reference, random_pairs(reference, pairs, tokens), tau, edges_at_once, quick)
+    compare(console, model, reference, random_pairs(reference, pairs, tokens), metric, tau, edges_at_once, quick)
     if smollm2:
         run_on_smollm2(console, edges_at_once)
 
@@ -67,17 +68,18 @@ def compare(
     model: TransformerBridge,
     reference: PreTrainedModel,
     pairs: list[TokenPair],
+    metric: str,
     tau: float,
     edges_at_once: int,
     quick: bool,
 ) -> None:
     def ours() -> Any:
-        return acdc(model, pairs, tau=tau, grouped=False, edges_at_once=edges_at_once)
+        return acdc(model, pairs, metric=metric, tau=tau, grouped=False, edges_at_once=edges_at_once)
 
     whole = edge_exists(reference, ungrouped=True)
     every, answers = "logits at every position", "logits at the answers"
     loss_of = {
-        what: loss_of_edges(reference, pairs, ungrouped=True, all_positions=everywhere)
+        what: loss_of_edges(reference, pairs, metric=metric, ungrouped=True, all_positions=everywhere)
         for what, everywhere in ((every, True), (answers, False))
     }
     circuit, own_seconds = timed(ours)
@@ -88,12 +90,12 @@ def compare(
         operations[what] = n_tests * flops(lambda loss=loss: loss(whole))
         times[what] = n_tests * min(timed(lambda loss=loss: loss(whole))[1] for _ in range(3))
     console.print(
-        f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens, zero ablation, match-NLL, tau = {tau:g}, "
+        f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens, zero ablation, {metric}, tau = {tau:g}, "
         f"{torch.get_num_threads()} threads; kept {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
         f"({circuit.share:.1%}) after {n_tests:,} tests"
     )
     if not quick:
-        found, times[answers] = timed(lambda: plain_acdc(reference, pairs, tau, ungrouped=True))
+        found, times[answers] = timed(lambda: plain_acdc(reference, pairs, tau, metric=metric, ungrouped=True))
         difference = (circuit.scores - found.effects).nan_to_num().abs().max().item()
         same = torch.equal(circuit.mask, found.mask) and torch.equal(circuit.scores.isnan(), found.effects.isnan())
         closest = (found.effects[~found.effects.isnan()] - tau).abs().min().item()
