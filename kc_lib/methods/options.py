@@ -122,7 +122,7 @@ def finite(scores: Tensor, model: TransformerBridge) -> Tensor:
     if not scores.isfinite().all():
         raise MethodError(
             f"{int((~scores.isfinite()).sum())} scores are not finite: the model overflows in {model.cfg.dtype}; "
-            "load it with dtype='float32', or under zero ablation use ig_rule 'right' or 'midpoint' ('left' takes one gradient"
-            " at a zero stream, where a norm has none)"
+            "load it with dtype='float32', or, under zero ablation, use ig_rule 'right' or 'midpoint' "
+            "('left' takes a gradient at a zero stream, where a norm has none)"
         )
     return scores
