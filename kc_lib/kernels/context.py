@@ -57,8 +57,7 @@ def context_of(wiring: Wiring, tokens: Int[Tensor, "batch past"]) -> Context:
         return EMPTY
     resid = wiring.embed(tokens)
     past = []
-    for layer, block in enumerate(wiring.blocks):
-        x = block.attention.norm(resid)
-        past.append((block.attention.project("k", x), block.attention.project("v", x)))
+    for layer in range(wiring.n_layers):
+        past.append(wiring.keys_values(layer, resid))
         resid = wiring.run_block(layer, resid)
     return Context(tokens.shape[1], tuple(past))

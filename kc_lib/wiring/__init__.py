@@ -11,15 +11,17 @@ Covered: learned, rotary (full, partial, half-split or adjacent pairs) or no pos
 on queries and keys per head; sliding windows; soft-capped scores and logits; parallel attention and MLP (NeoX, GPT-J,
 Phi), with one norm or two; norms on outputs (Gemma-2/3), where a head's contribution is its output times the norm's
 scale in that same run, so that contributions still sum to the stream. Masked language models of the BERT kind renormalise
-the stream itself after every block, so no sum of writers equals it: they are refused.
+the stream itself after every block, so no sum of writers equals it: ``wiring_of`` refuses them, and ``mlp_wiring_of`` takes
+them apart as far as methods about MLP neurons need (``encoder.py``).
 
 ``wiring_of`` ends by comparing its own logits with the model's on random tokens. A part of an architecture that is not
 known here therefore shows as an error on load, never as a wrong number later.
 """
 
 from kc_lib.wiring.backward import GIM, NATIVE, RELP, BackwardRules
-from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.boot import is_causal, mlp_wiring_of, wiring_of
 from kc_lib.wiring.decoder import Wiring, frozen
+from kc_lib.wiring.encoder import EncoderWiring, MlpWiring
 from kc_lib.wiring.parts import Attention, Block, Mlp, Norm
 
 __all__ = [
@@ -29,9 +31,13 @@ __all__ = [
     "Attention",
     "BackwardRules",
     "Block",
+    "EncoderWiring",
     "Mlp",
+    "MlpWiring",
     "Norm",
     "Wiring",
     "frozen",
+    "is_causal",
+    "mlp_wiring_of",
     "wiring_of",
 ]

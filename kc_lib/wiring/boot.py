@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from kc_lib.errors import ModelError, first_line
 from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.encoder import EncoderBlock, EncoderWiring, MlpWiring
 from kc_lib.wiring.parts import Attention, Block, Mlp, Norm
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -28,7 +29,7 @@ def wiring_of(model: TransformerBridge) -> Wiring:
     name = str(getattr(model.cfg, "architecture", type(model).__name__))
     if not hasattr(model, "blocks") or not hasattr(model, "unembed") or getattr(model.cfg, "is_stateful", False):
         raise ModelError(f"{name} is no decoder with attention and MLP blocks: circuits are not defined for it")
-    if getattr(model.cfg, "attention_dir", "causal") != "causal":
+    if not is_causal(model):
         raise ModelError(
             f"{name} attends in both directions and normalises the residual stream itself: its stream is no sum of "
             "writers, so circuits are not defined for it; use a causal model"
@@ -44,8 +45,64 @@ def wiring_of(model: TransformerBridge) -> Wiring:
         )
     except (AttributeError, RuntimeError, ValueError) as error:
         raise ModelError(f"{name} has a part the residual-stream wiring does not know ({error})") from error
-    _check_against_model(wiring, name)
+    _check_against_model(wiring, lambda tokens: wiring.unembed(wiring.run(wiring.embed(tokens))), name)
     return wiring
+
+
+def is_causal(model: TransformerBridge) -> bool:
+    """Whether positions see only what is left of them; masked language models see both sides."""
+    return bool(getattr(model.cfg, "attention_dir", "causal") == "causal")
+
+
+def mlp_wiring_of(model: TransformerBridge) -> MlpWiring:
+    """Take a decoder or a masked language model of the BERT kind apart as far as methods about MLP neurons need it.
+
+    Raises:
+        ModelError: as ``wiring_of``; or MLPs that are no sum over neurons.
+    """
+    if is_causal(model):
+        wiring = wiring_of(model)
+        for block in wiring.blocks:
+            _ = block.mlp_parts  # seen to equal the module, or refused
+        return wiring
+    return _encoder(model)
+
+
+def _encoder(model: TransformerBridge) -> EncoderWiring:
+    name, cfg = str(getattr(model.cfg, "architecture", type(model).__name__)), model.cfg
+    try:
+        ln_final, activation = _norm(model.ln_final, cfg), ACT2FN[cfg.act_fn]
+        original: Any = model.original_model
+        wiring = EncoderWiring(
+            model=model,
+            blocks=[
+                EncoderBlock(
+                    attention=_attention(model, layer, Norm("none"), name),
+                    attention_norm=_norm(block.ln1, cfg),
+                    mlp=_mlp(block.mlp, cfg),
+                    mlp_norm=_norm(block.ln2, cfg),
+                )
+                for layer, block in enumerate(model.blocks)
+            ],
+            embeddings=original.base_model.embeddings,
+            head=lambda resid: ln_final(activation(model.mlm_head(resid))),
+            W_U=model.unembed.W_U.detach(),
+            b_U=_bias(model.unembed.b_U, model.unembed.W_U, (model.unembed.W_U.shape[1],)),
+        )
+        _check_against_model(wiring, lambda tokens: _encoded(wiring, tokens), name)
+    except (AttributeError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{name} is no masked language model of the BERT kind ({first_line(error)}): use BERT or a causal model"
+        ) from error
+    return wiring
+
+
+def _encoded(wiring: EncoderWiring, tokens: Tensor) -> Tensor:
+    resid = wiring.embed(tokens)
+    for layer in range(wiring.n_layers):
+        after = wiring.run_attention(layer, resid)
+        resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
+    return wiring.unembed(resid)
 
 
 def _block(model: TransformerBridge, layer: int, name: str) -> Block:
@@ -150,6 +207,7 @@ def _attention(model: TransformerBridge, layer: int, norm: Norm, name: str) -> A
         soft_cap=_positive(getattr(cfg, "attn_scores_soft_cap", None)),
         window=getattr(inner, "sliding_window", None) if sliding else None,
         post_norm=_norm(model.blocks[layer].ln1_post, cfg) if has_post_norm else None,
+        causal=is_causal(model),
         q_norm_parts=_head_norm_parts(q_norm, cfg, W_Q),
         k_norm_parts=_head_norm_parts(k_norm, cfg, W_K),
     )
@@ -232,15 +290,15 @@ def _positive(value: float | None) -> float | None:
     return float(value) if value is not None and value > 0 else None
 
 
-def _check_against_model(wiring: Wiring, name: str) -> None:
+def _check_against_model(wiring: MlpWiring, logits_of: Callable[[Tensor], Tensor], name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, wiring.W_U.shape[1], (1, 7), generator=generator).to(wiring.device)
     with torch.no_grad():
         expected = wiring.model(tokens)
-        actual = wiring.unembed(wiring.run(wiring.embed(tokens)))
+        actual = logits_of(tokens)
     gap = _gap(actual, expected)
     if not gap <= RELATIVE_TOLERANCE.get(expected.dtype, 1e-3):
         raise ModelError(
             f"{name} has a part the residual-stream wiring does not know: its logits differ by {gap:.1e} (relative) from "
-            "the sum of writers; circuits would be wrong, so the model is refused"
+            "those of its parts; results would be wrong, so the model is refused"
         )

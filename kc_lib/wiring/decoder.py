@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import ModelError
 from kc_lib.graph import Graph
 from kc_lib.wiring.backward import NATIVE, BackwardRules
-from kc_lib.wiring.parts import Block, Norm
+from kc_lib.wiring.parts import Block, Mlp, Norm
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Wiring:
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"]
     logit_soft_cap: float | None
+
+    causal = True
 
     @property
     def n_layers(self) -> int:
@@ -117,10 +119,8 @@ class Wiring:
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The stream after a block, from the stream before it; ``past`` as in ``Attention.attend``."""
-        block = self.blocks[layer]
         after_attention = self.run_attention(layer, resid, past)
-        mlp_input = resid if block.parallel else after_attention
-        return after_attention + block.mlp_output(block.mlp_norm(mlp_input))
+        return self.after_mlp(layer, after_attention, self.blocks[layer].mlp(self.mlp_input(layer, resid, after_attention)))
 
     def run_attention(
         self,
@@ -133,6 +133,28 @@ class Wiring:
         x = attention.norm(resid)
         q, k, v = (attention.project(kind, x) for kind in "qkv")
         return resid + attention.output(attention.attend(q, k, v, past))
+
+    def keys_values(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
+        """A block's keys and values from the stream before it: the ``past`` of positions that follow."""
+        x = self.blocks[layer].attention.norm(resid)
+        return self.blocks[layer].attention.project("k", x), self.blocks[layer].attention.project("v", x)
+
+    def mlp_input(
+        self, layer: int, resid: Float[Tensor, "batch pos d_model"], after_attention: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What a block's MLP reads, from the stream before the block and after its attention."""
+        block = self.blocks[layer]
+        return block.mlp_norm(resid if block.parallel else after_attention)
+
+    def parts(self, layer: int) -> Mlp:
+        """The MLP of a block in parts."""
+        return self.blocks[layer].mlp_parts
+
+    def after_mlp(
+        self, layer: int, after_attention: Float[Tensor, "batch pos d_model"], write: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream after a block, from what the MLP wrote before the norm on it that it may have."""
+        return after_attention + self.blocks[layer].mlp_contribution(write)
 
     def run(
         self,

@@ -82,6 +82,7 @@ class Attention:
     soft_cap: float | None
     window: int | None
     post_norm: Norm | None
+    causal: bool = True
     q_norm_parts: Norm | None = None  # the same norms in closed form, where they are of a form that is known
     k_norm_parts: Norm | None = None
 
@@ -140,7 +141,8 @@ class Attention:
         scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * self.scale
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device)[-n_new:], float("-inf"))
+        if self.causal:
+            scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device)[-n_new:], float("-inf"))
         return rules.softmax(scores).to(q.dtype).flatten(1, 2)
 
     def mix(
