@@ -59,7 +59,7 @@ class NeuronSets:
         return tuple(zip(rows["layer"].astype(int), rows["neuron"].astype(int), strict=True))
 
     def without_common(self, method: str, fact: int, share: float = 0.1) -> tuple[Neuron, ...]:
-        """The neurons of a fact that at most this share of its relation's facts have; an update changes these (section 5.1)."""
+        """The neurons of a fact that at most this share of its relation has: what an update changes (section 5.1)."""
         relation = self.facts.set_index("fact").loc[fact, "relation"]
         members = self.facts.loc[self.facts["relation"] == relation, "fact"]
         counts = Counter(neuron for other in members for neuron in self.of(method, int(other)))
