@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.kernels.knowledge_neurons import (
+    adaptive_gradients,
     answer_states,
     changed_logits,
     integrated_gradients,
@@ -92,6 +93,22 @@ def test_scores_of_a_layer_sum_to_what_its_neurons_do(kind: str, small_model: Ca
         assert gaps[rule, 200] < gaps[rule, 20] / 5
     assert gaps["trapezoid", 200] < 1e-4
     assert gaps["trapezoid", 20] < gaps["right", 20]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "bert"])
+@pytest.mark.parametrize("log_probability", [False, True])
+def test_adaptive_points_reach_the_limit(
+    kind: str, log_probability: bool, small_model: Callable[[str], TransformerBridge]
+) -> None:
+    wiring, positions = mlp_wiring_of(small_model(kind)), torch.tensor(positions_of(kind))
+    states = answer_states(wiring, torch.tensor(TOKENS), positions)
+    targets = states.logits.argmax(-1)
+    for layer in range(wiring.n_layers):
+        limit = integrated_gradients(wiring, states, layer, targets, 2000, "trapezoid", log_probability)
+        found = adaptive_gradients(wiring, states, layer, targets, 1e-4, log_probability, max_rows=50)
+        # halving stops when the sum is right; single scores, some of them large and opposite, are nearly so
+        torch.testing.assert_close(found, limit, rtol=0.0, atol=5e-3 * float(limit.abs().max()))
+        torch.testing.assert_close(found.sum(-1), limit.sum(-1), rtol=0.0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

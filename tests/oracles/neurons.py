@@ -73,3 +73,43 @@ def attribution(
         (gradient,) = torch.autograd.grad(log_p if log_probability else log_p.exp(), scaled)
         total += weight * gradient
     return observed * total
+
+
+def published_attribution(
+    model: nn.Module,
+    kind: str,
+    tokens: Sequence[int],
+    position: int,
+    target: int,
+    layer: int,
+    points: Sequence[float],
+    weights: Sequence[float],
+    pad: int,
+    length: int = 128,
+) -> Tensor:
+    """As the published code does: the prompt padded, a clean pass for this layer, the points as one batch of whole passes."""
+    padded = torch.tensor([[*tokens, *[pad] * (length - len(tokens))]])
+    mask = (torch.arange(padded.shape[1]) < len(tokens)).long()[None]
+    module, seen = output_layer(model, kind, layer), []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, position].detach().clone()))
+    try:
+        with torch.no_grad():
+            model(padded, attention_mask=mask)
+    finally:
+        handle.remove()
+    observed = seen[0]
+    scaled = (torch.tensor(points)[:, None] * observed).requires_grad_(True)
+
+    def put(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0].clone()
+        x[:, position] = scaled
+        return (x, *inputs[1:])
+
+    handle = module.register_forward_pre_hook(put)
+    try:
+        n = len(points)
+        logits = model(padded.expand(n, -1), attention_mask=mask.expand(n, -1)).logits[:, position]
+        (gradient,) = torch.autograd.grad(logits.softmax(-1)[:, target].sum(), scaled)
+    finally:
+        handle.remove()
+    return observed * torch.einsum("k,kd->d", torch.tensor(weights), gradient)
