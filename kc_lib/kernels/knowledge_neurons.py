@@ -26,7 +26,7 @@ from kc_lib.wiring import MlpWiring, frozen
 
 RULES = ("right", "left", "trapezoid")
 GAUSS_POINTS = 6
-HALVINGS = 6
+HALVINGS = 12  # where a norm follows the MLP, as in Gemma, nearly all happens close to zero
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class _Path:
             self.layer, states.after_attention[self.layer][rows], _placed(states, self.layer, writes, rows)
         )
         for layer in range(self.layer + 1, wiring.n_layers):
-            past = tuple(x[rows] for x in states.past[layer]) if states.past else None
+            past = (states.past[layer][0][rows], states.past[layer][1][rows]) if states.past else None
             after = wiring.run_attention(layer, resid, past)
             resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
         each = torch.arange(len(rows), device=rows.device)

@@ -137,7 +137,7 @@ def attribute_neurons(
     else:
         integral = partial(integrated_gradients, steps=steps, rule=rule)
     bar = tqdm(total=len(facts), initial=sum(map(len, rows)), desc="attribution", unit="fact", disable=not progress)
-    for start in range(bar.n, len(facts), FACTS_AT_ONCE):
+    for start in range(int(bar.n), len(facts), FACTS_AT_ONCE):
         group = range(start, min(start + FACTS_AT_ONCE, len(facts)))
         found = _attributed(wiring, [facts[i] for i in group], integral, target, kept, batch_size)
         for number, (frame, about) in zip(group, found, strict=True):
@@ -148,12 +148,12 @@ def attribute_neurons(
             rows.append(pd.DataFrame([row | {"n_prompts": len(fact.prompts)}]))
         bar.update(len(group))
         if file is not None:
-            so_far = NeuronAttributions(*map(_joined, (frames, prompts, rows)), {"identity": identity})
+            so_far = NeuronAttributions(_joined(frames), _joined(prompts), _joined(rows), {"identity": identity})
             draft = file.with_name(f".{file.name}.draft")
             so_far.save(draft)
             os.replace(draft, file)
     bar.close()
-    return NeuronAttributions(*map(_joined, (frames, prompts, rows)), settings)
+    return NeuronAttributions(_joined(frames), _joined(prompts), _joined(rows), settings)
 
 
 def check_attribution(
