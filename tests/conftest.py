@@ -101,49 +101,15 @@ def smollm2() -> TransformerBridge:
 
 
 MASKED_WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    ".",
-    ",",
-    "'",
-    "s",
-    "The",
-    "capital",
-    "city",
-    "of",
-    "is",
-    "in",
-    "France",
-    "Paris",
-    "Italy",
-    "Rome",
-    "India",
-    "New",
-    "Del",
-    "##hi",
-    "Spain",
-    "Madrid",
-    "a",
-    "country",
-    "lies",
-    "and",
-    "see",
-    "people",
-    "speak",
-    "River",
-    "North",
-    "America",
-    "Europe",
-    "Asia",
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "'", "s"),  # 0 to 8
+    *("The", "capital", "city", "of", "is", "in", "a", "country", "and", "see", "people"),  # 9 to 19
+    *("France", "Paris", "Italy", "Rome", "India", "New", "Del", "##hi", "Spain", "Madrid"),  # 20 to 29
 ]
 
 
 @pytest.fixture(scope="session")
 def masked_model(tmp_path_factory: pytest.TempPathFactory) -> TransformerBridge:
-    """A small random BERT with a WordPiece tokenizer of its own kind: the words above, then w41 to w199."""
+    """A small random BERT with a WordPiece tokenizer of its own kind: the words above, then w30 to w199."""
     folder = tmp_path_factory.mktemp("masked")
     torch.manual_seed(0)
     model = tf.AutoModelForMaskedLM.from_config(CONFIGS["bert"]())

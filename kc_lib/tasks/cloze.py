@@ -122,8 +122,8 @@ def load_cloze(
     tokenizer = tokenizer_of(model, prepend_bos)
     if tokenizer.mask is None and getattr(model.cfg, "attention_dir", "causal") != "causal":
         raise TaskError(
-            "the model attends in both directions, but its tokenizer has no mask token: nothing can be left out for it; give "
-            "it the tokenizer it was trained with"
+            "the model attends in both directions, but its tokenizer has no mask token: nothing can be left out for it; "
+            "give it the tokenizer it was trained with"
         )
     if tokenizer.mask is not None and prepend_bos is False:
         raise TaskError("prepend_bos is of causal models; a masked LM reads its [CLS] and [SEP] always: leave it out")

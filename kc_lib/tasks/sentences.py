@@ -1,8 +1,8 @@
 """Sentences in which the neurons of a fact are read: with its subject and answer, with its subject alone, with neither.
 
-Dai et al. (2022, section 4.4) compare the activation of knowledge neurons on distantly supervised sentences that hold head and
-tail (T1), the head only (T2), and on random sentences (T3); their trigger examples come from the same sentences. Those of
-T-REX relations are read from the published ``distant_P37.json``: a JSON list of ``{"th_bags": [...], "h_bags": [...]}``.
+Dai et al. (2022, section 4.4) compare the activation of knowledge neurons on distantly supervised sentences that hold head
+and tail (T1), the head only (T2), and on random sentences (T3); their trigger examples come from the same sentences. Those
+of T-REX relations are read from the published ``distant_P37.json``: a JSON list of ``{"th_bags": [...], "h_bags": [...]}``.
 Of a relation without such a file, sentences are made from its held-out paraphrases and from other relations; a user's own
 corpus serves as well.
 """
@@ -27,9 +27,9 @@ from kc_lib.tasks.text import load_text
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 MAX_TOKENS = 128  # as the published code reads a sentence
-# Not ends of sentences: initials, and abbreviations that stand before a name or a number
-ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Mt|vs|Fig|e\.g|i\.e)\.$")
-END = re.compile(r"""(?<=[.!?])["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9])""")
+# Not ends of sentences: initials, abbreviations that stand before a name or a number, the number of a list's item
+ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Mt|vs|Fig|e\.g|i\.e)\.$|^\d+\.$")
+END = re.compile(r"""(?<=[.!?])["'\u201d\u2019)\]]*\s+(?=["'\u201c\u2018(\[]*[A-Z0-9])""")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def distant_sentences(
 ) -> SentenceTask:
     """The sentences of a published distant-supervision file for those of the facts (subject, answer) that it has.
 
-    The published code pairs its bags with facts by a file of queries that is not published with it. Here a bag belongs to the
-    fact whose subject is in all of its ``h_bags`` and whose answer in all of its ``th_bags``; of several such facts, that of
+    The published code pairs its bags with facts by a file of queries that is not at hand. Here a bag belongs to the fact
+    whose subject is in all of its ``h_bags`` and whose answer is in all of its ``th_bags``; of several such facts, to that of
     the longest subject. ``report`` counts bags, those of no fact ("unmatched"), those of several ("ambiguous"), and facts.
     ``random`` is drawn by ``seed`` from all bags, without sentences that hold subject or answer.
 
@@ -112,8 +112,8 @@ def own_sentences(task: ClozeTask, corpus: Sequence[str] = (), *, n_random: int 
     """Sentences of the facts of a task from its held-out paraphrases, the project's other relations and a corpus.
 
     ``head_and_tail`` are the held-out paraphrases with the answer filled in. ``head_only`` are other relations' paraphrases
-    about the same subject, with their own answer, and the corpus' sentences that name it. ``random`` is drawn by ``seed`` from
-    the corpus, or without one from other relations' sentences. ``report`` counts facts without ``head_only`` sentences.
+    about the same subject, with their own answer, and the corpus' sentences that name it. ``random`` is drawn by ``seed``
+    from the corpus, or without one from other relations' sentences. ``report`` counts the facts that have none of a kind.
 
     Raises:
         TaskError: the task has no held-out paraphrases.
@@ -144,9 +144,11 @@ def read_sentences(
     """Sentences as a model reads them, in their order, without those that have no place to read at.
 
     The place is the answer's first occurrence in whole words (T1), or for ``answer=None`` a word that is not the subject's,
-    drawn by ``seed`` and the sentence (T2, T3, and a corpus for trigger sentences). A masked LM sees a mask per token there;
-    a causal model reads at the token before, so a place that starts the sentence drops it. A sentence longer than
-    ``max_tokens`` or the model's context is cut to as many tokens around the place (of a causal model, before it).
+    drawn by ``seed`` and the sentence (T2, T3, and a corpus for trigger sentences). A masked LM sees a mask per token there.
+    A causal model reads at the token before, so a place that starts the sentence does not serve it, nor, where the sentence
+    holds the subject, one that precedes it: there the model has not met the head yet (the paper's model is masked). A
+    sentence longer than ``max_tokens`` or the model's context is cut to as many tokens around the place; for a causal model
+    to those before it.
     """
     if max_tokens < 4:
         raise TaskError(f"max_tokens is {max_tokens}; it must be at least 4, for two special tokens, a mask and a word")
@@ -159,9 +161,9 @@ def read_sentences(
 def read_corpus(path: str | Path | None = None) -> list[str]:
     """The distinct sentences of a ``.txt`` file, of all such files of a folder and below, or of the project's own text.
 
-    A sentence ends with ``.``, ``!`` or ``?`` before white space and a capital (A-Z) or digit, or with its paragraph; initials
-    and a few abbreviations do not end one. That is a rule for running English text, not a trained splitter: for other text
-    give one sentence per paragraph (an empty line between them).
+    A sentence ends with ``.``, ``!`` or ``?`` before white space and a capital (A-Z) or digit, or with its paragraph;
+    initials and a few abbreviations do not end one. That is a rule for running English text, not a trained splitter: for
+    other text give one sentence per paragraph (an empty line between them).
 
     Raises:
         TaskError: the path does not exist, a file is not UTF-8, or there is no text.
@@ -206,18 +208,16 @@ def _all_hold(sentences: Sequence[str], words: str) -> bool:
 def _read(
     tokenizer: Tokenizer, sentence: str, subject: str, answer: str | None, n_tokens: int, seed: int
 ) -> ReadSentence | None:
-    if answer is None:
-        taken = [match.span() for match in _whole(subject).finditer(sentence)] if subject else []
-        words = [match.span() for match in re.finditer(r"\w+(?:['’-]\w+)*", sentence)]
-        free = [(a, b) for a, b in words if all(b <= start or a >= end for start, end in taken)]
-    else:
-        match = _whole(answer).search(sentence)
-        free = [match.span()] if match else []
+    heads = [match.span() for match in _whole(subject).finditer(sentence)] if subject else []
+    place = re.compile(r"\w+(?:['\u2019-]\w+)*") if answer is None else _whole(answer)
+    free = [match.span() for match in place.finditer(sentence)]
+    free = [(a, b) for a, b in free if all(b <= start or a >= end for start, end in heads)]
     if tokenizer.mask is None:
-        free = [(a, b) for a, b in free if re.search(r"\w", sentence[:a])]
+        head_end = heads[0][1] if heads else 0
+        free = [(a, b) for a, b in free if a >= head_end and re.search(r"\w", sentence[:a])]
     if not free:
         return None
-    start, end = random.Random(f"{seed}: {sentence}").choice(free)
+    start, end = random.Random(f"{seed}: {sentence}").choice(free) if answer is None else free[0]
     try:
         left, inside, right = tokenizer.around(sentence, start, end)
     except TaskError:  # the word shares a token with its neighbour, so there is nothing to leave out
@@ -231,7 +231,7 @@ def _read(
 
 
 def _window(tokens: tuple[int, ...], position: int, n_tokens: int, tokenizer: Tokenizer) -> tuple[tuple[int, ...], int]:
-    """At most ``n_tokens`` of the tokens with the position in their middle, between the special tokens of a whole sentence."""
+    """At most ``n_tokens`` of the tokens around a position, between the special tokens of a whole sentence."""
     n_opening, n_closing = len(tokenizer.opening), len(tokenizer.closing)
     inner = tokens[n_opening : len(tokens) - n_closing]
     room = n_tokens - n_opening - n_closing
