@@ -77,7 +77,7 @@ def distant_sentences(
     """The sentences of a published distant-supervision file for those of the facts (subject, answer) that it has.
 
     The published code pairs its bags with facts by a file of queries that is not at hand. Here a bag belongs to the fact
-    whose subject is in all of its ``h_bags`` and whose answer is in all of its ``th_bags``; of several such facts, to that of
+    whose subject is in all of its ``h_bags`` and whose answer is in all of its ``th_bags``; of several, to that of
     the longest subject. ``report`` counts bags, those of no fact ("unmatched"), those of several ("ambiguous"), and facts.
     ``random`` is drawn by ``seed`` from all bags, without sentences that hold subject or answer.
 
