@@ -202,7 +202,7 @@ def test_known_facts_are_those_found_one_by_one(
     task = load_cloze(path, model, n_prompts=4, n_held_out=1, known_rank=90)
     assert [fact.subject for fact in task.facts] == known
     assert (task.report["asked"], task.report["known"], task.report["used"]) == (40, len(known), len(known))
-    assert task.facts == load_cloze(path, model, n_prompts=4, n_held_out=1, known_rank=90, batch_size=3).facts
+    assert task == load_cloze(path, model, n_prompts=4, n_held_out=1, known_rank=90, batch_size=3)
     order = list(range(40))
     random.Random(5).shuffle(order)
     drawn = [s for i in order if (s := f"w{60 + i}") in known][:2]
@@ -373,10 +373,8 @@ def test_a_published_pattern_file_serves_our_relation(smollm2: TransformerBridge
 
 @pytest.mark.slow
 def test_our_capitals_in_a_real_model(smollm2: TransformerBridge) -> None:
-    options: dict[str, Any] = {"n_prompts": 5, "n_held_out": 3, "max_facts": 3}
-    task = load_cloze("country_capital", smollm2, **options)
-    assert task == load_cloze("country_capital", smollm2, **options)
-    assert len(task.facts) == task.report["known"] == 3
+    task = load_cloze("country_capital", smollm2, n_prompts=2, n_held_out=6, max_facts=1)
+    assert len(task.facts) == task.report["known"] == 1
     facts = {fact.text["prompt"]: fact for fact in load_facts("country_capital", smollm2).facts}
     for fact in task.facts:  # the same prompt is the same tokens in every task
         one = facts[fact.prompts[0].text]

@@ -121,8 +121,8 @@ def _with_subjects(facts: Sequence[tuple[str, str, list[str]]], where: str) -> l
         subject, _ = Counter(between).most_common(1)[0]
         if not subject.strip() or any(subject not in sentence for sentence in sentences):
             raise TaskError(
-                f"{fact}: no subject is in all of its sentences, e.g. {sentences[0]!r}, where those of other facts of {where} "
-                "have another; word row by row all facts of a relation alike"
+                f"{fact}: no subject is in all of its sentences, e.g. {sentences[0]!r}, where those of other facts of "
+                f"{where} have another; word row by row all facts of a relation alike"
             )
         texts.append(FactText(subject, answer, tuple(sentences), fact))
     return texts
