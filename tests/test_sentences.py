@@ -204,6 +204,10 @@ def test_sentences_of_our_own_facts(smollm2: TransformerBridge) -> None:
         assert set(more.random) < set(corpus)
     assert sentences.report["facts_without_head_only"] == 0
     assert sentences == own_sentences(task, n_random=5)
+    few = own_sentences(task, relations=("country_capital", "country_language"), n_random=90).facts[0]
+    asked = load_relation("country_capital").paraphrases
+    assert few.head_only == tuple(f"{t.replace('{}', few.subject)} {capitals[few.subject]}." for t in asked)
+    assert len(few.random) == len(capitals) - 1  # of the others' sentences only, and of its own relation none
     assert sentences.hash != own_sentences(task, n_random=5, seed=1).hash
     with pytest.raises(TaskError, match="'country_language' has no held-out paraphrases"):
         own_sentences(load_cloze("country_language", smollm2, max_facts=4, known_only=False))
