@@ -109,7 +109,7 @@ def load_facts(
     """
     tokenizer = tokenizer_of(model, prepend_bos)
     path = Path(name_or_path)
-    document = None if name_or_path in relation_files() or path.suffix != ".json" else _read_json(path)
+    document = None if name_or_path in relation_files() or path.suffix != ".json" else read_json(path)
     if isinstance(document, list):
         name, rows = path.stem, _known_rows(document, str(path))
     elif name_or_path in relation_files() or document is not None:
@@ -181,7 +181,8 @@ def _pair_rows(pairs: Sequence[PairText]) -> Iterator[dict[str, Any]]:
         yield {"prompt": pair.clean, "subject": pair.subject, "answer": pair.answer, "where": pair.where}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A parsed JSON file; a missing or broken one is a ``TaskError``."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

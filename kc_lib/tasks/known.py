@@ -1,7 +1,8 @@
-"""Which facts the model knows: the rank of the answer's first token among all tokens."""
+"""Which facts the model knows: the rank of an answer's token among all tokens."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,12 +29,38 @@ def last_logits(
             yield row[len(tokens_of_row) - 1].float()
 
 
+@torch.no_grad()
+def ranks_at(
+    model: TransformerBridge,
+    prompts: Sequence[tuple[int, ...]],
+    positions: Sequence[int],
+    targets: Sequence[int],
+    batch_size: int = 16,
+) -> list[int]:
+    """Rank of each target token at a position of its prompt, 1 for the most probable.
+
+    Prompts of equal length share a batch, so nothing is padded: a model that attends in both directions would see pads.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(i)
+    ranks = [0] * len(prompts)
+    for group in by_length.values():
+        for start in range(0, len(group), batch_size):
+            rows = group[start : start + batch_size]
+            logits = model(torch.tensor([prompts[i] for i in rows], device=model.cfg.device))
+            at = logits[torch.arange(len(rows)), torch.tensor([positions[i] for i in rows])].float()
+            of_target = at.gather(1, torch.tensor([[targets[i]] for i in rows], device=at.device))
+            for i, rank in zip(rows, (at >= of_target).sum(1).tolist(), strict=True):
+                ranks[i] = rank
+    return ranks
+
+
 def answer_ranks(
     model: TransformerBridge, prompts: Sequence[tuple[int, ...]], answers: Sequence[int], batch_size: int = 16
 ) -> list[int]:
     """Rank of each answer's first token at its prompt's last position, 1 for the most probable."""
-    logits = last_logits(model, prompts, batch_size)
-    return [int((row >= row[answer]).sum()) for row, answer in zip(logits, answers, strict=True)]
+    return ranks_at(model, prompts, [len(prompt) - 1 for prompt in prompts], answers, batch_size)
 
 
 def known_facts(model: TransformerBridge, relation: Relation, template: str, known_rank: int = 1) -> int:

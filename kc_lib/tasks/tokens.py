@@ -16,9 +16,10 @@ class Tokenizer:
 
     inner: PreTrainedTokenizerBase
     prepend_bos: bool
+    mask: int | None = None  # the mask token of a masked LM; None for a causal model
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of a prompt, BOS included where it is wanted."""
+        """Tokens of a prompt, BOS (of a masked LM, [CLS]) included where it is wanted."""
         return self._bos() + tuple(self.inner(text, add_special_tokens=False).input_ids)
 
     def answer(self, prompt: str, answer: str) -> tuple[int, ...]:
@@ -60,7 +61,30 @@ class Tokenizer:
             if a + (len(text[a:b]) - len(text[a:b].lstrip())) < end and b > start
         )
 
+    def around(self, text: str, start: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Tokens of a whole sentence left of, at, and right of the characters ``start`` to ``end``, special tokens included.
+
+        A masked LM reads ``[CLS] sentence [SEP]``, a causal model BOS where it is wanted and the sentence.
+
+        Raises:
+            TaskError: the characters share a token with what is around them, or the tokenizer gives no offsets.
+        """
+        inside = self.overlapping(text, start, end)
+        encoded = self.inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        opening, closing = self._bos(), self._closing()
+        offsets = [encoded.offset_mapping[i - len(opening)] for i in inside]
+        if not inside or text[offsets[0][0] : start].strip() or text[end : offsets[-1][1]].strip():
+            raise TaskError(f"{text[start:end]!r} has no tokens of its own in {text!r}; use another sentence")
+        tokens = opening + tuple(encoded.input_ids) + closing
+        return tokens[: inside[0]], tokens[inside[0] : inside[-1] + 1], tokens[inside[-1] + 1 :]
+
+    def _closing(self) -> tuple[int, ...]:
+        return () if self.mask is None or self.inner.sep_token_id is None else (int(self.inner.sep_token_id),)
+
     def _bos(self) -> tuple[int, ...]:
+        # Not left to the tokenizer's own template: booting with add_bos_token replaces that of a plain fast tokenizer.
+        if self.mask is not None:
+            return () if self.inner.cls_token_id is None else (int(self.inner.cls_token_id),)
         if not self.prepend_bos:
             return ()
         if self.inner.bos_token_id is None:
@@ -68,9 +92,15 @@ class Tokenizer:
         return (int(self.inner.bos_token_id),)
 
 
+def is_masked(model: TransformerBridge) -> bool:
+    """Whether the model fills in a mask (BERT's kind): it attends in both directions and its tokenizer has a mask token."""
+    is_causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
+    return not is_causal and getattr(model.tokenizer, "mask_token_id", None) is not None
+
+
 def tokenizer_of(model: TransformerBridge, prepend_bos: bool | None = None) -> Tokenizer:
     """The model's tokenizer; ``prepend_bos=None`` does what TransformerLens does for the model (as a rule, prepend)."""
     if model.tokenizer is None:
         raise TaskError("the model has no tokenizer; give a folder that holds one")
     wanted = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-    return Tokenizer(model.tokenizer, bool(wanted))
+    return Tokenizer(model.tokenizer, bool(wanted), int(model.tokenizer.mask_token_id) if is_masked(model) else None)
