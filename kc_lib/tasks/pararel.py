@@ -1,17 +1,17 @@
 """ParaRel's files (Elazar et al. 2021, arXiv:2102.01017): facts in many wordings, and the wordings as patterns.
 
-``data_1-1.json``, as published with the code of knowledge neurons (Dai et al. 2022), is a JSON list of facts; a fact is a list
-of ``[sentence with [MASK], answer, "P36(capital)"]``. A pattern file is JSONL, each row with ``{"pattern": "[X] ... [Y]"}``.
+``data_1-1.json``, as published with the code of knowledge neurons (Dai et al. 2022), is a JSON list of facts; a fact is a
+list of ``[sentence with [MASK], answer, "P36(capital)"]``. Of a pattern file each row is ``{"pattern": "[X] ... [Y]"}``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def read_patterns(path: str | Path) -> tuple[str, ...]:
         pattern = row.get("pattern") if isinstance(row, dict) else None
         if not isinstance(pattern, str) or pattern.count(SUBJECT) != 1 or pattern.count(ANSWER) != 1:
             raise TaskError(
-                f"{path}: row {number} has the pattern {pattern!r}; a pattern holds one {SUBJECT} (subject) and one {ANSWER} "
-                "(answer)"
+                f"{path}: row {number} has the pattern {pattern!r}; a pattern holds one {SUBJECT} (subject) and one "
+                f"{ANSWER} (answer)"
             )
         patterns[pattern.strip()] = None
     if not patterns:
@@ -126,8 +126,11 @@ def _with_subjects(facts: Sequence[tuple[str, str, list[str]]], where: str) -> l
 
 
 def _borders(sentences: Sequence[str]) -> tuple[int, int]:
-    """How many characters all sentences start and end with, in whole words, so that something is left in each."""
-    before = re.sub(r"\w+$", "", os.path.commonprefix(sentences))
-    rest = [sentence[len(before) :][::-1] for sentence in sentences]
-    after = re.sub(r"\w+$", "", os.path.commonprefix(rest))
-    return len(before), len(after)
+    """How many characters all sentences start and end with, in whole words and without overlap."""
+    start = _n_common(sentences)
+    return start, _n_common([sentence[start:][::-1] for sentence in sentences])
+
+
+def _n_common(texts: Sequence[str]) -> int:
+    same = takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
+    return len(re.sub(r"\w+$", "", "".join(characters[0] for characters in same)))

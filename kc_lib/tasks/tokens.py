@@ -20,7 +20,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of a prompt, BOS (of a masked LM, [CLS]) included where it is wanted."""
-        return self._bos() + tuple(self.inner(text, add_special_tokens=False).input_ids)
+        return self.opening + tuple(self.inner(text, add_special_tokens=False).input_ids)
 
     def answer(self, prompt: str, answer: str) -> tuple[int, ...]:
         """Tokens that continue the prompt with a space and the answer, as they are in that place.
@@ -53,7 +53,7 @@ class Tokenizer:
         if not self.inner.is_fast:
             raise TaskError(f"the tokenizer {type(self.inner).__name__} gives no character offsets; use a fast tokenizer")
         offsets = self.inner(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        shift = len(self._bos())
+        shift = len(self.opening)
         # a token's leading space is not part of what it holds
         return tuple(
             i + shift
@@ -71,17 +71,15 @@ class Tokenizer:
         """
         inside = self.overlapping(text, start, end)
         encoded = self.inner(text, add_special_tokens=False, return_offsets_mapping=True)
-        opening, closing = self._bos(), self._closing()
-        offsets = [encoded.offset_mapping[i - len(opening)] for i in inside]
+        offsets = [encoded.offset_mapping[i - len(self.opening)] for i in inside]
         if not inside or text[offsets[0][0] : start].strip() or text[end : offsets[-1][1]].strip():
             raise TaskError(f"{text[start:end]!r} has no tokens of its own in {text!r}; use another sentence")
-        tokens = opening + tuple(encoded.input_ids) + closing
+        tokens = self.opening + tuple(encoded.input_ids) + self.closing
         return tokens[: inside[0]], tokens[inside[0] : inside[-1] + 1], tokens[inside[-1] + 1 :]
 
-    def _closing(self) -> tuple[int, ...]:
-        return () if self.mask is None or self.inner.sep_token_id is None else (int(self.inner.sep_token_id),)
-
-    def _bos(self) -> tuple[int, ...]:
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What a text starts with: BOS where it is wanted, of a masked LM [CLS]."""
         # Not left to the tokenizer's own template: booting with add_bos_token replaces that of a plain fast tokenizer.
         if self.mask is not None:
             return () if self.inner.cls_token_id is None else (int(self.inner.cls_token_id),)
@@ -90,6 +88,11 @@ class Tokenizer:
         if self.inner.bos_token_id is None:
             raise TaskError("the tokenizer has no BOS token; use prepend_bos=False")
         return (int(self.inner.bos_token_id),)
+
+    @property
+    def closing(self) -> tuple[int, ...]:
+        """What a whole sentence ends with: of a masked LM [SEP]."""
+        return () if self.mask is None or self.inner.sep_token_id is None else (int(self.inner.sep_token_id),)
 
 
 def is_masked(model: TransformerBridge) -> bool:
