@@ -144,7 +144,7 @@ def activating_prompts(
         ModelError: as ``mlp_wiring_of``.
     """
     check_numbers(n_random=n_random, batch_size=batch_size)
-    unknown = [fact for fact in sentences if fact not in set(sets.facts["fact"])]
+    unknown: list[Any] = [fact for fact in sentences if fact not in set(sets.facts["fact"])]
     unknown += [kind for own in sentences.values() for kind in own if kind not in SENTENCES]
     if unknown:
         raise MethodError(f"sentences of {unknown[0]!r}: give them by number of the fact, and {', '.join(SENTENCES)}")

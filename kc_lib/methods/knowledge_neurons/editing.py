@@ -52,7 +52,7 @@ class FactUpdates:
     "held_out"; changed (the token of rank 1 is another one), and of the new answer's first token rank and p, before and
     after; of the old one p_gold. ``others`` has one row per fact, kind, draw, and "intra" or "inter" (other facts of the
     relation, and of other relations): nll, the mean over n_prompts drawn prompts of -log p per token of the gold answer,
-    before and after. ``facts`` has the new answer of every updated fact; ``provenance`` counts the facts left out, by reason.
+    before and after. ``facts`` has the new answer of every updated fact; ``provenance`` counts those left out, by reason.
     """
 
     frame: pd.DataFrame
@@ -226,7 +226,7 @@ def _targets(facts: Sequence[ClozeFact], seed: int) -> tuple[dict[int, int], dic
 
 
 def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int) -> list[tuple[str, int, int]]:
-    """(own, held_out, intra or inter; whose; number among all its prompts) of the prompts that a fact's update is seen on."""
+    """(own, held_out, intra or inter; whose; number among all its prompts) of the prompts an update is seen on."""
     about = facts[fact]
     n_own = len(about.prompts)
     prompts = [("own" if i < n_own else "held_out", fact, i) for i in range(len(_all(about)))]
@@ -244,7 +244,7 @@ def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int)
 
 @dataclass(frozen=True)
 class _Unedited:
-    """Of one prompt: the first token of rank 1, p and rank of the fact's new answer, p of the old one, and the mean -log p."""
+    """Of one prompt: the token of rank 1, p and rank of the fact's new answer, p of the old one, and the mean -log p."""
 
     predicted: int
     p: float
@@ -313,8 +313,9 @@ def _compared(
             before_and_after = pd.DataFrame(pairs).mean()
             numbers = {"n_prompts": len(pairs), "nll_before": before_and_after[0], "nll": before_and_after[1]}
             sides.append({"on": on} | numbers)
-    about = {"kind": variant[0], "draw": variant[1], "fact": fact}
-    return pd.DataFrame(rows).assign(**about), pd.DataFrame(sides, columns=list(SIDE_COLUMNS)).assign(**about)
+    of_sides = pd.DataFrame(sides, columns=list(SIDE_COLUMNS))
+    kind, draw = variant
+    return pd.DataFrame(rows).assign(kind=kind, draw=draw, fact=fact), of_sides.assign(kind=kind, draw=draw, fact=fact)
 
 
 def _all(fact: ClozeFact) -> tuple[ClozePrompt, ...]:

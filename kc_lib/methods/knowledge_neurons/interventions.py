@@ -1,4 +1,4 @@
-"""A fact's neurons suppressed and amplified, on its own prompts and on those of other relations (Dai et al. 2022, section 4.3).
+"""A fact's neurons suppressed and amplified, on its own prompts and on other relations' (Dai et al. 2022, section 4.3).
 
 At the answering position all neurons of the set, in all layers at once, are multiplied by 0 or by 2, and the probability of
 the gold answer is read again. Beside them the same is done to the neurons of the base method, and to random neurons of the
