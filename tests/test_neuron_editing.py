@@ -227,11 +227,12 @@ def test_a_stored_fact_is_updated_and_erased(kind: str, small_model: Load, tmp_p
     assert (by_kind.get_group("random")["rank"] == 1).mean() < 0.5
     own = erased.frame[erased.frame["fact"] == 0].groupby("kind")
     assert own.get_group("knowledge")["right_before"].all()
-    assert not own.get_group("knowledge")["right"].any()
+    assert own.get_group("knowledge")["right"].mean() <= 0.25  # by chance, without the neuron
     assert own.get_group("random")["right"].mean() > 0.5
     assert (own.get_group("knowledge")["nll"] > own.get_group("knowledge")["nll_before"] + 1).all()
     assert erased.provenance["n_found"] == {"knowledge": 1, "base": 1}
-    assert other.frame.empty and other.neurons.empty
+    assert other.frame.empty
+    assert other.neurons.empty
     loaded = RelationErasure.load(erased.save(tmp_path / "e.parquet"))
     pd.testing.assert_frame_equal(loaded.frame, erased.frame)
     pd.testing.assert_frame_equal(loaded.neurons, erased.neurons)
@@ -246,7 +247,7 @@ def test_erasing_equals_a_plain_model(kind: str, small_folder: Callable[[str], P
     found = erase_relation(model, facts, sets, "colour", n_neurons=2, n_other=5, n_random=1, batch_size=4)
     frame = found.frame
     assert found.neurons.groupby("kind").size().to_dict() == {"knowledge": 2, "base": 2, "random": 2}
-    assert (frame[frame["kind"] == "knowledge"].groupby("relation").size() == {"capital": 5, "colour": 12}).all()
+    assert frame[frame["kind"] == "knowledge"].groupby("relation").size().to_dict() == {"capital": 5, "colour": 12}
     unedited = inner(small_folder(kind), kind)
     for of, rows in frame.groupby("kind"):
         zeroed = found.neurons[found.neurons["kind"] == of]
@@ -268,7 +269,8 @@ def test_nothing_to_edit_is_reported(small_model: Load, tmp_path: Path) -> None:
     facts = made_facts("gpt2")
     model, sets = small_model("gpt2"), made_sets(facts, {})
     found = update_facts(model, facts, sets)
-    assert found.frame.empty and found.others.empty
+    assert found.frame.empty
+    assert found.others.empty
     assert found.provenance["empty"] == {"knowledge": 5, "base": 5}
     assert FactUpdates.load(found.save(tmp_path / "none.parquet")).frame.empty
     with pytest.raises(MethodError, match="no fact of the relation 'food'"):

@@ -78,8 +78,8 @@ def _check_memory(wiring: MlpWiring, tables: Mapping[int, Tensor]) -> None:
     for layer, table in tables.items():
         if table.untyped_storage().data_ptr() not in owned:
             raise ModelError(
-                f"the value vectors of layer {layer} are a copy of the model's weights, so an edit would not reach it: load the "
-                "model with load_model, and without weights that are processed or quantised"
+                f"the value vectors of layer {layer} are a copy of the model's weights, so an edit would not reach it: load "
+                "the model with load_model, and without weights that are processed or quantised"
             )
 
 
