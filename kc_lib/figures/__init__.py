@@ -14,6 +14,15 @@ from kc_lib.figures.evaluation import PANELS, comparison_bars, faithfulness_figu
 from kc_lib.figures.head_scores import head_score_grid, recurrence_figure
 from kc_lib.figures.heads import ablation_figure, attention_sources_heatmap, head_class_figure
 from kc_lib.figures.judge import area_curves, completeness_figure, null_figure
+from kc_lib.figures.knowledge_neurons import (
+    activating_figure,
+    change_ratio_figure,
+    erase_figure,
+    neuron_layer_figure,
+    neuron_overlap_figure,
+    neurons_per_fact_figure,
+    update_figure,
+)
 from kc_lib.figures.minimality import minimality_figure
 from kc_lib.figures.scores import score_distribution
 from kc_lib.figures.style import DARK, NEGATIVE, NEUTRAL, POSITIVE, TEMPLATE
@@ -29,11 +38,13 @@ __all__ = [
     "POSITIVE",
     "TEMPLATE",
     "ablation_figure",
+    "activating_figure",
     "area_curves",
     "attention_bundle",
     "attention_heatmap",
     "attention_sources_heatmap",
     "attention_view",
+    "change_ratio_figure",
     "circuit_graph",
     "class_heatmap",
     "class_lines",
@@ -41,6 +52,7 @@ __all__ = [
     "completeness_figure",
     "direct_by_layer",
     "direct_heatmap",
+    "erase_figure",
     "fact_heatmap",
     "faithfulness_figure",
     "head_class_figure",
@@ -49,6 +61,9 @@ __all__ = [
     "method_bars",
     "minimality_figure",
     "neuron_bars",
+    "neuron_layer_figure",
+    "neuron_overlap_figure",
+    "neurons_per_fact_figure",
     "null_figure",
     "overlap_figure",
     "promoted_table",
@@ -57,5 +72,6 @@ __all__ = [
     "severing_bars",
     "top_edges_table",
     "top_nodes_table",
+    "update_figure",
     "verdict_table",
 ]

@@ -11,7 +11,8 @@ stops at the output, the points of the integral are summed there, and one matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,18 @@ class AnswerStates:
     logits: Float[Tensor, "batch vocab"]
     past: tuple[tuple[Tensor, Tensor], ...]  # keys and values left of the position, per layer; empty for masked models
     at: Int[Tensor, " batch"]
+
+    def rows(self, index: Int[Tensor, " row"]) -> AnswerStates:
+        """The states of these prompts, each as often as it is named."""
+        index = index.to(self.at.device)
+        return AnswerStates(
+            neurons=self.neurons[:, index],
+            after_attention=self.after_attention[:, index],
+            writes=self.writes[:, index],
+            logits=self.logits[index],
+            past=tuple((keys[index], values[index]) for keys, values in self.past),
+            at=self.at[index],
+        )
 
 
 @torch.no_grad()
@@ -201,6 +214,26 @@ def changed_logits(
         post[rows, states.at] = change(layer, post[rows, states.at])
         resid = wiring.after_mlp(layer, after, wiring.parts(layer).write(post))
     return wiring.unembed(resid[rows, states.at]).float()
+
+
+@torch.no_grad()
+@checked
+def neuron_values(
+    wiring: MlpWiring, tokens: Int[Tensor, "batch pos"], neurons: Sequence[tuple[int, int]]
+) -> Float[Tensor, "batch pos neuron"]:
+    """Values of some neurons (layer, index) at every position of prompts of one length; layers above are not run."""
+    by_layer: dict[int, list[int]] = defaultdict(list)
+    for place, (layer, _) in enumerate(neurons):
+        by_layer[layer].append(place)
+    resid = wiring.embed(tokens)
+    values = resid.new_zeros(*tokens.shape, len(neurons), dtype=torch.float32)
+    for layer in range(max(by_layer, default=-1) + 1):
+        after = wiring.run_attention(layer, resid)
+        post = wiring.parts(layer).neurons(wiring.mlp_input(layer, resid, after))
+        places = by_layer.get(layer, [])
+        values[..., places] = post[..., [neurons[place][1] for place in places]].float()
+        resid = wiring.after_mlp(layer, after, wiring.parts(layer).write(post))
+    return values
 
 
 class _Path:
