@@ -7,6 +7,7 @@ heads share is drawn into, and counted for, each of those heads that writes in t
 """
 
 from kc_lib.figures.attention import MOST_HEADS, MOST_TOKENS, attention_bundle, attention_heatmap, attention_view
+from kc_lib.figures.attributions import attribution_figure
 from kc_lib.figures.circuits import circuit_graph, top_edges_table, top_nodes_table
 from kc_lib.figures.comparison import method_bars, overlap_figure, verdict_table
 from kc_lib.figures.components import direct_by_layer, direct_heatmap, lens_figure, neuron_bars, promoted_table
@@ -44,6 +45,7 @@ __all__ = [
     "attention_heatmap",
     "attention_sources_heatmap",
     "attention_view",
+    "attribution_figure",
     "change_ratio_figure",
     "circuit_graph",
     "class_heatmap",

@@ -9,6 +9,7 @@ from kc_lib.tasks.cloze import (
     ClozeTask,
     cloze_facts,
     cloze_prompt,
+    joined_clozes,
     load_cloze,
     relation_patterns,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "distant_sentences",
     "fact_texts",
     "is_masked",
+    "joined_clozes",
     "load_cloze",
     "load_facts",
     "load_relation",
