@@ -1,8 +1,8 @@
 """What was found about knowledge neurons, in words: the figures that matter, and which published patterns hold here.
 
 A pattern holds where the whole 95% interval is on its side, does not hold where it is on the other, and is undecided where
-it has 0 inside. The patterns are those of Dai et al. (2022): top layers, facts of a relation share more neurons than facts of two,
-changing knowledge neurons does more than changing others, facts fire their neurons, edits take and touch little else.
+it has 0 inside. The patterns are those of Dai et al. (2022): top layers, more neurons shared within a relation than between
+two, more by changing knowledge neurons than by changing others, facts that fire their neurons, edits that take.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ BELOW = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
 def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     """Share of the facts' neurons by layer, knowledge neurons beside the base method; dotted, neurons of the whole model.
 
-    Random neurons of the same layers, which the other figures compare with, have the knowledge neurons' bars by construction.
+    Random neurons of the same layers, which the other figures compare with, would have the knowledge neurons' bars.
 
     Raises:
         MethodError: no fact has neurons.
