@@ -160,10 +160,6 @@ def test_triggers_equal_hooks(kind: str, small_folder: Callable[[str], Path], sm
     model, plain, neurons = small_model(kind), inner(small_folder(kind), kind), [(0, 3), (1, 7), (1, 9)]
     # some whose first token is no special one, and would have the largest sum
     read = [*sentences(kind), *(ReadSentence(f"first {i}", (i, 30, 41, 52), 3) for i in range(60, 70))]
-        inner(small_folder(kind), kind),
-        sentences(kind),
-        [(0, 3), (1, 7), (1, 9)],
-    )
 
     def summed(sentence: ReadSentence, position: int) -> float:
         return sum(float(oracle.neurons_of(plain, kind, sentence.tokens, position, layer)[n]) for layer, n in neurons)
