@@ -78,18 +78,18 @@ def neurons_per_fact_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     """How many facts have how many neurons; facts without any are the bar at 0."""
     sizes = set_sizes(sets)
     pooled = neurons_per_fact(sets, seed)
-    pooled = pooled[pooled["relation"] == ALL].set_index("method")
+    by_method = {row["method"]: row for row in _records(pooled[pooled["relation"] == ALL])}
     figure = go.Figure()
     for method in METHODS:
         counts = sizes[method].astype(int).value_counts().sort_index()
         figure.add_bar(
             x=counts.index.tolist(),
             y=counts.tolist(),
-            name=f"{method}, mean {figure_text(pooled.loc[method], 'neurons')}",
+            name=f"{method}, mean {figure_text(by_method[method], 'neurons')}",
             marker_color=COLOURS[method],
             hovertemplate=f"%{{y}} facts with %{{x}} {method} neurons<extra></extra>",
         )
-    without = [f"without any: {pooled.loc[method, 'n_empty']} ({method})" for method in METHODS]
+    without = [f"without any: {by_method[method]['n_empty']} ({method})" for method in METHODS]
     titled(figure, "Neurons per fact", [*_about(sets), *without])
     figure.update_xaxes(title_text="neurons of a fact", dtick=max(1, int(sizes.max().max()) // 20))
     figure.update_yaxes(title_text="facts", rangemode="tozero")

@@ -127,7 +127,7 @@ def attribute_neurons(
     done = _resumed(file, identity)
     frames, prompts, rows = ([done.frame], [done.prompts], [done.facts]) if done is not None else ([], [], [])
     bar = tqdm(total=len(facts), initial=sum(map(len, rows)), desc="attribution", unit="fact", disable=not progress)
-    for start in range(bar.n, len(facts), FACTS_AT_ONCE):
+    for start in range(int(bar.n), len(facts), FACTS_AT_ONCE):
         group = range(start, min(start + FACTS_AT_ONCE, len(facts)))
         found = _attributed(wiring, [facts[i] for i in group], steps, rule, target, kept, batch_size)
         for number, (frame, about) in zip(group, found, strict=True):
@@ -138,12 +138,12 @@ def attribute_neurons(
             rows.append(pd.DataFrame([row | {"n_prompts": len(fact.prompts)}]))
         bar.update(len(group))
         if file is not None:
-            partial = NeuronAttributions(*map(_joined, (frames, prompts, rows)), {"identity": identity})
+            partial = NeuronAttributions(_joined(frames), _joined(prompts), _joined(rows), {"identity": identity})
             draft = file.with_name(f".{file.name}.draft")
             partial.save(draft)
             os.replace(draft, file)
     bar.close()
-    return NeuronAttributions(*map(_joined, (frames, prompts, rows)), settings)
+    return NeuronAttributions(_joined(frames), _joined(prompts), _joined(rows), settings)
 
 
 def check_attribution(
