@@ -118,6 +118,9 @@ def test_refuses_what_would_not_reach_the_model(small_model: Load) -> None:
         pass
     with pytest.raises(MethodError, match="no neuron 999 in layer 0"), edited_values(wiring, {(0, 999): wiring.W_U[:, 0]}):
         pass
+    cloze, no_number = made_facts("bert")[0].prompts[0].clozes[0], {(0, 0): wiring.W_U[:, 0] * float("nan")}
+    with pytest.raises(MethodError, match="no finite numbers"):
+        edited_answers(wiring, [cloze], torch.tensor([[5]]), [no_number])
     with pytest.raises(MethodError, match=r"shape \(3,\)"), edited_values(wiring, {(0, 0): torch.zeros(3)}):
         pass
 
