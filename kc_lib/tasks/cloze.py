@@ -294,16 +294,17 @@ def _known(
     batch_size: int,
 ) -> Iterator[tuple[int, bool]]:
     """Facts in their order and whether the model knows them, until ``n_wanted`` known ones are found."""
-    n_known = 0
-    for start in range(0, len(order), max(batch_size, n_wanted)):
-        chunk = order[start : start + max(batch_size, n_wanted)]
+    n_known, n_at_once = 0, 2 * n_wanted
+    for start in range(0, len(order), n_at_once):
+        chunk = order[start : start + n_at_once]
         clozes = [cloze for i in chunk for prompt in facts[i].prompts for cloze in prompt.clozes]
         tokens, positions, targets = ([getattr(c, key) for c in clozes] for key in ("tokens", "position", "target"))
         ranks = iter(ranks_at(model, tokens, positions, targets, batch_size))
         for i in chunk:
             right = [all([next(ranks) <= known_rank for _ in prompt.clozes]) for prompt in facts[i].prompts]
-            n_known += 2 * sum(right) >= len(right)
-            yield i, 2 * sum(right) >= len(right)
+            is_known = 2 * sum(right) >= len(right)
+            n_known += is_known
+            yield i, is_known
             if n_known == n_wanted:
                 return
 

@@ -120,7 +120,10 @@ def _with_subjects(facts: Sequence[tuple[str, str, list[str]]], where: str) -> l
         between = (sentence[start : len(sentence) - end] for sentence, (start, end) in zip(sentences, borders, strict=True))
         subject, _ = Counter(between).most_common(1)[0]
         if not subject.strip() or any(subject not in sentence for sentence in sentences):
-            raise TaskError(f"{fact}: its sentences share no subject where others of {where} differ, e.g. {sentences[0]!r}")
+            raise TaskError(
+                f"{fact}: no subject is in all of its sentences, e.g. {sentences[0]!r}, where those of other facts of "
+                f"{where} have another; word row by row all facts of a relation alike"
+            )
         texts.append(FactText(subject, answer, tuple(sentences), fact))
     return texts
 

@@ -77,7 +77,7 @@ def distant_sentences(
     """The sentences of a published distant-supervision file for those of the facts (subject, answer) that it has.
 
     The published code pairs its bags with facts by a file of queries that is not at hand. Here a bag belongs to the fact
-    whose subject is in all of its ``h_bags`` and whose answer is in all of its ``th_bags``; of several such facts, to that of
+    whose subject is in all of its ``h_bags`` and whose answer is in all of its ``th_bags``; of several, to that of
     the longest subject. ``report`` counts bags, those of no fact ("unmatched"), those of several ("ambiguous"), and facts.
     ``random`` is drawn by ``seed`` from all bags, without sentences that hold subject or answer.
 
@@ -108,22 +108,30 @@ def distant_sentences(
     return SentenceTask(Path(path).stem, tuple(sentences), report | _counts(sentences))
 
 
-def own_sentences(task: ClozeTask, corpus: Sequence[str] = (), *, n_random: int = 10, seed: int = 0) -> SentenceTask:
+def own_sentences(
+    task: ClozeTask,
+    corpus: Sequence[str] = (),
+    *,
+    relations: Sequence[str] | None = None,
+    n_random: int = 10,
+    seed: int = 0,
+) -> SentenceTask:
     """Sentences of the facts of a task from its held-out paraphrases, the project's other relations and a corpus.
 
     ``head_and_tail`` are the held-out paraphrases with the answer filled in. ``head_only`` are other relations' paraphrases
     about the same subject, with their own answer, and the corpus' sentences that name it. ``random`` is drawn by ``seed``
     from the corpus, or without one from other relations' sentences. ``report`` counts the facts that have none of a kind.
+    ``relations`` names the relations to draw from (None: all), for a model that knows the words of some only.
 
     Raises:
         TaskError: the task has no held-out paraphrases.
     """
     if not any(fact.held_out for fact in task.facts):
         raise TaskError(f"task {task.name!r} has no held-out paraphrases to make sentences of; load it with n_held_out")
-    relations = [load_relation(name) for name in relation_files()]
+    drawn_from = [load_relation(name) for name in (relation_files() if relations is None else relations)]
     sentences = []
     for fact in task.facts:
-        others = [relation for relation in relations if relation.name != fact.relation]
+        others = [relation for relation in drawn_from if relation.name != fact.relation]
         about = [*_about(fact.subject, others), *(sentence for sentence in corpus if holds(sentence, fact.subject))]
         pool = corpus or [sentence for relation in others for sentence in _statements(relation)]
         filled = [prompt.filled(fact.answer) for prompt in fact.held_out]
