@@ -118,6 +118,9 @@ def test_refuses_what_would_not_reach_the_model(small_model: Load) -> None:
         pass
     with pytest.raises(MethodError, match="no neuron 999 in layer 0"), edited_values(wiring, {(0, 999): wiring.W_U[:, 0]}):
         pass
+    cloze, no_number = made_facts("bert")[0].prompts[0].clozes[0], {(0, 0): wiring.W_U[:, 0] * float("nan")}
+    with pytest.raises(MethodError, match="no finite numbers"):
+        edited_answers(wiring, [cloze], torch.tensor([[5]]), [no_number])
     with pytest.raises(MethodError, match=r"shape \(3,\)"), edited_values(wiring, {(0, 0): torch.zeros(3)}):
         pass
 
@@ -152,9 +155,12 @@ def test_updates_equal_a_plain_model(
     """One fact, one kind of neurons and one prompt at a time, on a fresh model with the new weights."""
     model, facts = small_model(kind), made_facts(kind)
     before = bits(model)
-    sets = made_sets(facts, {0: [(1, 5), (0, 3)], 1: [(1, 7)], 4: [(0, 3)], 5: [(0, 1)]}, {0: [(0, 9)]})
+    # (1, 20) is of two of the relation's three facts: common, and not to be changed
+    knowledge = {0: [(1, 5), (0, 3), (1, 20)], 1: [(1, 7), (1, 20)], 4: [(0, 3)], 5: [(0, 1)]}
+    sets = made_sets(facts, knowledge, {0: [(0, 9)]})
     found = update_facts(model, facts, sets, l2=3.0, n_other=4, n_random=1, batch_size=3)
     assert_same_bits(model, before)
+    assert found.frame.query("kind == 'knowledge'").groupby("fact")["n_neurons"].first().to_dict() == {0: 2, 1: 1, 4: 1}
     assert found.provenance["left_out"] == {"answer of several tokens": 1}
     assert found.provenance["empty"] == {"knowledge": 2, "base": 4}
     assert found.facts["fact"].tolist() == [0, 1, 2, 3, 4]

@@ -81,8 +81,9 @@ def test_three_prompts_at_least_and_whole_shares() -> None:
     prompts: list[Scores] = [{A: 1.0, B: 1.0, C: 1.0}] * 2 + [{A: 1.0, B: 1.0}] * 1 + [{A: 1.0}]
     sets = refine(attributions([prompts]), adapt=False, share=0.25)
     assert sets.of("knowledge", 0) == (A, B)  # one prompt of four would do by the share alone
-    ten: list[Scores] = [{A: 1.0, B: 1.0}] * 7 + [{A: 1.0}] * 3
-    assert refine(attributions([ten]), adapt=False, share=0.7).of("knowledge", 0) == (A, B)  # 0.7 x 10 is 7, not 8
+    many: list[Scores] = [{A: 1.0, B: 1.0}] * 7 + [{A: 1.0, C: 1.0}] * 6 + [{A: 1.0}] * 12
+    assert 0.28 * 25 > 7  # as floating point has it
+    assert refine(attributions([many]), adapt=False, share=0.28).of("knowledge", 0) == (A, B)
 
 
 def rising(n: int) -> list[Scores]:

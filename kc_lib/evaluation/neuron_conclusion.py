@@ -1,8 +1,8 @@
 """What was found about knowledge neurons, in words: the figures that matter, and which published patterns hold here.
 
 A pattern holds where the whole 95% interval is on its side, does not hold where it is on the other, and is undecided where
-it has 0 inside. The patterns are those of Dai et al. (2022): top layers, facts of a relation share more neurons than facts of two,
-changing knowledge neurons does more than changing others, facts fire their neurons, edits take and touch little else.
+it has 0 inside. The patterns are those of Dai et al. (2022): top layers, more neurons shared within a relation than between
+two, more by changing knowledge neurons than by changing others, facts that fire their neurons, edits that take.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def neurons_conclusion(
 
 
 def _about_sets(sets: NeuronSets, seed: int) -> list[str]:
-    pooled = neurons_per_fact(sets, seed).query("relation == @ALL").set_index("method")
-    knowledge, base = (pooled.loc[method] for method in METHODS)
+    pooled = _keyed(neurons_per_fact(sets, seed).query("relation == @ALL"), "method")
+    knowledge, base = (pooled[method] for method in METHODS)
     lines = [
         f"- **Neurons per fact** (n = {knowledge['n']}): {_figure(knowledge, 'neurons', 2)} knowledge neurons"
         f"{_without(knowledge['n_empty'], knowledge['n'])}; the base method has {_figure(base, 'neurons', 2)}"
@@ -91,7 +91,7 @@ def _about_sets(sets: NeuronSets, seed: int) -> list[str]:
     if shares["neurons"].sum():
         top = shares["layer"] >= len(shares) / 2
         upper = float(shares.loc[top, "share"].sum())
-        most = shares.loc[shares["share"].idxmax()]
+        most = shares.nlargest(1, "share").to_dict("records")[0]
         verdict = (
             "as published, most are in the upper half" if upper > 0.5 else "unlike published, most are in the lower half"
         )
@@ -100,14 +100,14 @@ def _about_sets(sets: NeuronSets, seed: int) -> list[str]:
             f"{most['layer']}, {_percent(most, 'share', sign=False)}."
         )
     if _has_pairs(sets):
-        table = overlaps(sets, seed=seed).set_index(["kind", "pairs"])
-        for kind in (kind for kind in KINDS if kind in table.index.unique("kind")):
-            intra, inter = table.loc[(kind, "intra")], table.loc[(kind, "inter")]
+        table = _keyed(overlaps(sets, seed=seed), "kind", "pairs")
+        for kind in (kind for kind in KINDS if (kind, "intra") in table):
+            intra, inter = table[kind, "intra"], table[kind, "inter"]
             about = f"two facts of a relation share {_figure(intra, 'shared', 2)} of their {kind} neurons"
             if pd.notna(inter["shared"]):
                 about += f", facts of two relations {_figure(inter, 'shared', 2)}"
                 if kind == "knowledge":
-                    about += f": more within a relation {_holds(table.loc[(kind, 'intra - inter')], 'shared')}"
+                    about += f": more within a relation {_holds(table[kind, 'intra - inter'], 'shared')}"
             lines.append(f"- **Overlap**: {about}.")
     return lines
 
@@ -116,39 +116,37 @@ def _about_changes(changes: NeuronChanges, seed: int) -> list[str]:
     if changes.frame.empty:
         return ["- **Suppress, amplify**: no fact has neurons, so nothing was changed."]
     table = change_ratios(changes, seed)
-    pooled = table[table["relation"] == ALL].set_index(["factor", "on", "kind"])
+    pooled = _keyed(table[table["relation"] == ALL], "factor", "on", "kind")
     lines = []
     for factor in sorted(table["factor"].unique()):
         told = [
-            f"{kind} {_percent(pooled.loc[(factor, 'own', kind)], 'ratio')}"
-            for kind in KINDS
-            if (factor, "own", kind) in pooled.index
+            f"{kind} {_percent(pooled[factor, 'own', kind], 'ratio')}" for kind in KINDS if (factor, "own", kind) in pooled
         ]
         line = (
             f"- **{_factor(factor).capitalize()}**, the answer's probability on own prompts changes by: {'; '.join(told)}."
         )
-        if (factor, "own", "knowledge") in pooled.index:
-            more = pooled.loc[(factor, "own", "knowledge")]
+        if (factor, "own", "knowledge") in pooled:
+            more = pooled[factor, "own", "knowledge"]
             line += (
                 f" A larger {'fall' if factor < 1 else 'rise'} than by random neurons of the same layers "
                 f"{_holds(more, 'more', negative=factor < 1)} (difference {_percent(more, 'more')})."
             )
-        if (factor, "other", "knowledge") in pooled.index:
-            line += f" On other relations' prompts: {_percent(pooled.loc[(factor, 'other', 'knowledge')], 'ratio')}."
+        if (factor, "other", "knowledge") in pooled:
+            line += f" On other relations' prompts: {_percent(pooled[factor, 'other', 'knowledge'], 'ratio')}."
         lines.append(line)
     return lines
 
 
 def _about_activations(activations: NeuronActivations, seed: int) -> list[str]:
     table = activation_means(activations, seed)
-    own = table[(table["relation"] == ALL) & (table["kind"] == "knowledge")].set_index("sentences")
-    if own.empty:
+    own = _keyed(table[(table["relation"] == ALL) & (table["kind"] == "knowledge")], "sentences")
+    if not own:
         return ["- **Activating prompts**: no fact has both neurons and sentences."]
-    told = "; ".join(f"{name} {_figure(own.loc[name], 'activation', 3)}" for name in own.index if " - " not in name)
+    told = "; ".join(f"{name} {_figure(own[name], 'activation', 3)}" for name in own if " - " not in name)
     line = f"- **Activating prompts**, mean activation of knowledge neurons: {told}."
     for name, what in (("T1 - T2", "the subject alone"), ("T1 - T3", "neither")):
-        if name in own.index:
-            line += f" More with subject and answer than with {what} {_holds(own.loc[name], 'activation')}."
+        if name in own:
+            line += f" More with subject and answer than with {what} {_holds(own[name], 'activation')}."
     return [line]
 
 
@@ -177,25 +175,31 @@ def _about_updates(updates: FactUpdates, seed: int) -> list[str]:
 def _about_erasure(erasure: RelationErasure, seed: int) -> list[str]:
     name = erasure.provenance["relation"]
     table = erasure_effects([erasure], seed)
-    own = table[table["kind"] == "knowledge"].set_index("on")
-    if "erased" not in own.index:
+    own = _keyed(table[(table["kind"] == "knowledge") & (table["on"] != "other")], "on")
+    if "erased" not in own:
         return [f"- **Erasing {name}**: the relation has no knowledge neurons, so nothing was erased."]
-    erased = own.loc["erased"]
+    erased = own["erased"]
     line = (
         f"- **Erasing {name}** ({erased['n_neurons']} neurons): its perplexity {_percent(erased, 'ratio')}, accuracy "
         f"{erased['right_before']:.0%} to {_percent(erased, 'right', sign=False)}"
     )
     random = table[(table["kind"] == "random") & (table["on"] == "erased")].to_dict("records")
     line += "".join(f"; random neurons {_percent(row, 'ratio')}" for row in random)
-    if "others" not in own.index:
+    if "others" not in own:
         return [f"{line}. There is no other relation to compare with."]
-    others = own.loc["others"]
+    others = own["others"]
     line += f"; other relations {_percent(others, 'ratio')}"
     if erased["ratio_low"] > others["ratio_high"]:
         return [f"{line}. As published, the relation suffers more than others."]
     if erased["ratio_high"] < others["ratio_low"]:
         return [f"{line}. Unlike published, the relation suffers less than others."]
     return [f"{line}. The intervals overlap or are undefined: that the relation suffers more is not shown."]
+
+
+def _keyed(table: pd.DataFrame, *names: str) -> dict[Any, dict[Any, Any]]:
+    """Rows by the value of a column, or by the values of several."""
+    rows = table.to_dict("records")
+    return {row[names[0]] if len(names) == 1 else tuple(row[name] for name in names): row for row in rows}
 
 
 def _has_pairs(sets: NeuronSets) -> bool:

@@ -143,7 +143,7 @@ def erasure_effects(erasures: Sequence[RelationErasure], seed: int = 0) -> pd.Da
             for (on, relation), some in groups.items():
                 if some.empty:
                     continue
-                about = {"erased": erased, "on": on, "relation": relation, "kind": kind}
+                about: dict[str, Any] = {"erased": erased, "on": on, "relation": relation, "kind": kind}
                 about |= {"n_neurons": int(sizes[kind]), "n": len(some)}
                 rows.append(
                     about

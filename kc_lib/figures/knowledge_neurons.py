@@ -23,7 +23,6 @@ from kc_lib.figures.style import (
     OVER_FACTS,
     POSITIVE,
     figure_text,
-    number,
     titled,
     whiskers,
 )
@@ -51,7 +50,7 @@ BELOW = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
 def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     """Share of the facts' neurons by layer, knowledge neurons beside the base method; dotted, neurons of the whole model.
 
-    Random neurons of the same layers, which the other figures compare with, have the knowledge neurons' bars by construction.
+    Random neurons of the same layers, which the other figures compare with, would have the knowledge neurons' bars.
 
     Raises:
         MethodError: no fact has neurons.
@@ -66,10 +65,11 @@ def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
         ]
         _bars(figure, rows["layer"].tolist(), rows, "share", method, COLOURS[method], hover)
     chance = float(table.loc[table["method"] == "random", "share"].iloc[0])
-    line = {"color": DARK, "width": 1, "dash": "dot"}
-    figure.add_hline(chance, line=line, annotation={"text": "random neurons of the model", "font": {"size": 12}})
+    line = {"mode": "lines", "line": {"color": DARK, "width": 1.5, "dash": "dot"}, "hoverinfo": "skip"}
+    n_layers = int(sets.provenance["n_layers"])
+    figure.add_scatter(x=[-0.5, n_layers - 0.5], y=[chance] * 2, name="random neurons of the model", **line)
     titled(figure, "Neurons by layer", [*_about(sets), OVER_FACTS])
-    figure.update_xaxes(title_text="layer", dtick=max(1, int(sets.provenance["n_layers"]) // 15))
+    figure.update_xaxes(title_text="layer", dtick=max(1, n_layers // 15), range=[-0.5, n_layers - 0.5])
     figure.update_yaxes(title_text="share of all facts' neurons", tickformat=".0%", rangemode="tozero")
     return figure.update_layout(width=900, height=450, barmode="group", legend=BELOW)
 
@@ -78,20 +78,20 @@ def neurons_per_fact_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     """How many facts have how many neurons; facts without any are the bar at 0."""
     sizes = set_sizes(sets)
     pooled = neurons_per_fact(sets, seed)
-    pooled = pooled[pooled["relation"] == ALL].set_index("method")
+    by_method = {row["method"]: row for row in _records(pooled[pooled["relation"] == ALL])}
     figure = go.Figure()
     for method in METHODS:
         counts = sizes[method].astype(int).value_counts().sort_index()
         figure.add_bar(
             x=counts.index.tolist(),
             y=counts.tolist(),
-            name=f"{method}, mean {figure_text(pooled.loc[method], 'neurons')}",
+            name=f"{method}, mean {figure_text(by_method[method], 'neurons')}",
             marker_color=COLOURS[method],
             hovertemplate=f"%{{y}} facts with %{{x}} {method} neurons<extra></extra>",
         )
-    without = [f"without any: {pooled.loc[method, 'n_empty']} ({method})" for method in METHODS]
+    without = [f"without any: {by_method[method]['n_empty']} ({method})" for method in METHODS]
     titled(figure, "Neurons per fact", [*_about(sets), *without])
-    figure.update_xaxes(title_text="neurons of a fact", rangemode="tozero")
+    figure.update_xaxes(title_text="neurons of a fact", dtick=max(1, int(sizes.max().max()) // 20))
     figure.update_yaxes(title_text="facts", rangemode="tozero")
     return figure.update_layout(width=800, height=430, barmode="group", legend=BELOW)
 
@@ -114,7 +114,7 @@ def neuron_overlap_figure(sets: NeuronSets, n_random: int = 10, seed: int = 0) -
             f"{kind}, {names[row['pairs']]}<br>{figure_text(row, 'shared')} ({row['n_pairs']} pairs)"
             for row in _records(rows)
         ]
-        _bars(figure, rows["pairs"].map(names).tolist(), rows, "shared", kind, COLOURS[kind], hover, outside=2)
+        _bars(figure, rows["pairs"].map(names).tolist(), rows, "shared", kind, COLOURS[kind], hover)
     titled(figure, "Neurons that two facts share", [*_about(sets), OVER_FACTS, "random: same layers"])
     figure.update_yaxes(title_text="shared neurons, mean over pairs", rangemode="tozero")
     return figure.update_layout(width=720, height=450, barmode="group", legend=BELOW)
@@ -227,7 +227,7 @@ def erase_figure(erasures: Sequence[RelationErasure], seed: int = 0) -> go.Figur
         own = table[table["on"] == on].assign(relation=lambda rows: rows["erased"])
         _by_relation(figure, own, "ratio", list(KINDS), "kind", COLOURS, column)
     figure.add_vline(0, line={"color": DARK, "width": 1})
-    figure.update_xaxes(title_text="change of perplexity", tickformat="+.0%")
+    figure.update_xaxes(title_text="change of perplexity", tickformat="+.0%", matches="x")
     model = str(erasures[0].provenance.get("model", ""))
     most = int(table["n_neurons"].max())
     titled(figure, "Relations erased by their most frequent neurons", [model, f"at most {most} neurons", OVER_FACTS])
@@ -244,7 +244,7 @@ def _by_relation(
     column: int,
 ) -> None:
     """Horizontal bars, relations from the top with those of all of them first, one bar per kind."""
-    for kind in kinds:
+    for kind in reversed(kinds):  # bars of a group go up from the bottom
         rows = table[(table[column_of_kinds] == kind) & table[name].notna()]
         if rows.empty:
             continue
@@ -269,9 +269,8 @@ def _by_relation(
 
 def _tall(figure: go.Figure, table: pd.DataFrame, n_kinds: int, width: int) -> go.Figure:
     relations = list(dict.fromkeys(_label(relation) for relation in table["relation"]))
-    figure.update_yaxes(categoryorder="array", categoryarray=relations[::-1], ticks="", showgrid=False)
+    figure.update_yaxes(categoryorder="array", categoryarray=relations[::-1], ticks="", showgrid=False, ticklabelstandoff=8)
     height = 190 + len(relations) * (16 * n_kinds + 14)
-    # plotly stacks bars of a group from the bottom: the legend is turned round to match
     legend = BELOW | {"traceorder": "reversed", "y": -70 / (height - 190)}
     return figure.update_layout(
         width=width, height=height, margin={"t": 115, "b": 85}, barmode="group", bargap=0.25, legend=legend
@@ -286,19 +285,14 @@ def _bars(
     label: str,
     colour: str,
     hover: Sequence[str],
-    outside: int | None = None,
     **where: Any,
 ) -> None:
-    text = None if outside is None else [number(value, outside) for value in rows[name]]
     figure.add_bar(
         x=list(x),
         y=rows[name].tolist(),
         error_y=whiskers(_records(rows), name),
         name=label,
         marker_color=colour,
-        text=text,
-        textposition="inside",
-        insidetextanchor="start",
         hovertext=list(hover),
         hovertemplate="%{hovertext}<extra></extra>",
         **where,

@@ -105,7 +105,7 @@ def edited_answers(
     The layers below an edit's lowest are run once for all edits.
 
     Raises:
-        MethodError, ModelError: as ``edited_values``.
+        MethodError, ModelError: as ``edited_values``; MethodError also for logits that are no finite numbers.
     """
     firsts = [min((layer for layer, _ in edit), default=wiring.n_layers) for edit in edits]
     n_prompts, n_tokens = tokens.shape
@@ -127,6 +127,8 @@ def edited_answers(
             with edited_values(wiring, edit):
                 final = _run(wiring, streams[first], first, wiring.n_layers)
             logits = wiring.unembed(final[torch.arange(len(rows)), positions]).float()
+            if not logits.isfinite().all():  # ranks of what is no number would be 1
+                raise MethodError("the edited model's logits are no finite numbers: use dtype float32, or a smaller edit")
             asked = logits.gather(1, wanted)
             answers.predicted[rows] = logits.argmax(-1).cpu()
             answers.log_p[rows] = logits.log_softmax(-1).gather(1, wanted).cpu()
