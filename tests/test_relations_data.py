@@ -10,6 +10,7 @@ import pytest
 
 from kc_lib.errors import TaskError
 from kc_lib.tasks import load_relation, relation_files
+from kc_lib.tasks.relations import parse_relation
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "data" / "relations").glob("*/*.json"))
@@ -50,15 +51,17 @@ def test_there_are_enough_relations_of_every_kind() -> None:
 @pytest.mark.parametrize("path", FILES, ids=label)
 def test_relation(path: Path) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))
-    assert set(raw) == {"name", "prompt_templates", "prompt_templates_zs", "reverse_templates", "properties", "samples"}
+    wanted = {"name", "prompt_templates", "prompt_templates_zs", "reverse_templates", "properties", "samples"}
+    assert set(raw) - {"paraphrase_templates"} == wanted
     assert raw["name"] == path.stem
     assert raw["properties"]["relation_type"] == path.parent.name
     assert set(raw["properties"]) == {"relation_type", "domain_name", "range_name", "symmetric"}
     assert len(raw["prompt_templates"]) >= 3
     assert len(raw["prompt_templates_zs"]) >= 1
-    for key in ("prompt_templates", "prompt_templates_zs", "reverse_templates"):
-        assert len(set(raw[key])) == len(raw[key]), key
-        for template in raw[key]:
+    for key in ("prompt_templates", "prompt_templates_zs", "reverse_templates", "paraphrase_templates"):
+        templates = raw.get(key, [])
+        assert len(set(templates)) == len(templates), key
+        for template in templates:
             assert template.count("{}") == 1
             assert template == template.strip()
     assert 25 <= len(raw["samples"]) <= 80
@@ -79,6 +82,7 @@ def test_relation_loads_by_name(path: Path) -> None:
     assert relation == load_relation(path)
     assert relation.kind == path.parent.name
     assert relation.templates == tuple(raw["prompt_templates"] + raw["prompt_templates_zs"])
+    assert relation.paraphrases == tuple(raw["prompt_templates"] + raw.get("paraphrase_templates", []))
     assert [(fact.subject, fact.object) for fact in relation.facts] == [
         (sample["subject"], sample["object"]) for sample in raw["samples"]
     ]
@@ -91,14 +95,35 @@ def test_relation_loads_by_name(path: Path) -> None:
             relation.reversed()
 
 
+def test_enough_relations_have_many_paraphrases() -> None:
+    many = [path for path in FILES if "paraphrase_templates" in json.loads(path.read_text(encoding="utf-8"))]
+    assert len(many) >= 15
+    for path in many:
+        relation = load_relation(path)
+        assert len(relation.paraphrases) >= 8, path.stem
+        assert len(set(relation.paraphrases)) == len(relation.paraphrases), path.stem
+
+
+def test_paraphrases_are_optional_and_distinct() -> None:
+    document = {"prompt_templates": ["{} is in", "See {} in"], "samples": [{"subject": "Lyon", "object": "France"}]}
+    assert parse_relation(document, "r.json").paraphrases == ("{} is in", "See {} in")
+    more = parse_relation(document | {"paraphrase_templates": ["See {} in ", "Go to {} in"]}, "r.json")
+    assert more.paraphrases == ("{} is in", "See {} in", "Go to {} in")
+    assert more.templates == ("{} is in", "See {} in")  # load_task counts these, so they stay
+    with pytest.raises(TaskError, match=r"r.json: paraphrase_templates\[0\] is 'no slot'"):
+        parse_relation(document | {"paraphrase_templates": ["no slot"]}, "r.json")
+    with pytest.raises(TaskError, match=r"r.json: paraphrase_templates must be a list"):
+        parse_relation(document | {"paraphrase_templates": "See {} in"}, "r.json")
+
+
 def test_readme_lists_every_relation_with_its_counts() -> None:
     lines = (ROOT / "data" / "relations" / "README.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    rows = {row[0]: row[1:] for row in cells if len(row) == 6}
+    rows = {row[0]: row[1:] for row in cells if len(row) == 7}
     for path in FILES:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        keys = ("samples", "prompt_templates", "prompt_templates_zs", "reverse_templates")
-        assert rows.get(path.stem) == [path.parent.name, *(str(len(raw[key])) for key in keys)]
+        keys = ("samples", "prompt_templates", "prompt_templates_zs", "paraphrase_templates", "reverse_templates")
+        assert rows.get(path.stem) == [path.parent.name, *(str(len(raw.get(key, []))) for key in keys)]
 
 
 @pytest.mark.skipif(not LRE_FILES, reason="the published LRE files are not here")

@@ -1,8 +1,9 @@
 """Relations in the LRE format: templates and facts (Hernandez et al. 2024, arXiv:2308.09124).
 
 ``{"name", "prompt_templates", "prompt_templates_zs", "properties", "samples": [{"subject", "object"}]}``, and of our own
-``"reverse_templates"``, whose slot takes the object and whose answer is the subject. The project's relations lie in
-``data/relations/<kind>/<name>.json``; a file of the user's serves as well.
+``"reverse_templates"``, whose slot takes the object and whose answer is the subject, and ``"paraphrase_templates"``, further
+sentences that ask the same. The project's relations lie in ``data/relations/<kind>/<name>.json``; a file of the user's
+serves as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from kc_lib.errors import TaskError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SLOT = "{}"
-KEYS = {"name", "prompt_templates", "prompt_templates_zs", "reverse_templates", "properties", "samples"}
+TEMPLATE_KEYS = ("prompt_templates", "prompt_templates_zs", "reverse_templates", "paraphrase_templates")
+KEYS = {"name", *TEMPLATE_KEYS, "properties", "samples"}
 FACT_KEYS = {"subject", "object"}
 
 
@@ -40,10 +42,16 @@ class Relation:
     properties: Mapping[str, Any]
     facts: tuple[Fact, ...]
     path: str = field(default="", compare=False)
+    paraphrase_templates: tuple[str, ...] = ()
 
     @property
     def templates(self) -> tuple[str, ...]:
         return self.prompt_templates + self.prompt_templates_zs
+
+    @property
+    def paraphrases(self) -> tuple[str, ...]:
+        """Distinct sentences that ask the same; the zero-shot ones, which may hold examples or options, are left out."""
+        return tuple(dict.fromkeys(self.prompt_templates + self.paraphrase_templates))
 
     @property
     def kind(self) -> str:
@@ -112,6 +120,7 @@ def parse_relation(document: Any, source: str) -> Relation:
         properties=document.get("properties", {}),
         facts=_facts(document["samples"], source),
         path=source,
+        paraphrase_templates=_templates(document, "paraphrase_templates", source),
     )
     if not relation.prompt_templates:
         raise TaskError(f"{source}: prompt_templates is empty; give at least one sentence with one {SLOT}")
