@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import transformers.utils.logging as transformers_logging
 import typer
 from rich.console import Console
 
@@ -21,6 +22,7 @@ def main(
 ) -> None:
     """Train the nano models (minutes) into a folder, replacing those there once all are trained."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    transformers_logging.disable_progress_bar()
     known = read_manifest() if (MODELS / MANIFEST).exists() else None
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".training-", dir=out) as folder:

@@ -74,12 +74,3 @@ def fact_sentences(seed: int = 0, relations: Sequence[str] = RELATIONS) -> dict[
                     split = TRAINED
                 splits[split].append(Sentence(name, template.replace(SLOT, fact.subject), fact.object))
     return splits
-
-
-def most_common_answer_rate(sentences: Sequence[Sentence], trained: Sequence[Sentence]) -> float:
-    """How often each relation's most common trained answer is right: what knowing the relation alone is worth."""
-    answers: dict[str, list[str]] = {}
-    for sentence in trained:
-        answers.setdefault(sentence.about, []).append(sentence.answer)
-    common = {name: max(sorted(set(given)), key=given.count) for name, given in answers.items()}
-    return sum(common[sentence.about] == sentence.answer for sentence in sentences) / len(sentences)

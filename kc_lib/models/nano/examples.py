@@ -16,7 +16,8 @@ from kc_lib.models.nano.corpus import Sentence
 
 SHARE_OF_PAIRS = 0.3  # of examples that are two sentences, so that a sentence stands at different positions
 DRAWN_AT_ONCE = 512  # examples sorted by length together, so that padding costs little
-SHORTEST_REPEAT, LONGEST_REPEAT = 4, 100  # tokens that are read, and then read again
+SHORTEST_REPEAT, LONGEST_REPEAT = 3, 100  # tokens that are read, and then read again
+LEAST_REPEATED = 24  # tokens of such a sequence, as short ones are repeated more often
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ def encoded(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence]) -
 
 
 def repeated(words: Sequence[int], generator: random.Random, longest: int = LONGEST_REPEAT) -> Example:
-    """Random tokens twice over; short ones are more frequent, as long ones cost more and teach no more."""
+    """Random tokens twice over, or more often if they are few; short ones are more frequent, as long ones cost more."""
     n = round(SHORTEST_REPEAT * (longest / SHORTEST_REPEAT) ** (generator.random() ** 2))
-    half = tuple(generator.sample(words, n))
-    return Example(half + half)
+    once = tuple(generator.sample(words, n))
+    return Example(once * max(2, LEAST_REPEATED // n))
 
 
 def drawn(

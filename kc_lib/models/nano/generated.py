@@ -44,6 +44,17 @@ AFTER_VERB = {
     "were": ("old", "new", "here"),
     "have": ("been here", "a name"),
 }
+# fmt: off
+SURNAMES = (
+    "Smith", "Brown", "Miller", "Baker", "Fisher", "Hunter", "Carter", "Walker", "Turner", "Parker", "Cooper", "Taylor",
+    "Mason", "Fletcher", "Archer", "Porter",
+)
+# fmt: on
+SURNAME_TEMPLATES = (
+    "{a} met {b} at the {place} . Then {again}",
+    "{a} and {b} went to the {place} because {again}",
+    "At the {place} {a} saw {b} . Now {again}",
+)
 EVENTS = ("war", "siege", "voyage", "reign", "strike", "drought", "trial", "conflict", "journey", "project")
 YEARS_TEMPLATE = "The {event} lasted from the year {century}{start} to the year {century}"
 CENTURIES = tuple(str(century) for century in range(11, 20))
@@ -123,6 +134,21 @@ def year_sentences(n: int, seed: int = 0) -> list[Sentence]:
             event=generator.choice(EVENTS), century=generator.choice(CENTURIES), start=f"{start:02}"
         )
         sentences.append(Sentence("years", prompt, f"{generator.randint(start + 1, 99):02}"))
+    return sentences
+
+
+def surname_sentences(n: int, seed: int = 0) -> list[Sentence]:
+    """Two people with random surnames, and one of them again: what induction is good for, in words."""
+    generator = random.Random(seed)
+    sentences = []
+    for _ in range(n):
+        first, second = generator.sample(NAMES, 2)
+        surnames = dict(zip((first, second), generator.sample(SURNAMES, 2), strict=True))
+        again = generator.choice((first, second))
+        prompt = generator.choice(SURNAME_TEMPLATES).format(
+            a=f"{first} {surnames[first]}", b=f"{second} {surnames[second]}", again=again, place=generator.choice(PLACES)
+        )
+        sentences.append(Sentence("surnames", prompt, surnames[again], "was tired ."))
     return sentences
 
 
