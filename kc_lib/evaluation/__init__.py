@@ -27,6 +27,7 @@ definition, source and null is at the head of its file.
 """
 
 from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.behaviour import BEHAVIOURS, Behaviour, behaviour
 from kc_lib.evaluation.circuits import (
     NULL_KINDS,
     SHARES,
@@ -61,10 +62,12 @@ from kc_lib.evaluation.truth import Recovery, edge_auroc, recovery
 from kc_lib.evaluation.verdict import verdict
 
 __all__ = [
+    "BEHAVIOURS",
     "MINIMAL_EFFECT",
     "NULL_KINDS",
     "SHARES",
     "SUBJECT",
+    "Behaviour",
     "CircuitTable",
     "Evaluation",
     "Faithfulness",
@@ -76,6 +79,7 @@ __all__ = [
     "ablated_values",
     "areas",
     "average_effects",
+    "behaviour",
     "circuit_table",
     "circuits_by_size",
     "complement",
