@@ -12,7 +12,6 @@ import logging
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, LocalEntryNotFoundError
@@ -87,13 +86,20 @@ def _fetch_once(name: str, revision: str, cache: Path | None) -> Path:
         raise ConnectionError(f"the hub {constants.ENDPOINT} is out of reach")
     files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
     weights = SAFE_WEIGHTS if any(Path(file).match(SAFE_WEIGHTS) and "/" not in file for file in files) else OLD_WEIGHTS
-    return _snapshot(name, revision, weights, cache_dir=cache)
+    return _snapshot(name, revision, weights, cache)
 
 
-def _snapshot(name: str, revision: str, weights: str, **options: Any) -> Path:
-    patterns = {"allow_patterns": [*SETTINGS, weights], "ignore_patterns": ["*/*"]}
+def _snapshot(name: str, revision: str, weights: str, cache: Path | None = None, local_files_only: bool = False) -> Path:
     with quiet():
-        return Path(snapshot_download(name, revision=revision, **patterns, **options))
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache,
+            local_files_only=local_files_only,
+            allow_patterns=[*SETTINGS, weights],
+            ignore_patterns=["*/*"],
+        )
+    return Path(folder)
 
 
 def _is_final(error: Exception) -> bool:

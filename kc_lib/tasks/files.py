@@ -127,4 +127,5 @@ def _pair(row: Mapping[str, Any], where: str) -> PairText:
             raise TaskError(f"{where}: the {key} {part!r} is not in the prompt {clean!r}")
     if optional["distractor"] == values["answer"].strip():
         raise TaskError(f"{where}: answer and distractor are both {optional['distractor']!r}")
-    return PairText(clean, corrupted, values["answer"].strip(), **optional, where=where)
+    distractor, subject, relation = (optional[key] for key in OPTIONAL)
+    return PairText(clean, corrupted, values["answer"].strip(), distractor, subject, relation, where)

@@ -38,7 +38,7 @@ def year_pairs(tokenizer: Tokenizer, n: int, seed: int) -> list[PairText]:
         for event in EVENTS
     ]
     if not starts or None in tokens:
-        example = tokenizer.inner.convert_ids_to_tokens(tokenizer.answer("in", f"{CENTURIES[6]}32"))
+        example = tokenizer.inner.convert_ids_to_tokens(list(tokenizer.answer("in", "1732")))
         raise TaskError(
             "greater_than needs a tokenizer that reads a year as two tokens of two digits (1732 as 17 and 32); this one "
             f"reads it as {', '.join(map(repr, example))}: use another model or task"
