@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from oracles import eap
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.evaluation import BEHAVIOURS, Behaviour, behaviour, evaluate_circuits
+from kc_lib.methods.attribution import attribute_edges
 from kc_lib.metrics import METRICS, is_right, right_rank
+from kc_lib.models import load_model
 from kc_lib.stats import RESAMPLES
 from kc_lib.tasks import TokenPair, make_batch
 
@@ -96,6 +100,15 @@ def test_means_and_their_intervals(small_model: Callable[[str], TransformerBridg
         behaviour(small_model("neox"), [])
 
 
+def test_logits_that_are_no_numbers_have_no_ranks(small_folder: Callable[[str], Path]) -> None:
+    model = load_model(str(small_folder("neox")), device="cpu")
+    pair = drawn_pairs(1)[0]
+    with torch.no_grad():
+        model.embed.W_E[pair.clean[1]] = torch.nan
+    with pytest.raises(MethodError, match="no finite numbers"):
+        behaviour(model, [pair])
+
+
 def test_ties_count_against_the_model() -> None:
     pairs = [
         TokenPair((1, 3), (1, 4), (5,), 6, {}, {}, right=(5, 7), wrong=(6,)),
@@ -143,3 +156,32 @@ def test_circuits_are_judged_by_the_same_measure(small_model: Callable[[str], Tr
     judged = evaluate_circuits(model, {}, {"test": pairs}, metric="probability_difference")
     values = judged.values("test")["full"].to_numpy()
     assert values == pytest.approx(behaviour(model, pairs).prompts["probability_difference"].to_numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama"])
+def test_edges_are_scored_by_sets_of_answers(
+    kind: str, small_folder: Callable[[str], Path], small_model: Callable[[str], TransformerBridge]
+) -> None:
+    """EAP-IG of the difference of probabilities, against the slow oracle that runs on the Hugging Face model's weights."""
+    pairs = []
+    for pair in drawn_pairs(5, seed=2):
+        rest = [token for token in range(3, 200) if token not in (*pair.clean, pair.distractor, pair.answer[0])]
+        sets = {"right": (pair.answer[0], *rest[:3]), "wrong": (pair.distractor, rest[4])}
+        pairs.append(replace(pair, clean=pair.clean[:5], corrupted=pair.corrupted[:5], **sets))
+    batch, alphas = make_batch(pairs), (1 / 6, 3 / 6, 5 / 6)
+    reference = tf.AutoModelForCausalLM.from_pretrained(small_folder(kind), dtype=torch.float32).eval()
+    expected = eap.oracle_edge_scores(
+        reference,
+        batch.clean,
+        batch.corrupted,
+        batch.answer_positions[:, 0],
+        batch.right,
+        batch.wrong,
+        alphas,
+        metric="probability_difference",
+    )
+    found = attribute_edges(
+        small_model(kind), pairs, "eap_ig", steps=3, ig_rule="midpoint", metric="probability_difference", batch_size=2
+    )
+    assert expected.abs().max() > 1e-4
+    assert (found.scores - expected).abs().max() <= 1e-4 * expected.abs().max()

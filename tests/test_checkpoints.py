@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -306,6 +309,33 @@ def test_one_checkpoint_at_a_time_is_on_disk(hub: Hub, family: dict[str, Path], 
     refused(load_checkpoint, at(1000), device="cpu", keep_files=False, retries=1)
     assert {path: path.read_bytes() for path in files_on_disk(cache)} == before
     assert [path.name for path in cache.iterdir() if path.name.startswith("kc-")] == []
+
+
+ELSEWHERE = """
+import sys
+from kc_lib.models import checkpoints_of, load_checkpoint, model_hash
+for checkpoint in checkpoints_of(sys.argv[1], [8, 512]):
+    print(checkpoint.name, model_hash(load_checkpoint(checkpoint, device="cpu", keep_files=False)))
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_given_by_its_environment_variable(family: dict[str, Path], tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS"))}
+    environment |= {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "NO_PROXY": "*", "no_proxy": "*"}
+    with serving(family) as running:
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, REPOSITORY],
+            env=environment | {"HF_ENDPOINT": running.url},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [
+        word for step in (8, 512) for word in (f"{REPOSITORY}@step{step}", hash_of(family[f"step{step}"]))
+    ]
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_hub_out_of_reach_leaves_what_is_cached(

@@ -66,7 +66,7 @@ def behaviour(model: TransformerBridge, pairs: Sequence[TokenPair], *, batch_siz
     """Every measure on the clean prompt of every pair; of answers of several tokens, on the first.
 
     Raises:
-        MethodError: no pairs.
+        MethodError: no pairs, or logits that are no finite numbers (they have no ranks).
         ModelError: a model that is no decoder.
     """
     if not pairs:
@@ -74,6 +74,8 @@ def behaviour(model: TransformerBridge, pairs: Sequence[TokenPair], *, batch_siz
     wiring, parts = wiring_of(model), []
     for batch in batches(pairs, batch_size, device=wiring.device):
         logits = full_logits(wiring, batch)
+        if not logits.isfinite().all():
+            raise MethodError("the model's logits are no finite numbers: use dtype float32, or another checkpoint")
         found = {
             "logit_difference": METRICS["logit_difference"](logits, batch),
             "probability_difference": METRICS["probability_difference"](logits, batch),
