@@ -206,12 +206,15 @@ def noun_rows() -> list[dict[str, str]]:
 
 def test_a_noun_inside_another_is_not_taken_for_it(wordy: TransformerBridge) -> None:
     """The letters of "man" are the end of "woman", whatever stands last."""
-    tokenizer = Tokenizer(wordy.tokenizer, True)
-    texts = generated_pairs("agreement", tokenizer, 9000)
-    both = [pair for pair in texts if re.search(r"\b(man|men)\b.*\bwom[ae]n\b", pair.clean)]
-    assert any(pair.clean.rfind(str(pair.subject)) > 4 for pair in both)
-    for pair in both:
-        assert tokenizer.overlapping(pair.clean, *pair.spans["subject"]) == (2,)  # after BOS and "The"
+    tokenizer, inside = Tokenizer(wordy.tokenizer, True), re.compile(r"The (man|men) .*\bwo\1")
+
+    def has_one(seed: int) -> bool:
+        return any(inside.match(pair.clean) for pair in generated_pairs("agreement", tokenizer, 100, seed))
+
+    seed = next(seed for seed in range(500) if has_one(seed))
+    task = load_task("agreement", wordy, known_only=False, max_facts=100, test_fraction=0.0, seed=seed, prepend_bos=True)
+    for pair in task.discovery:
+        assert pair.positions["subject"] == (2,), pair.text["clean"]  # after BOS and "The"
 
 
 def test_nouns_that_grow_in_the_plural_are_left_out() -> None:
