@@ -1,9 +1,9 @@
 """What is measured at the answer: one number per example, from the logits at the answer positions.
 
 A metric is a function ``(logits, batch, reference) -> value per example``: logits ``[batch, answer, vocab]`` in float32,
-the batch (answer and distractor ids, which answer positions are real), and the full model's logits at the same
-positions for metrics that compare with it (``needs_reference``). Values over several answer tokens (teacher forcing) are
-means over the answer's tokens. Any callable of that signature serves: wrap it in ``Metric``.
+the batch (answer and distractor ids, sets of right and wrong ones, which answer positions are real), and the full model's
+logits at the same positions for metrics that compare with it (``needs_reference``). Values over several answer tokens
+(teacher forcing) are means over the answer's tokens. Any callable of that signature serves: wrap it in ``Metric``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.checks import checked
@@ -77,6 +77,16 @@ def _probability(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tens
     return _mean(_per_answer_token(logits, batch).exp(), batch)
 
 
+def _probability_difference(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
+    first = logits[:, 0].softmax(-1)
+    return _total(first, batch.right) - _total(first, batch.wrong)
+
+
+def _total(values: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch some"]) -> Float[Tensor, " batch"]:
+    """Sum of the values of each row's tokens, of which -1 is none."""
+    return values.gather(-1, tokens.clamp(min=0)).where(tokens >= 0, 0.0).sum(-1)
+
+
 def _kl(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor:
     full = torch.as_tensor(reference).log_softmax(-1)
     return _mean((full.exp() * (full - logits.log_softmax(-1))).sum(-1), batch)
@@ -94,6 +104,8 @@ METRICS: dict[str, Metric] = {
         Metric("logit_difference", "logits", _logit_difference, answers_only=True),
         Metric("log_probability", "nats", _log_probability),
         Metric("probability", "probability", _probability),
+        # p of all right tokens minus p of all wrong ones (Hanna et al. 2023, section 2)
+        Metric("probability_difference", "probability", _probability_difference),
         # KL(full model || circuit) over the vocabulary (Conmy et al. 2023, section 3)
         Metric("kl", "nats", _kl, higher_is_better=False, needs_reference=True),
         # negative log-likelihood minus the full model's (Knowledge Circuits, Yao et al. 2024, section 3.1)
@@ -121,3 +133,26 @@ def answer_rank(logits: Float[Tensor, "batch answer vocab"], batch: Batch) -> In
     first = logits[:, 0]
     answer = first.gather(-1, batch.answers[:, :1])
     return (first >= answer).sum(-1)
+
+
+@checked
+def right_rank(logits: Float[Tensor, "batch answer vocab"], batch: Batch) -> Int[Tensor, " batch"]:
+    """Rank of the best right token among all that are not right, 1 for the most probable (ties count against it)."""
+    best, others = _best_and_others(logits[:, 0], batch.right)
+    return 1 + (others >= best[:, None]).sum(-1)
+
+
+@checked
+def is_right(logits: Float[Tensor, "batch answer vocab"], batch: Batch) -> Bool[Tensor, " batch"]:
+    """Whether the best of the right and wrong tokens is a right one (a tie is not)."""
+    best, _ = _best_and_others(logits[:, 0], batch.right)
+    best_wrong, _ = _best_and_others(logits[:, 0], batch.wrong)
+    return best > best_wrong
+
+
+def _best_and_others(
+    logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch some"]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch vocab"]]:
+    """The highest logit among each row's tokens, of which -1 is none, and the logits with these tokens at -inf."""
+    places = tokens.where(tokens >= 0, tokens[:, :1])  # the first is always a token
+    return logits.gather(-1, places).amax(-1), logits.scatter(-1, places, -torch.inf)

@@ -57,6 +57,7 @@ def test_metrics_by_hand(full_answer: bool) -> None:
             "logit_difference": float(logits[i, 0, pair.answer[0]] - logits[i, 0, pair.distractor]),
             "log_probability": np.log(mine).mean(),
             "probability": mine.mean(),
+            "probability_difference": ours[i, 0, pair.answer[0]] - ours[i, 0, pair.distractor],
             "kl": kl,
             "match_nll": -np.log(mine).mean() + np.log(theirs).mean(),
         }
@@ -64,7 +65,7 @@ def test_metrics_by_hand(full_answer: bool) -> None:
         for name, value in expected.items():
             metric = METRICS[name]
             assert metric(logits, batch, reference)[i].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
-            sign = -1 if name in ("logit_difference", "log_probability", "probability") else 1
+            sign = 1 if name in ("kl", "match_nll") else -1
             assert metric.loss(logits, batch, reference)[i].item() == pytest.approx(sign * value, rel=1e-4, abs=1e-5)
 
 

@@ -15,6 +15,7 @@ from kc_lib.errors import MethodError
 from kc_lib.methods.knowledge_neurons import (
     FactUpdates,
     NeuronActivations,
+    NeuronAttributions,
     NeuronChanges,
     NeuronSets,
     RelationErasure,
@@ -326,3 +327,20 @@ def test_figures_show_the_tables(tmp_path: Path) -> None:
     erase = [trace for trace in drawn["erase"].data if trace.name == "knowledge"]
     assert list(erase[0].y) == RELATIONS
     assert min(erase[0].x) > max(erase[1].x)
+
+
+def test_scores_of_a_fact_are_shown_by_how_many_paraphrases_share_them() -> None:
+    """Neuron (1, 5) passes on all three, (2, 0) on two, (2, 1) on one; (0, 0) is below a fifth of the largest."""
+    rows = [(0, prompt, "knowledge", 1, 5, 1.0) for prompt in range(3)]
+    rows += [(0, 0, "knowledge", 2, 0, 0.5), (0, 1, "knowledge", 2, 0, 0.5), (0, 2, "knowledge", 2, 1, 0.3)]
+    rows += [(0, 0, "knowledge", 0, 0, 0.19)]
+    frame = pd.DataFrame(rows, columns=["fact", "prompt", "method", "layer", "neuron", "value"])
+    about = pd.DataFrame([{"fact": 0, "relation": "r", "subject": "France", "answer": "Paris", "n_prompts": 3}])
+    found = NeuronAttributions(frame, pd.DataFrame(), about, {"model": "tiny", "n_layers": 3, "kept": 0.1})
+    figure = figures.attribution_figure(found, 0)
+    assert "France: Paris" in figure.layout.title.text
+    one, several, every = (set(map(tuple, trace.customdata[:, :2])) for trace in figure.data)
+    assert (one, several, every) == ({(2, 1)}, {(2, 0)}, {(1, 5)})
+    assert all(round(x) == layer for trace in figure.data for x, (layer, *_) in zip(trace.x, trace.customdata, strict=True))
+    with pytest.raises(MethodError, match="fact 1 has no neurons"):
+        figures.attribution_figure(found, 1)

@@ -27,6 +27,7 @@ definition, source and null is at the head of its file.
 """
 
 from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.behaviour import BEHAVIOURS, Behaviour, behaviour
 from kc_lib.evaluation.circuits import (
     NULL_KINDS,
     SHARES,
@@ -70,10 +71,12 @@ from kc_lib.evaluation.truth import Recovery, edge_auroc, recovery
 from kc_lib.evaluation.verdict import verdict
 
 __all__ = [
+    "BEHAVIOURS",
     "MINIMAL_EFFECT",
     "NULL_KINDS",
     "SHARES",
     "SUBJECT",
+    "Behaviour",
     "CircuitTable",
     "Evaluation",
     "Faithfulness",
@@ -86,6 +89,7 @@ __all__ = [
     "activation_means",
     "areas",
     "average_effects",
+    "behaviour",
     "change_ratios",
     "circuit_table",
     "circuits_by_size",

@@ -32,18 +32,19 @@ def attribution_figure(
     about = attributions.facts.set_index("fact").loc[fact]
     found = rows.groupby(["layer", "neuron"])["prompt"].transform("size")
     n_prompts = int(about["n_prompts"])
-    figure = go.Figure()
+    figure, width = go.Figure(), 0.6
     shown = {FEW: found == 1, SOME: (found > 1) & (found < n_prompts), EVERY: (found == n_prompts) & (found > 1)}
     for (name, colour), which in shown.items():
         some = rows[which]
         figure.add_scatter(
-            x=some["layer"],
+            x=some["layer"] + width * ((some["prompt"] + 0.5) / n_prompts - 0.5),  # paraphrases side by side
             y=some["value"],
             mode="markers",
             name=f"passes on {name} ({some.groupby(['layer', 'neuron']).ngroups} neurons)",
             marker={"color": colour, "size": 9, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
-            customdata=some[["neuron", "prompt"]],
-            hovertemplate="layer %{x}, neuron %{customdata[0]}<br>paraphrase %{customdata[1]}: %{y:.4f}<extra></extra>",
+            customdata=some[["layer", "neuron", "prompt"]],
+            hovertemplate="layer %{customdata[0]}, neuron %{customdata[1]}<br>"
+            "paraphrase %{customdata[2]}: %{y:.4f}<extra></extra>",
         )
     of_what = "value" if method == "base" else "attribution"
     titled(

@@ -1,5 +1,6 @@
 """Loading any model TransformerLens boots, and the models that need no hub."""
 
+from kc_lib.models.checkpoints import SCHEDULES, Checkpoint, checkpoints_of, load_checkpoint, schedule_steps
 from kc_lib.models.handwired import HAND_WIRED, HandWired, hand_wired
 from kc_lib.models.load import EMBEDDED, embedded_models, load_model, model_hash, model_name
 from kc_lib.models.nano.shipped import nano_steps
@@ -8,12 +9,17 @@ from kc_lib.models.smollm2 import cached_smollm2
 __all__ = [
     "EMBEDDED",
     "HAND_WIRED",
+    "SCHEDULES",
+    "Checkpoint",
     "HandWired",
     "cached_smollm2",
+    "checkpoints_of",
     "embedded_models",
     "hand_wired",
+    "load_checkpoint",
     "load_model",
     "model_hash",
     "model_name",
     "nano_steps",
+    "schedule_steps",
 ]

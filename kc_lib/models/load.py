@@ -54,13 +54,13 @@ def load_model(
     if checkpoint is not None and not isinstance(checkpoint, int):
         raise ModelError(f"checkpoint is {checkpoint!r}; it must be a training step, a whole number")
     revision = None if revision is None else str(revision)
-    with _quiet():
+    with quiet():
         source = _source(name_or_path, revision, checkpoint)
     is_hub_name = not Path(source).is_dir()
     if checkpoint is not None and not is_hub_name and name_or_path != CAUSAL:
         raise ModelError(f"{name_or_path!r} has no training checkpoints; leave out checkpoint={checkpoint}")
     try:
-        with _quiet():
+        with quiet():
             model = TransformerBridge.boot_transformers(
                 source,
                 device=_device(device),
@@ -121,7 +121,7 @@ def _source(name_or_path: str, revision: str | None, checkpoint: int | None) -> 
     looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if path.exists() or looks_like_path:
         raise ModelError(f"{name_or_path!r} is no model folder: give a folder saved by save_pretrained")
-    if _hub_in_reach():
+    if hub_in_reach():
         return name_or_path
     cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
     if not isinstance(cached, str):
@@ -129,7 +129,7 @@ def _source(name_or_path: str, revision: str | None, checkpoint: int | None) -> 
     return str(Path(cached).parent)
 
 
-def _hub_in_reach() -> bool:
+def hub_in_reach() -> bool:
     """One quick question, because the hub's own client retries for most of a minute before it says no."""
     if constants.HF_HUB_OFFLINE:
         return False
@@ -157,7 +157,7 @@ def _not_found(name: str, why: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings of transformers while loading; restored on exit."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     lens_level = logging.root.level

@@ -14,6 +14,7 @@ from kc_lib.tasks.cloze import (
     relation_patterns,
 )
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, FactTask, load_facts
+from kc_lib.tasks.generated import GENERATED, generated_pairs
 from kc_lib.tasks.pararel import FactText, fact_texts, read_patterns
 from kc_lib.tasks.relations import Fact, Relation, load_relation, relation_files, relation_templates
 from kc_lib.tasks.sentences import (
@@ -25,7 +26,7 @@ from kc_lib.tasks.sentences import (
     read_corpus,
     read_sentences,
 )
-from kc_lib.tasks.task import GENERATED, Task, load_task
+from kc_lib.tasks.task import Task, load_task
 from kc_lib.tasks.tokens import Tokenizer, is_masked, tokenizer_of
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "cloze_prompt",
     "distant_sentences",
     "fact_texts",
+    "generated_pairs",
     "is_masked",
     "joined_clozes",
     "load_cloze",

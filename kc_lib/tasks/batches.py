@@ -21,7 +21,8 @@ class TokenPair:
     """One clean and one corrupted prompt of the same token length, with answer, distractor and named positions.
 
     ``positions`` maps a name ("subject", "relation") to the token indices of the clean prompt it covers; the last
-    position is always the one that predicts the answer.
+    position is always the one that predicts the answer. Of a task with several right answers ``right`` and ``wrong`` are
+    all the tokens that count for and against it; where they are empty, these are the answer's first and the distractor.
     """
 
     clean: tuple[int, ...]
@@ -30,6 +31,8 @@ class TokenPair:
     distractor: int
     positions: dict[str, tuple[int, ...]]
     text: dict[str, str]
+    right: tuple[int, ...] = ()
+    wrong: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.clean) != len(self.corrupted):
@@ -39,11 +42,19 @@ class TokenPair:
             )
         if not self.answer:
             raise TaskError(f"the prompt {self.text.get('clean')!r} has an empty answer")
+        if bool(self.right) != bool(self.wrong) or set(self.right) & set(self.wrong):
+            raise TaskError(
+                f"the prompt {self.text.get('clean')!r} has {len(self.right)} right and {len(self.wrong)} wrong tokens; "
+                "give both or none, and none that is both"
+            )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs as tensors; ``answer_positions[b, a]`` is the position whose logits predict ``answers[b, a]``."""
+    """Pairs as tensors; ``answer_positions[b, a]`` is the position whose logits predict ``answers[b, a]``.
+
+    ``right`` and ``wrong`` hold the tokens that count for and against each pair, -1 where it has fewer than another.
+    """
 
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "batch pos"]
@@ -52,12 +63,17 @@ class Batch:
     answer_positions: Int[Tensor, "batch answer"]
     answer_mask: Bool[Tensor, "batch answer"]
     distractors: Int[Tensor, " batch"]
+    right: Int[Tensor, "batch right"]
+    wrong: Int[Tensor, "batch wrong"]
 
     def __len__(self) -> int:
         return self.clean.shape[0]
 
     def among_answers(self) -> tuple[Batch, Int[Tensor, " token"]]:
-        """The batch with answers and distractors counted among themselves, and the token each number stands for."""
+        """The batch with answers and distractors counted among themselves, and the token each number stands for.
+
+        For metrics of answers and distractors only: ``right`` and ``wrong`` stay tokens.
+        """
         flat = torch.cat([self.answers.flatten(), self.distractors])
         tokens, places = flat.unique(return_inverse=True)
         answers = places[: self.answers.numel()].view_as(self.answers)
@@ -84,6 +100,8 @@ def make_batch(pairs: Sequence[TokenPair], full_answer: bool = False, device: to
         answer_positions=positions.to(device),
         answer_mask=mask.to(device),
         distractors=torch.tensor([pair.distractor for pair in pairs]).to(device),
+        right=_pad([pair.right or pair.answer[:1] for pair in pairs], -1).to(device),
+        wrong=_pad([pair.wrong or (pair.distractor,) for pair in pairs], -1).to(device),
     )
 
 
@@ -100,6 +118,6 @@ def batches(
         yield make_batch(pairs[start : start + batch_size], full_answer, device)
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row column"]:
+def _pad(rows: Sequence[Sequence[int]], fill: int = 0) -> Int[Tensor, "row column"]:
     width = max(len(row) for row in rows)
-    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows])

@@ -18,9 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
-from kc_lib.tasks.ioi import ioi_pairs
+from kc_lib.tasks.generated import GENERATED, generated_pairs
 from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, relation_files
-from kc_lib.tasks.task import DEFAULT_GENERATED, GENERATED
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 POSITION_CLASSES = (
@@ -120,8 +119,8 @@ def load_facts(
                 f"relation {relation.name!r} has templates 0 to {len(relation.templates) - 1}; template={template} is none"
             )
         name, rows = relation.name, _relation_rows(relation.templates[template], relation.facts)
-    elif name_or_path == "ioi":
-        name, rows = "ioi", _pair_rows(ioi_pairs(tokenizer, DEFAULT_GENERATED, seed))
+    elif name_or_path in GENERATED:
+        name, rows = name_or_path, _pair_rows(generated_pairs(name_or_path, tokenizer, seed=seed))
     elif path.suffix in SUFFIXES:
         name, rows = path.stem, _pair_rows(read_pairs(path))
     else:
@@ -129,7 +128,7 @@ def load_facts(
             f"unknown task {name_or_path!r}: give one of {', '.join([*GENERATED, *relation_files()])}, a .json relation, "
             f"known_1000.json, or a file of pairs ({', '.join(SUFFIXES)})"
         )
-    if (reverse or template) and (isinstance(document, list) or name == "ioi" or path.suffix in SUFFIXES):
+    if (reverse or template) and (isinstance(document, list) or name in GENERATED or path.suffix in SUFFIXES):
         raise TaskError(f"task {name_or_path!r} is no relation: template and reverse do not apply to it")
     facts: dict[tuple[tuple[int, ...], int], FactPrompt] = {}
     n_rows = 0
@@ -178,7 +177,10 @@ def _pair_rows(pairs: Sequence[PairText]) -> Iterator[dict[str, Any]]:
     for pair in pairs:
         if pair.subject is None:
             raise TaskError(f"{pair.where}: has no subject; add a column subject that says which words the fact is about")
-        yield {"prompt": pair.clean, "subject": pair.subject, "answer": pair.answer, "where": pair.where}
+        if pair.right:
+            raise TaskError(f"several answers are right for {pair.clean!r}: a fact has one; use another task")
+        start = pair.spans["subject"][0] if pair.spans else None
+        yield {"prompt": pair.clean, "subject": pair.subject, "answer": pair.answer, "start": start, "where": pair.where}
 
 
 def read_json(path: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,11 @@ SUFFIXES = (".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class PairText:
-    """One pair as text; subject and relation are parts of the clean prompt, to name positions by."""
+    """One pair as text; subject and relation are parts of the clean prompt, to name positions by.
+
+    What only generated tasks have: ``between`` stands between prompt and answer, ``right`` and ``wrong`` are tokens as in
+    ``TokenPair``, and ``spans`` names characters (start, end) of the clean prompt, before subject and relation do.
+    """
 
     clean: str
     corrupted: str
@@ -27,6 +31,10 @@ class PairText:
     subject: str | None = None
     relation: str | None = None
     where: str = ""  # file and row, for errors
+    between: str = " "
+    right: tuple[int, ...] = ()
+    wrong: tuple[int, ...] = ()
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_pairs(path: str | Path) -> list[PairText]:
@@ -119,4 +127,5 @@ def _pair(row: Mapping[str, Any], where: str) -> PairText:
             raise TaskError(f"{where}: the {key} {part!r} is not in the prompt {clean!r}")
     if optional["distractor"] == values["answer"].strip():
         raise TaskError(f"{where}: answer and distractor are both {optional['distractor']!r}")
-    return PairText(clean, corrupted, values["answer"].strip(), **optional, where=where)
+    distractor, subject, relation = (optional[key] for key in OPTIONAL)
+    return PairText(clean, corrupted, values["answer"].strip(), distractor, subject, relation, where)

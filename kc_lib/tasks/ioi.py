@@ -1,7 +1,8 @@
 """Indirect object identification (Wang et al. 2023, arXiv:2211.00593), generated.
 
 Half the prompts are ABBA, half BABA ("A and B ... B gave it to" -> A). The corrupted prompt replaces the second
-mention of the subject by the indirect object (Tigges et al. 2024), so that A and B trade places as the answer.
+mention of the subject by the indirect object (Tigges et al. 2024), so that A and B trade places as the answer; for path
+patching there are also corrupted prompts with three other names.
 """
 
 from __future__ import annotations
@@ -31,23 +32,30 @@ TEMPLATES = (
 )
 
 
-def ioi_pairs(tokenizer: Tokenizer, n: int, seed: int) -> list[PairText]:
+def ioi_pairs(tokenizer: Tokenizer, n: int, seed: int, *, strangers: bool = False) -> list[PairText]:
     """``n`` distinct prompts with names that are single tokens.
+
+    With ``strangers`` the corrupted prompts are "ABC": three other names in the places of all three (Wang et al. 2023,
+    section 3), so that no name is there twice; the clean prompts are the same.
 
     Raises:
         TaskError: the tokenizer splits almost every name.
     """
-    unknown = {tokenizer.inner.unk_token_id}  # a word-level tokenizer's one token for every word it does not know
-    names = [name for name in NAMES if len(tokens := tokenizer.answer("and", name)) == 1 and tokens[0] not in unknown]
+    names = [name for name in NAMES if tokenizer.single(name) is not None]
     if len(names) < 8:
         raise TaskError(f"IOI needs names that are single tokens; this tokenizer has {len(names)} of {len(NAMES)}")
-    generator = random.Random(seed)
+    generator, of_strangers = random.Random(seed), random.Random(seed + 1)
     pairs: dict[str, PairText] = {}
     while len(pairs) < n:
         template = generator.choice(TEMPLATES)
         recipient, subject = generator.sample(names, 2)
         first, second = (recipient, subject) if len(pairs) % 2 == 0 else (subject, recipient)  # ABBA, BABA
-        fill = {"a": first, "b": second, "place": generator.choice(PLACES), "thing": generator.choice(THINGS)}
-        clean = template.format(s=subject, **fill)
-        pairs[clean] = PairText(clean, template.format(s=recipient, **fill), recipient, subject, subject, None)
+        fill = {"place": generator.choice(PLACES), "thing": generator.choice(THINGS)}
+        clean = template.format(a=first, b=second, s=subject, **fill)
+        if strangers:
+            a, b, c = of_strangers.sample([name for name in names if name not in (recipient, subject)], 3)
+            corrupted = template.format(a=a, b=b, s=c, **fill)
+        else:
+            corrupted = template.format(a=first, b=second, s=recipient, **fill)
+        pairs[clean] = PairText(clean, corrupted, recipient, subject, subject, None)
     return list(pairs.values())

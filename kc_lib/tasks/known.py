@@ -63,6 +63,19 @@ def answer_ranks(
     return ranks_at(model, prompts, [len(prompt) - 1 for prompt in prompts], answers, batch_size)
 
 
+@torch.no_grad()
+def best_ranks(
+    model: TransformerBridge, prompts: Sequence[tuple[int, ...]], right: Sequence[Sequence[int]], batch_size: int = 16
+) -> list[int]:
+    """Rank of the best of each prompt's right tokens among all that are not right, at its last position, 1 for the first."""
+    ranks = []
+    for logits, tokens in zip(last_logits(model, prompts, batch_size), right, strict=True):
+        best = logits[list(tokens)].max()
+        logits[list(tokens)] = -float("inf")
+        ranks.append(1 + int((logits >= best).sum()))
+    return ranks
+
+
 def known_facts(model: TransformerBridge, relation: Relation, template: str, known_rank: int = 1) -> int:
     """How many of a relation's facts the model knows when asked with a template."""
     tokenizer = tokenizer_of(model)

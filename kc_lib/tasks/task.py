@@ -9,20 +9,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
-from kc_lib.tasks.ioi import ioi_pairs
-from kc_lib.tasks.known import answer_ranks, last_logits
+from kc_lib.tasks.generated import DEFAULT_GENERATED, GENERATED, generated_pairs
+from kc_lib.tasks.known import answer_ranks, best_ranks, last_logits
 from kc_lib.tasks.relations import SLOT, Fact, Relation, load_relation, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
-GENERATED = {"ioi": "indirect object identification (generated)"}
-DEFAULT_GENERATED = 100
 Item = TypeVar("Item")
 
 
@@ -40,8 +38,14 @@ class Task:
     @property
     def hash(self) -> str:
         """Hash of every token pair and its split: what a result depends on."""
-        rows = [[asdict(pair) for pair in split] for split in (self.discovery, self.validation, self.test)]
+        rows = [[_row(pair) for pair in split] for split in (self.discovery, self.validation, self.test)]
         return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _row(pair: TokenPair) -> dict[str, Any]:
+    """A pair as what is hashed: without the sets of answers where it has none, as before there were any."""
+    row = asdict(pair)
+    return row if pair.right else {key: value for key, value in row.items() if key not in ("right", "wrong")}
 
 
 def load_task(
@@ -62,10 +66,12 @@ def load_task(
     """Clean/corrupted token pairs of a built-in task, a relation file (LRE format) or a file of pairs.
 
     Args:
-        name_or_path: a relation of the project's, "ioi", a ``.json`` relation, or a ``.csv`` / ``.jsonl`` of pairs.
+        name_or_path: a relation of the project's, one of ``GENERATED`` ("ioi", ...), a ``.json`` relation, or a ``.csv`` /
+            ``.jsonl`` of pairs.
         template: which of a relation's sentences (``prompt_templates`` then ``prompt_templates_zs``).
         reverse: ask a relation from its objects.
-        known_only: keep facts whose answer's first token has rank <= ``known_rank`` among all tokens.
+        known_only: keep facts whose answer's first token (of several right ones the best) has rank <= ``known_rank``
+            among all tokens.
         test_fraction, validation_fraction: shares of the kept facts; the rest serves discovery. With 0 every pair does.
         max_facts: keep at most so many facts, drawn by seed.
         prepend_bos: None does what TransformerLens does for the model (as a rule, prepend).
@@ -91,9 +97,9 @@ def load_task(
         return _relation_task(relation, template, tokenizer, splitting, known)
     if reverse or template:
         raise TaskError(f"task {name_or_path!r} is no relation: template and reverse do not apply to it")
-    if name_or_path == "ioi":
-        pairs = ioi_pairs(tokenizer, max_facts or DEFAULT_GENERATED, seed)
-        return _pair_task("ioi", pairs, tokenizer, splitting, known)
+    if name_or_path in GENERATED:
+        pairs = generated_pairs(name_or_path, tokenizer, max_facts or DEFAULT_GENERATED, seed)
+        return _pair_task(name_or_path, pairs, tokenizer, splitting, known)
     if path.suffix in SUFFIXES:
         return _pair_task(path.stem, read_pairs(path), tokenizer, splitting, known)
     raise TaskError(
@@ -137,6 +143,13 @@ class _Known:
         if not self.only:
             return [True] * len(prompts)
         return [rank <= self.rank for rank in answer_ranks(self.model, prompts, answers, self.batch_size)]
+
+    def of_pairs(self, pairs: Sequence[TokenPair]) -> list[bool]:
+        prompts = [pair.clean for pair in pairs]
+        if not self.only or not any(pair.right for pair in pairs):
+            return self(prompts, [pair.answer[0] for pair in pairs])
+        ranks = best_ranks(self.model, prompts, [pair.right or pair.answer[:1] for pair in pairs], self.batch_size)
+        return [rank <= self.rank for rank in ranks]
 
 
 def _relation_task(
@@ -217,7 +230,7 @@ def _fact_pair(fact: Fact, other: Fact, template: str, tokenizer: Tokenizer) -> 
 
 def _pair_task(name: str, pairs: Sequence[PairText], tokenizer: Tokenizer, splitting: _Splitting, known: _Known) -> Task:
     tokens = [_token_pair(pair, tokenizer, known) for pair in pairs]
-    is_known = known([pair.clean for pair in tokens], [pair.answer[0] for pair in tokens])
+    is_known = known.of_pairs(tokens)
     kept = [pair for pair, yes in zip(tokens, is_known, strict=True) if yes]
     if not kept:
         raise TaskError(
@@ -239,9 +252,9 @@ def _pair_task(name: str, pairs: Sequence[PairText], tokenizer: Tokenizer, split
 def _token_pair(pair: PairText, tokenizer: Tokenizer, known: _Known) -> TokenPair:
     try:
         clean, corrupted = tokenizer.encode(pair.clean), tokenizer.encode(pair.corrupted)
-        answer = tokenizer.answer(pair.clean, pair.answer)
+        answer = tokenizer.answer(pair.clean, pair.answer, pair.between)
         if pair.distractor is not None:
-            distractor = tokenizer.answer(pair.clean, pair.distractor)[0]
+            distractor = tokenizer.answer(pair.clean, pair.distractor, pair.between)[0]
         else:
             logits = next(last_logits(known.model, [corrupted]))
             logits[answer[0]] = -float("inf")
@@ -251,7 +264,10 @@ def _token_pair(pair: PairText, tokenizer: Tokenizer, known: _Known) -> TokenPai
                 f"answer {pair.answer!r} and distractor {pair.distractor!r} start with the same token; choose another"
             )
         named = {"subject": pair.subject, "relation": pair.relation}
-        positions = {what: tokenizer.span(pair.clean, part, what) for what, part in named.items() if part is not None}
+        positions = {what: tokenizer.overlapping(pair.clean, *span) for what, span in pair.spans.items()}
+        for what, part in named.items():
+            if part is not None and what not in positions:
+                positions[what] = tokenizer.span(pair.clean, part, what)
         text = {
             "clean": pair.clean,
             "corrupted": pair.corrupted,
@@ -259,6 +275,6 @@ def _token_pair(pair: PairText, tokenizer: Tokenizer, known: _Known) -> TokenPai
             "distractor": pair.distractor or str(tokenizer.inner.decode([distractor])).strip(),
             "subject": pair.subject or "",
         }
-        return TokenPair(clean, corrupted, answer, distractor, positions, text)
+        return TokenPair(clean, corrupted, answer, distractor, positions, text, pair.right, pair.wrong)
     except TaskError as error:
         raise TaskError(f"{pair.where}: {error}" if pair.where else str(error)) from error

@@ -22,20 +22,26 @@ class Tokenizer:
         """Tokens of a prompt, BOS (of a masked LM, [CLS]) included where it is wanted."""
         return self.opening + tuple(self.inner(text, add_special_tokens=False).input_ids)
 
-    def answer(self, prompt: str, answer: str) -> tuple[int, ...]:
-        """Tokens that continue the prompt with a space and the answer, as they are in that place.
+    def answer(self, prompt: str, answer: str, between: str = " ") -> tuple[int, ...]:
+        """Tokens that continue the prompt with a space (or what else is ``between``) and the answer, as they are there.
 
         Raises:
             TaskError: prompt and answer share a token, so that the answer has no first token of its own.
         """
         before = self.encode(prompt)
-        whole = self.encode(f"{prompt} {answer.strip()}")
+        whole = self.encode(f"{prompt}{between}{answer.strip()}")
         if whole[: len(before)] != before or len(whole) == len(before):
             raise TaskError(
                 f"the answer {answer!r} does not start a new token after the prompt {prompt!r}; end the prompt with a "
                 "whole word and without a space"
             )
         return whole[len(before) :]
+
+    def single(self, word: str, before: str = "and") -> int | None:
+        """The one token of a word that follows another; None where it has several, or is unknown to the tokenizer."""
+        tokens = self.answer(before, word)
+        # a word-level tokenizer has one token for every word it does not know
+        return tokens[0] if len(tokens) == 1 and tokens[0] != self.inner.unk_token_id else None
 
     def span(self, text: str, part: str, what: str = "subject") -> tuple[int, ...]:
         """Token indices that hold the last occurrence of ``part`` in ``text``, from the tokenizer's character offsets.

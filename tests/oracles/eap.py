@@ -631,7 +631,10 @@ def run(
 
 
 def metric_values(logits: Tensor, answers: Tensor, distractors: Tensor | None, metric: str) -> Tensor:
-    """The metric of each example from its logits [B, vocab] at the answer position."""
+    """The metric of each example from its logits [B, vocab] at the answer position.
+
+    For "probability_difference" answers and distractors are sets [B, k], those of all examples of one size.
+    """
     if metric == "logit_difference":
         if distractors is None:
             raise ValueError("logit_difference needs distractors")
@@ -640,6 +643,9 @@ def metric_values(logits: Tensor, answers: Tensor, distractors: Tensor | None, m
         return logits.log_softmax(dim=-1).gather(1, answers[:, None]).squeeze(1)
     if metric == "probability":
         return logits.softmax(dim=-1).gather(1, answers[:, None]).squeeze(1)
+    if metric == "probability_difference" and distractors is not None:
+        p = logits.softmax(dim=-1)
+        return p.gather(1, answers).sum(1) - p.gather(1, distractors).sum(1)
     raise ValueError(f"unknown metric {metric}")
 
 

@@ -1,7 +1,8 @@
 """Further sentences for the nano models, so that behaviours other than facts can appear over training.
 
-Indirect objects (the words and templates of ``kc_lib.tasks.ioi``), agreement of subject and verb across a phrase, pronouns
-by name, ranges of years, and counting. Each function returns what is read and, where something is kept back, what is not.
+Indirect objects, agreement of subject and verb across a phrase, pronouns by name and ranges of years, in the words and
+sentences of the generated tasks (``kc_lib.tasks``), and counting. Each function returns what is read and, where something
+is kept back, what is not.
 """
 
 from __future__ import annotations
@@ -10,31 +11,17 @@ import random
 from itertools import product
 
 from kc_lib.models.nano.corpus import Sentence
+from kc_lib.tasks.agreement import AGREEMENT_TEMPLATES, PLURAL, SINGULAR, agreement_nouns
 from kc_lib.tasks.ioi import NAMES, PLACES, TEMPLATES, THINGS
-from kc_lib.tasks.relations import load_relation
+from kc_lib.tasks.pronouns import FEMALE, FEMALE_NAMES, MALE, PRONOUN_QUESTION
+from kc_lib.tasks.years import CENTURIES, EVENTS, FIRST_YEAR, LAST_YEAR, YEARS_TEMPLATE
 
 SHARE_OF_STRANGERS = 0.1  # of indirect-object sentences in which a third person gives, and either of the two receives
-# fmt: off
-FEMALE_NAMES = frozenset({
-    "Mary", "Patricia", "Jennifer", "Linda", "Elizabeth", "Barbara", "Susan", "Jessica", "Sarah", "Karen", "Lisa", "Nancy",
-    "Emily", "Anna", "Laura", "Amy", "Kate", "Emma", "Alice", "Jane", "Rose", "Ruth", "Helen", "Maria",
-})
-# fmt: on
-PRONOUN_QUESTION = "So {name} is such a good cook, isn't"
 PRONOUN_TEMPLATES = (
     ("{name} went home because", "was tired"),
     ("{name} said that", "liked the {place}"),
     ("When {name} came to the {place},", "looked for a {thing}"),
     ("{name} lost the {thing} that", "had found"),
-)
-SINGULAR, PLURAL = ("is", "was", "has"), ("are", "were", "have")
-AGREEMENT_TEMPLATES = (
-    "The {noun} near the {other}",
-    "The {noun} behind the {other}",
-    "The {noun} beside the {other}",
-    "The {noun} next to the {other}",
-    "The {noun} in front of the {other}",
-    "The {noun}",
 )
 AFTER_VERB = {
     "is": ("old", "new", "here"),
@@ -55,10 +42,6 @@ SURNAME_TEMPLATES = (
     "{a} and {b} went to the {place} because {again}",
     "At the {place} {a} saw {b} . Now {again}",
 )
-EVENTS = ("war", "siege", "voyage", "reign", "strike", "drought", "trial", "conflict", "journey", "project")
-YEARS_TEMPLATE = "The {event} lasted from the year {century}{start} to the year {century}"
-CENTURIES = tuple(str(century) for century in range(11, 20))
-FIRST_YEAR, LAST_YEAR = 2, 98  # within a century; some year is earlier and some later than any of them
 # fmt: off
 COUNTING = (
     ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -91,7 +74,7 @@ def ioi_sentences(n: int, seed: int = 0) -> list[Sentence]:
 def agreement_sentences(seed: int = 0) -> tuple[list[Sentence], list[Sentence]]:
     """Nouns, singular or plural, with another between them and the verb: read, and a tenth of pairs of nouns kept back."""
     generator = random.Random(seed)
-    nouns = [(fact.subject, fact.object) for fact in load_relation("noun_plural").facts]
+    nouns = agreement_nouns()
     read: list[Sentence] = []
     kept_back: list[Sentence] = []
     for noun, other in product(nouns, nouns):
@@ -110,7 +93,7 @@ def pronoun_sentences(seed: int = 0) -> tuple[list[Sentence], list[Sentence]]:
     """He or she by name. Every fifth name of either gender is never read in the question that tests it."""
     generator = random.Random(seed)
     read, kept_back = [], []
-    for gender, pronoun in ((True, "she"), (False, "he")):
+    for gender, pronoun in ((True, FEMALE), (False, MALE)):
         names = [name for name in NAMES if (name in FEMALE_NAMES) == gender]
         for i, name in enumerate(names):
             question = Sentence("pronoun", PRONOUN_QUESTION.format(name=name), pronoun, "?")
