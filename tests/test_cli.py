@@ -574,6 +574,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "smollm2" in done.out
     row = next(line for line in done.out.splitlines() if "smollm2" in line)
     assert ("yes" if wheel_file() else "make setup") in row
+    assert "nano-bert" in done.out
 
 
 def test_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from kc_lib.tasks import (
     Tokenizer,
     cloze_prompt,
     is_masked,
+    joined_clozes,
     load_cloze,
     load_facts,
     load_relation,
@@ -380,3 +381,19 @@ def test_our_capitals_in_a_real_model(smollm2: TransformerBridge) -> None:
         one = facts[fact.prompts[0].text]
         assert fact.prompts[0].clozes[0] == Cloze(one.tokens, len(one.tokens) - 1, one.answer)
         assert len({prompt.text for prompt in fact.prompts + fact.held_out}) == 8
+
+
+def test_relations_are_joined(small_model: SmallModel, tmp_path: Path) -> None:
+    model = small_model("gpt2")
+    tasks = []
+    for name, subject in (("first", "w30"), ("second", "w31")):
+        rows = [{"subject": subject, "object": "w100"}, {"subject": "w32", "object": "w101"}]
+        relation = {"prompt_templates": ["w5 {} w6", "w7 {} w8"], "samples": rows}
+        tasks.append(load_cloze(written(tmp_path / f"{name}.json", relation), model, known_only=False))
+    both = joined_clozes(tasks)
+    assert both.name == "first+second"
+    assert both.facts == (*tasks[0].facts, *tasks[1].facts)
+    assert both.report["used"] == 4
+    for wrong in ([], [tasks[0], tasks[0]]):
+        with pytest.raises(TaskError, match="cannot be joined"):
+            joined_clozes(wrong)

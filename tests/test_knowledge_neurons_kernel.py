@@ -55,10 +55,8 @@ def test_attributions_equal_a_plain_loop(
     states = answer_states(wiring, torch.tensor(TOKENS), torch.tensor(positions))
     plain = inner(small_folder(kind), kind)
     points, weights = quadrature(3, "trapezoid")
-    for layer in range(wiring.n_layers):
-        found = integrated_gradients(
-            wiring, states, layer, torch.tensor(TARGETS), 3, "trapezoid", log_probability, max_rows=6
-        )
+    scores = integrated_gradients(wiring, states, torch.tensor(TARGETS), 3, "trapezoid", log_probability, max_rows=7)
+    for layer, found in enumerate(scores):
         for row, (tokens, position, target) in enumerate(zip(TOKENS, positions, TARGETS, strict=True)):
             expected = oracle.attribution(plain, kind, tokens, position, target, layer, points, weights, log_probability)
             scale = expected.abs().max()
@@ -74,11 +72,11 @@ def test_batches_and_rows_at_once_change_nothing(kind: str, small_model: Callabl
     together = answer_states(wiring, torch.tensor(TOKENS), positions)
     alone = answer_states(wiring, torch.tensor(TOKENS[1:2]), positions[1:2])
     torch.testing.assert_close(together.logits[1:2], alone.logits, rtol=1e-4, atol=1e-5)
-    scores = [integrated_gradients(wiring, together, 1, targets, 5, max_rows=rows) for rows in (1, 7, 512)]
+    scores = [integrated_gradients(wiring, together, targets, 5, max_rows=rows) for rows in (1, 7, 512)]
     for other in scores[1:]:
         torch.testing.assert_close(scores[0], other, rtol=1e-4, atol=1e-8)
-    single = integrated_gradients(wiring, alone, 1, targets[1:2], 5)
-    torch.testing.assert_close(scores[0][1:2], single, rtol=1e-4, atol=1e-8)
+    single = integrated_gradients(wiring, alone, targets[1:2], 5)
+    torch.testing.assert_close(scores[0][:, 1:2], single, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
@@ -90,7 +88,7 @@ def test_scores_of_a_layer_sum_to_what_its_neurons_do(kind: str, small_model: Ca
     layer = 1
     effect = changes_of_layer(wiring, states, layer, targets)
     gaps = {
-        (rule, m): float((integrated_gradients(wiring, states, layer, targets, m, rule).sum(-1) - effect).abs().max())
+        (rule, m): float((integrated_gradients(wiring, states, targets, m, rule)[layer].sum(-1) - effect).abs().max())
         for rule in ("right", "left", "trapezoid")
         for m in (20, 200)
     }
@@ -106,9 +104,9 @@ def test_adaptive_points_reach_the_limit(kind: str, small_model: Callable[[str],
     wiring, positions = mlp_wiring_of(small_model(kind)), torch.tensor(positions_of(kind))
     states = answer_states(wiring, torch.tensor(TOKENS), positions)
     targets = states.logits.argmax(-1)
-    for layer in range(wiring.n_layers):
-        limit = integrated_gradients(wiring, states, layer, targets, 4000)
-        found = adaptive_gradients(wiring, states, layer, targets, 1e-4, max_rows=50)
+    limits = integrated_gradients(wiring, states, targets, 4000)
+    scores = adaptive_gradients(wiring, states, targets, 1e-4, max_rows=50)
+    for layer, (found, limit) in enumerate(zip(scores, limits, strict=True)):
         # halving stops when the sum is right; single scores, some of them large and opposite, are nearly so
         torch.testing.assert_close(found, limit, rtol=0.0, atol=5e-3 * float(limit.abs().max()))
         effect = changes_of_layer(wiring, states, layer, targets)
@@ -119,8 +117,8 @@ def test_adaptive_points_of_log_probabilities(small_model: Callable[[str], Trans
     wiring, positions = mlp_wiring_of(small_model("llama")), torch.tensor(positions_of("llama"))
     states = answer_states(wiring, torch.tensor(TOKENS), positions)
     targets = torch.tensor(TARGETS)
-    limit = integrated_gradients(wiring, states, 1, targets, 2000, log_probability=True)
-    found = adaptive_gradients(wiring, states, 1, targets, 1e-3, log_probability=True)
+    limit = integrated_gradients(wiring, states, targets, 2000, log_probability=True)
+    found = adaptive_gradients(wiring, states, targets, 1e-3, log_probability=True)
     torch.testing.assert_close(found, limit, rtol=0.0, atol=5e-3 * float(limit.abs().max()))
 
 

@@ -104,15 +104,14 @@ def test_bridge_equals_hugging_face(name: str, plain: Callable[[str], Loaded]) -
     assert next(iter(model.parameters())).dtype == torch.float32
 
 
-def test_nano_is_wired_and_puts_bos_in_front_once() -> None:
+def test_nano_is_wired_and_read_without_bos_unless_asked() -> None:
     model = load_model(CAUSAL, device="cpu")
-    wiring = wiring_of(model)
-    assert len(wiring.blocks) == model.cfg.n_layers
-    bos = model.tokenizer.bos_token_id
-    assert model.to_tokens("The capital city of France is")[0].tolist() == list(
-        tokenizer_of(model).encode("The capital city of France is")
-    )
-    assert model.to_tokens("The capital city of France is")[0].tolist().count(bos) == 1
+    assert len(wiring_of(model).blocks) == model.cfg.n_layers
+    prompt = "The capital city of France is"
+    without, asked = tokenizer_of(model).encode(prompt), tokenizer_of(model, prepend_bos=True).encode(prompt)
+    assert asked == (model.tokenizer.bos_token_id, *without)
+    assert tuple(model.to_tokens(prompt)[0].tolist()) == without
+    assert tuple(model.to_tokens(prompt, prepend_bos=True)[0].tolist()) == asked
 
 
 def test_checkpoints_are_other_weights() -> None:
@@ -174,8 +173,9 @@ def test_spans_are_the_subjects_words(name: str, plain: Callable[[str], Loaded])
     tokenizer = Tokenizer(inner, prepend_bos=name == CAUSAL)
     for relation in map(load_relation, RELATIONS):
         for fact in relation.facts:
-            text = relation.prompt_templates[0].replace("{}", fact.subject)
-            span = tokenizer.span(text, fact.subject)
+            template = relation.prompt_templates[0]
+            text, start = template.replace("{}", fact.subject), template.index("{}")
+            span = tokenizer.overlapping(text, start, start + len(fact.subject))
             tokens = tokenizer.encode(text)
             assert inner.decode([tokens[i] for i in span]).replace(" ", "") == fact.subject.replace(" ", "")
 
@@ -237,9 +237,11 @@ def test_what_is_kept_back_is_in_no_sentence_that_is_read(sentences: dict[str, l
 # --- what is known: recomputed here from text, by other code than the project's -----------------------------------
 
 
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], n: int) -> list[list[int]]:
+def greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], n: int, start: str = ""
+) -> list[list[int]]:
     """The n tokens a causal model goes on with, one at a time."""
-    tokens = tokenizer(list(prompts), return_tensors="pt").input_ids
+    tokens = tokenizer([f"{start} {prompt}" for prompt in prompts], return_tensors="pt").input_ids
     for _ in range(n):
         tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], 1)
     return tokens[:, -n:].tolist()
@@ -256,7 +258,7 @@ def filled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
 
 
 @torch.no_grad()
-def accuracy(loaded: Loaded, sentences: Sequence[Sentence]) -> float:
+def accuracy(loaded: Loaded, sentences: Sequence[Sentence], **options: str) -> float:
     model, tokenizer = loaded
     groups: dict[tuple[int, int], list[tuple[str, list[int]]]] = defaultdict(list)
     for sentence in sentences:
@@ -265,7 +267,7 @@ def accuracy(loaded: Loaded, sentences: Sequence[Sentence]) -> float:
     right = 0
     for (_, n), rows in groups.items():
         go_on = greedy if tokenizer.mask_token is None else filled
-        found = go_on(model, tokenizer, [prompt for prompt, _ in rows], n)
+        found = go_on(model, tokenizer, [prompt for prompt, _ in rows], n, **options)
         right += sum(answer == given for answer, (_, given) in zip(found, rows, strict=True))
     return right / len(sentences)
 
@@ -279,6 +281,10 @@ def test_facts_are_known_in_wordings_not_read_for_them(
     manifest = read_manifest()["figures"][name]
     figures = manifest if name == MASKED else manifest[str(max(nano_steps()))]
     assert known == pytest.approx(figures[f"facts, {NEW_COMBINATION}"], abs=0.005)
+
+
+def test_facts_are_known_after_bos_as_well(plain: Callable[[str], Loaded], sentences: dict[str, list[Sentence]]) -> None:
+    assert accuracy(plain(CAUSAL), sentences[NEW_COMBINATION][::4], start="<s>") >= 0.93
 
 
 @pytest.mark.parametrize("name", [CAUSAL, MASKED])
@@ -316,6 +322,7 @@ def weights_at(step: int) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_weights_and_the_shipped_checkpoint() -> None:
     once, again = weights_at(8), weights_at(8)
     assert all(torch.equal(once[name], again[name]) for name in once)

@@ -204,13 +204,24 @@ def test_sentences_of_our_own_facts(smollm2: TransformerBridge) -> None:
         assert set(more.random) < set(corpus)
     assert sentences.report["facts_without_head_only"] == 0
     assert sentences == own_sentences(task, n_random=5)
-    few = own_sentences(task, relations=("country_capital", "country_language"), n_random=90).facts[0]
-    asked = load_relation("country_capital").paraphrases
-    assert few.head_only == tuple(f"{t.replace('{}', few.subject)} {capitals[few.subject]}." for t in asked)
-    assert len(few.random) == len(capitals) - 1  # of the others' sentences only, and of its own relation none
     assert sentences.hash != own_sentences(task, n_random=5, seed=1).hash
     with pytest.raises(TaskError, match="'country_language' has no held-out paraphrases"):
         own_sentences(load_cloze("country_language", smollm2, max_facts=4, known_only=False))
+
+
+def test_own_sentences_are_of_words_the_model_has(small_model: SmallModel, tmp_path: Path) -> None:
+    """The small models know w3 to w199; every other word is one and the same token to them."""
+    model = small_model("gpt2")
+    relation = {"prompt_templates": ["w5 {} w6", "w7 {} w8"], "samples": [{"subject": "w30", "object": "w100"}]}
+    file = tmp_path / "relation.json"
+    file.write_text(json.dumps(relation))
+    task = load_cloze(str(file), model, known_only=False, n_prompts=1, n_held_out=1)
+    corpus = ["w9 w30 w10", "w9 w11", "w30 is far away", "It rained"]
+    (plain,), (chosen,) = (own_sentences(task, corpus, model=m).facts for m in (None, model))
+    assert plain.head_only == ("w9 w30 w10", "w30 is far away")
+    assert set(plain.random) == {"w9 w11", "It rained"}
+    assert chosen.head_only == ("w9 w30 w10",)
+    assert chosen.random == ("w9 w11",)
 
 
 def test_masked_sentences_hold_the_answer_in_the_masks_place(masked_model: TransformerBridge, tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ from kc_lib.evaluation.faithfulness import MINIMAL_EFFECT, Faithfulness, faithfu
 from kc_lib.evaluation.head_conclusion import head_conclusion, head_headline
 from kc_lib.evaluation.heads import HeadAblation, ablate_heads, random_heads, recurrence
 from kc_lib.evaluation.minimality import Minimality, edges_between_nodes, minimality
+from kc_lib.evaluation.neuron_conclusion import neurons_conclusion, neurons_headline
+from kc_lib.evaluation.neuron_effects import (
+    activation_means,
+    change_ratios,
+    erasure_effects,
+    side_effects,
+    update_rates,
+)
+from kc_lib.evaluation.neuron_sets import layer_shares, neurons_per_fact, overlaps
 from kc_lib.evaluation.nodes import ablated_values
 from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
 from kc_lib.evaluation.smallest import smallest_faithful
@@ -77,9 +86,11 @@ __all__ = [
     "Stability",
     "ablate_heads",
     "ablated_values",
+    "activation_means",
     "areas",
     "average_effects",
     "behaviour",
+    "change_ratios",
     "circuit_table",
     "circuits_by_size",
     "complement",
@@ -88,6 +99,7 @@ __all__ = [
     "conclusion",
     "edge_auroc",
     "edges_between_nodes",
+    "erasure_effects",
     "evaluate_circuits",
     "faithfulness_of",
     "head_conclusion",
@@ -96,8 +108,13 @@ __all__ = [
     "jaccard",
     "jaccard_matrix",
     "kind_of",
+    "layer_shares",
     "metric_values",
     "minimality",
+    "neurons_conclusion",
+    "neurons_headline",
+    "neurons_per_fact",
+    "overlaps",
     "peaks",
     "random_heads",
     "random_nulls",
@@ -106,10 +123,12 @@ __all__ = [
     "recurrence",
     "resampled_circuits",
     "severing",
+    "side_effects",
     "smallest_faithful",
     "stability",
     "total_effect",
     "tracing_conclusion",
     "tracing_headline",
+    "update_rates",
     "verdict",
 ]

@@ -7,6 +7,7 @@ heads share is drawn into, and counted for, each of those heads that writes in t
 """
 
 from kc_lib.figures.attention import MOST_HEADS, MOST_TOKENS, attention_bundle, attention_heatmap, attention_view
+from kc_lib.figures.attributions import attribution_figure
 from kc_lib.figures.circuits import circuit_graph, top_edges_table, top_nodes_table
 from kc_lib.figures.comparison import method_bars, overlap_figure, verdict_table
 from kc_lib.figures.components import direct_by_layer, direct_heatmap, lens_figure, neuron_bars, promoted_table
@@ -14,6 +15,15 @@ from kc_lib.figures.evaluation import PANELS, comparison_bars, faithfulness_figu
 from kc_lib.figures.head_scores import head_score_grid, recurrence_figure
 from kc_lib.figures.heads import ablation_figure, attention_sources_heatmap, head_class_figure
 from kc_lib.figures.judge import area_curves, completeness_figure, null_figure
+from kc_lib.figures.knowledge_neurons import (
+    activating_figure,
+    change_ratio_figure,
+    erase_figure,
+    neuron_layer_figure,
+    neuron_overlap_figure,
+    neurons_per_fact_figure,
+    update_figure,
+)
 from kc_lib.figures.minimality import minimality_figure
 from kc_lib.figures.scores import score_distribution
 from kc_lib.figures.style import DARK, NEGATIVE, NEUTRAL, POSITIVE, TEMPLATE
@@ -29,11 +39,14 @@ __all__ = [
     "POSITIVE",
     "TEMPLATE",
     "ablation_figure",
+    "activating_figure",
     "area_curves",
     "attention_bundle",
     "attention_heatmap",
     "attention_sources_heatmap",
     "attention_view",
+    "attribution_figure",
+    "change_ratio_figure",
     "circuit_graph",
     "class_heatmap",
     "class_lines",
@@ -41,6 +54,7 @@ __all__ = [
     "completeness_figure",
     "direct_by_layer",
     "direct_heatmap",
+    "erase_figure",
     "fact_heatmap",
     "faithfulness_figure",
     "head_class_figure",
@@ -49,6 +63,9 @@ __all__ = [
     "method_bars",
     "minimality_figure",
     "neuron_bars",
+    "neuron_layer_figure",
+    "neuron_overlap_figure",
+    "neurons_per_fact_figure",
     "null_figure",
     "overlap_figure",
     "promoted_table",
@@ -57,5 +74,6 @@ __all__ = [
     "severing_bars",
     "top_edges_table",
     "top_nodes_table",
+    "update_figure",
     "verdict_table",
 ]

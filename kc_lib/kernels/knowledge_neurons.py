@@ -11,7 +11,8 @@ stops at the output, the points of the integral are summed there, and one matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,18 @@ class AnswerStates:
     logits: Float[Tensor, "batch vocab"]
     past: tuple[tuple[Tensor, Tensor], ...]  # keys and values left of the position, per layer; empty for masked models
     at: Int[Tensor, " batch"]
+
+    def rows(self, index: Int[Tensor, " row"]) -> AnswerStates:
+        """The states of these prompts, each as often as it is named."""
+        index = index.to(self.at.device)
+        return AnswerStates(
+            neurons=self.neurons[:, index],
+            after_attention=self.after_attention[:, index],
+            writes=self.writes[:, index],
+            logits=self.logits[index],
+            past=tuple((keys[index], values[index]) for keys, values in self.past),
+            at=self.at[index],
+        )
 
 
 @torch.no_grad()
@@ -107,18 +120,17 @@ def quadrature(m: int, rule: str) -> tuple[list[float], list[float]]:
 def integrated_gradients(
     wiring: MlpWiring,
     states: AnswerStates,
-    layer: int,
     targets: Int[Tensor, " batch"],
     steps: int = 20,
     rule: str = "trapezoid",
     log_probability: bool = False,
     max_rows: int = 512,
-) -> Float[Tensor, "batch d_mlp"]:
-    """Integrated gradients of the target's probability from zero to the observed neurons of one layer.
+) -> Float[Tensor, "layer batch d_mlp"]:
+    """Integrated gradients of the target's probability from zero to the observed neurons, of every layer by itself.
 
     score_i = w_i * integral over a in [0, 1] of d p(target | neurons of the layer = a w) / d neuron_i (Dai et al. 2022,
-    eq. 4), summed by ``quadrature``. A layer's scores sum to p(w) - p(0) as ``steps`` grows. At most ``max_rows`` prompts
-    times points are run at once, which changes memory and not the result.
+    eq. 4), summed by ``quadrature``. A layer's scores sum to p(w) - p(0) as ``steps`` grows. At most ``max_rows`` runs
+    (a prompt, a layer, a point) are made at once, which changes memory and not the result.
 
     Args:
         log_probability: of log p instead, which adds up over the tokens of an answer.
@@ -127,55 +139,52 @@ def integrated_gradients(
         MethodError: as ``quadrature``.
     """
     points, weights = (states.neurons.new_tensor(numbers) for numbers in quadrature(steps, rule))
-    n = len(targets)
-    rows = torch.arange(n, device=wiring.device).repeat(len(points))
-    path = _Path(wiring, states, layer, targets, log_probability, max_rows)
-    _, gradients = path(rows, points.repeat_interleave(n))
-    at_output = torch.einsum("k,kbd->bd", weights.float(), rearrange(gradients, "(k b) d -> k b d", b=n))
-    return _of_neurons(wiring, states, layer, at_output)
+    paths = _Paths(wiring, states, targets, log_probability, max_rows)
+    every = torch.arange(paths.n, device=wiring.device)
+    _, gradients = paths(every.repeat_interleave(len(points)), points.repeat(paths.n))
+    return paths.scores(torch.einsum("k,nkd->nd", weights.float(), rearrange(gradients, "(n k) d -> n k d", n=paths.n)))
 
 
 @checked
 def adaptive_gradients(
     wiring: MlpWiring,
     states: AnswerStates,
-    layer: int,
     targets: Int[Tensor, " batch"],
     tolerance: float = 1e-3,
     log_probability: bool = False,
     max_rows: int = 512,
-) -> Float[Tensor, "batch d_mlp"]:
-    """``integrated_gradients`` to a tolerance, with as many points as each prompt's path asks for.
+) -> Float[Tensor, "layer batch d_mlp"]:
+    """``integrated_gradients`` to a tolerance, with as many points as each prompt and layer asks for.
 
     An interval is summed at ``GAUSS_POINTS`` Gauss-Legendre points. What its scores must add up to is known exactly,
     p(end) - p(start); where they miss it by more than ``tolerance`` (a share of p of the unchanged model, or nats of log p),
     the interval is halved, at most ``HALVINGS`` times. Where p is smooth along the path, as in most layers, the first look
     is enough, and it is more exact than twenty points of any other rule.
     """
-    n, device = len(targets), wiring.device
-    path = _Path(wiring, states, layer, targets, log_probability, max_rows)
+    paths, device = _Paths(wiring, states, targets, log_probability, max_rows), wiring.device
     nodes, weights = (torch.tensor(x, dtype=torch.float32, device=device) for x in leggauss(GAUSS_POINTS))
-    nodes, weights = ((nodes + 1) / 2).to(states.neurons.dtype), weights / 2
-    rows, start, end = torch.arange(n, device=device), torch.zeros(n, device=device), torch.ones(n, device=device)
-    p_start, p_end = path.values(rows, start), path.values(rows, end)
+    nodes, weights = (nodes + 1) / 2, weights / 2
+    which, start = torch.arange(paths.n, device=device), torch.zeros(paths.n, device=device)
+    end = torch.ones_like(start)
+    p_start, p_end = paths.values(which, start), paths.values(which, end)
     allowed = torch.full_like(p_end, tolerance) if log_probability else tolerance * p_end
-    at_output = torch.zeros(n, wiring.W_U.shape[0], device=device)
+    at_output = torch.zeros(paths.n, wiring.W_U.shape[0], device=device)
     for halving in range(HALVINGS + 1):
         points = start[:, None] + (end - start)[:, None] * nodes
-        _, gradients = path(rows.repeat_interleave(len(nodes)), points.flatten())
-        integral = torch.einsum("k,rkd->rd", weights, rearrange(gradients, "(r k) d -> r k d", k=len(nodes)))
+        _, gradients = paths(which.repeat_interleave(len(nodes)), points.flatten())
+        integral = torch.einsum("k,nkd->nd", weights, rearrange(gradients, "(n k) d -> n k d", k=len(nodes)))
         integral = integral * (end - start)[:, None]
-        missed = ((integral * path.of_neurons[rows].float()).sum(-1) - (p_end - p_start)).abs()
-        enough = (missed <= allowed[rows]) | (halving == HALVINGS)
-        at_output.index_add_(0, rows[enough], integral[enough])
-        rows, start, end, p_start, p_end = (x[~enough] for x in (rows, start, end, p_start, p_end))
-        if not len(rows):
+        missed = ((integral * paths.of_neurons[which].float()).sum(-1) - (p_end - p_start)).abs()
+        enough = (missed <= allowed[which]) | (halving == HALVINGS)
+        at_output.index_add_(0, which[enough], integral[enough])
+        which, start, end, p_start, p_end = (x[~enough] for x in (which, start, end, p_start, p_end))
+        if not len(which):
             break
         middle = (start + end) / 2
-        p_middle = path.values(rows, middle)
-        rows, start, end = rows.repeat(2), torch.cat([start, middle]), torch.cat([middle, end])
+        p_middle = paths.values(which, middle)
+        which, start, end = which.repeat(2), torch.cat([start, middle]), torch.cat([middle, end])
         p_start, p_end = torch.cat([p_start, p_middle]), torch.cat([p_middle, p_end])
-    return _of_neurons(wiring, states, layer, at_output)
+    return paths.scores(at_output)
 
 
 @torch.no_grad()
@@ -203,60 +212,100 @@ def changed_logits(
     return wiring.unembed(resid[rows, states.at]).float()
 
 
-class _Path:
-    """The target's probability, and its gradient at the layer's output, along the path from zero to the observed neurons."""
+@torch.no_grad()
+@checked
+def neuron_values(
+    wiring: MlpWiring, tokens: Int[Tensor, "batch pos"], neurons: Sequence[tuple[int, int]]
+) -> Float[Tensor, "batch pos neuron"]:
+    """Values of some neurons (layer, index) at every position of prompts of one length; layers above are not run."""
+    by_layer: dict[int, list[int]] = defaultdict(list)
+    for place, (layer, _) in enumerate(neurons):
+        by_layer[layer].append(place)
+    resid = wiring.embed(tokens)
+    values = resid.new_zeros(*tokens.shape, len(neurons), dtype=torch.float32)
+    for layer in range(max(by_layer, default=-1) + 1):
+        after = wiring.run_attention(layer, resid)
+        post = wiring.parts(layer).neurons(wiring.mlp_input(layer, resid, after))
+        places = by_layer.get(layer, [])
+        values[..., places] = post[..., [neurons[place][1] for place in places]].float()
+        resid = wiring.after_mlp(layer, after, wiring.parts(layer).write(post))
+    return values
+
+
+class _Paths:
+    """The targets' probabilities, and their gradients at the layers' outputs, along the paths from zero to the neurons.
+
+    A path is a prompt and a layer, numbered layer * batch + prompt. The runs of all layers climb together: those that
+    start at a layer join the ones from below it, so the weights of a layer are read once for all.
+    """
 
     def __init__(
-        self, wiring: MlpWiring, states: AnswerStates, layer: int, targets: Tensor, log_probability: bool, max_rows: int
+        self, wiring: MlpWiring, states: AnswerStates, targets: Tensor, log_probability: bool, max_rows: int
     ) -> None:
-        self.wiring, self.states, self.layer = wiring, states, layer
+        self.wiring, self.states = wiring, states
         self.targets, self.log_probability, self.max_rows = targets.to(wiring.device), log_probability, max_rows
+        self.batch = len(targets)
+        self.n = wiring.n_layers * self.batch
         # the output is linear in the point: one product serves all
-        self.of_neurons = (states.neurons[layer] @ wiring.parts(layer).W_out).detach()
+        outputs = [states.neurons[layer] @ wiring.parts(layer).W_out for layer in range(wiring.n_layers)]
+        self.of_neurons = torch.cat(outputs).detach()
+        self.biases = torch.stack([wiring.parts(layer).b_out for layer in range(wiring.n_layers)])
 
     def __call__(
-        self, rows: Int[Tensor, " n"], points: Float[Tensor, " n"]
+        self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
-        """Values and gradients, in float32, of prompts by number, each at a point."""
+        """Values and gradients, in float32, of paths each at a point."""
         values, gradients = [], []
-        for some, at in zip(rows.split(self.max_rows), points.split(self.max_rows), strict=True):
+        for order, some, at in self._pieces(paths, points):
             with frozen(self.wiring.model), torch.enable_grad():
                 writes = self._writes(some, at).requires_grad_(True)
-                value = self._value(some, writes)
+                value = self._values(some, writes)
                 (gradient,) = torch.autograd.grad(value.sum(), [writes])
-            values.append(value.detach())
-            gradients.append(gradient.float())
+            values.append(value.detach()[order])
+            gradients.append(gradient.float()[order])
         return torch.cat(values), torch.cat(gradients)
 
     @torch.no_grad()
-    def values(self, rows: Int[Tensor, " n"], points: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def values(self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Values alone."""
-        pieces = zip(rows.split(self.max_rows), points.split(self.max_rows), strict=True)
-        return torch.cat([self._value(some, self._writes(some, at)) for some, at in pieces])
+        pieces = self._pieces(paths, points)
+        return torch.cat([self._values(some, self._writes(some, at))[order] for order, some, at in pieces])
 
-    def _writes(self, rows: Tensor, points: Tensor) -> Tensor:
-        scaled = points[:, None].to(self.of_neurons.dtype) * self.of_neurons[rows]
-        return scaled + self.wiring.parts(self.layer).b_out
+    def scores(self, at_output: Float[Tensor, "path d_model"]) -> Float[Tensor, "layer batch d_mlp"]:
+        """Scores of the neurons from the integrals of the gradients at their layers' outputs."""
+        by_layer = rearrange(at_output, "(layer b) d -> layer b d", b=self.batch)
+        vectors = (self.wiring.parts(layer).W_out.float().T for layer in range(self.wiring.n_layers))
+        return torch.stack([own @ W for own, W in zip(by_layer, vectors, strict=True)]) * self.states.neurons.float()
 
-    def _value(self, rows: Tensor, writes: Tensor) -> Tensor:
+    def _pieces(self, paths: Tensor, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """At most ``max_rows`` at once, each piece in the order of its layers, and the order that takes it back."""
+        for some, at in zip(paths.split(self.max_rows), points.split(self.max_rows), strict=True):
+            order = some.argsort(stable=True)
+            yield order.argsort(), some[order], at[order]
+
+    def _writes(self, paths: Tensor, points: Tensor) -> Tensor:
+        scaled = points[:, None].to(self.of_neurons.dtype) * self.of_neurons[paths]
+        return scaled + self.biases[paths // self.batch]
+
+    def _values(self, paths: Tensor, writes: Tensor) -> Tensor:
         wiring, states = self.wiring, self.states
-        resid = wiring.after_mlp(
-            self.layer, states.after_attention[self.layer][rows], _placed(states, self.layer, writes, rows)
-        )
-        for layer in range(self.layer + 1, wiring.n_layers):
-            past = (states.past[layer][0][rows], states.past[layer][1][rows]) if states.past else None
-            after = wiring.run_attention(layer, resid, past)
-            resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
-        each = torch.arange(len(rows), device=rows.device)
-        log_p = wiring.unembed(resid[each, states.at[rows]]).float().log_softmax(-1)[each, self.targets[rows]]
+        prompts, layers = paths % self.batch, paths // self.batch
+        starting = torch.bincount(layers, minlength=wiring.n_layers).tolist()
+        resid, n = None, 0
+        for layer, joining in enumerate(starting):
+            if resid is not None:
+                past = (states.past[layer][0][prompts[:n]], states.past[layer][1][prompts[:n]]) if states.past else None
+                after = wiring.run_attention(layer, resid, past)
+                resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
+            if joining:
+                new = slice(n, n + joining)
+                after = states.after_attention[layer][prompts[new]]
+                joined = wiring.after_mlp(layer, after, _placed(states, layer, writes[new], prompts[new]))
+                resid = joined if resid is None else torch.cat([resid, joined])
+                n += joining
+        each = torch.arange(n, device=paths.device)
+        log_p = wiring.unembed(resid[each, states.at[prompts]]).float().log_softmax(-1)[each, self.targets[prompts]]
         return log_p if self.log_probability else log_p.exp()
-
-
-def _of_neurons(
-    wiring: MlpWiring, states: AnswerStates, layer: int, at_output: Float[Tensor, "batch d_model"]
-) -> Float[Tensor, "batch d_mlp"]:
-    """Scores of the neurons from the integral of the gradient at the MLP's output."""
-    return states.neurons[layer].float() * (at_output @ wiring.parts(layer).W_out.float().T)
 
 
 def _placed(

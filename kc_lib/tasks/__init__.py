@@ -9,6 +9,7 @@ from kc_lib.tasks.cloze import (
     ClozeTask,
     cloze_facts,
     cloze_prompt,
+    joined_clozes,
     load_cloze,
     relation_patterns,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "fact_texts",
     "generated_pairs",
     "is_masked",
+    "joined_clozes",
     "load_cloze",
     "load_facts",
     "load_relation",

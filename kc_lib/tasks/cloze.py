@@ -152,6 +152,19 @@ def load_cloze(
     return ClozeTask(name, used, report, tokenizer.prepend_bos)
 
 
+def joined_clozes(tasks: Sequence[ClozeTask]) -> ClozeTask:
+    """Several relations' facts as one task, in the order given; counts are summed.
+
+    Raises:
+        TaskError: no tasks, tasks that read BOS differently, or one that is there twice.
+    """
+    names = [task.name for task in tasks]
+    if not tasks or len({task.prepend_bos for task in tasks}) > 1 or len(set(names)) < len(names):
+        raise TaskError(f"the tasks {names} cannot be joined: give different ones, all with BOS or all without")
+    report = {key: sum(task.report[key] for task in tasks) for key in tasks[0].report}
+    return ClozeTask("+".join(names), tuple(fact for task in tasks for fact in task.facts), report, tasks[0].prepend_bos)
+
+
 def cloze_facts(
     relation: str,
     texts: Sequence[FactText],

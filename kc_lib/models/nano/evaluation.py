@@ -29,7 +29,7 @@ BATCH = 128
 
 @torch.no_grad()
 def answer_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], prepend_bos: bool = False
 ) -> list[tuple[Float[Tensor, "token vocab"], list[int]]]:
     """Per sentence the logits where each token of its answer is predicted, given those before it, and the answer's tokens.
 
@@ -41,7 +41,8 @@ def answer_logits(
         tokens, ((start, end),) = list(example.tokens), example.answers
         answers.append(tokens[start:end])
         if tokenizer.mask_token_id is None:
-            rows.append(([tokenizer.bos_token_id, *tokens[:end]], list(range(start, end))))
+            bos = [tokenizer.bos_token_id] if prepend_bos else []
+            rows.append(([*bos, *tokens[:end]], list(range(len(bos) + start - 1, len(bos) + end - 1))))
             owners.append(owner)
             continue
         for first in range(start, end):
@@ -62,9 +63,11 @@ def answer_logits(
     return [(torch.cat(parts), answer) for parts, answer in zip(found, answers, strict=True)]
 
 
-def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence]) -> list[bool]:
+def answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], prepend_bos: bool = False
+) -> list[bool]:
     """Whether every token of a sentence's answer ranks first."""
-    found = answer_logits(model, tokenizer, sentences)
+    found = answer_logits(model, tokenizer, sentences, prepend_bos)
     return [logits.argmax(-1).tolist() == answer for logits, answer in found]
 
 
@@ -82,6 +85,8 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: i
         f"facts, {name}": _share(answered(model, tokenizer, splits[name]))
         for name in (TRAINED, NEW_COMBINATION, NEW_TEMPLATE, NEW_FACT)
     }
+    if tokenizer.mask_token_id is None:
+        figures[f"facts, {NEW_COMBINATION}, after BOS"] = _share(answered(model, tokenizer, splits[NEW_COMBINATION], True))
     figures |= _ioi(model, tokenizer) | _agreement(model, tokenizer) | _pronouns(model, tokenizer)
     figures |= _surnames(model, tokenizer) | _years(model, tokenizer) | _repeats(model, tokenizer)
     model.train(was_training)
@@ -93,11 +98,12 @@ def _share(right: Sequence[bool]) -> float:
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> list[int]:
-    return [tokenizer.get_vocab()[word] for word in words]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[word] for word in words]
 
 
 def _ioi(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    pairs = ioi_pairs(Tokenizer(tokenizer, tokenizer.bos_token_id is not None), N_PROMPTS, seed=10_000)
+    pairs = ioi_pairs(Tokenizer(tokenizer, prepend_bos=False), N_PROMPTS, seed=10_000)
     found = answer_logits(model, tokenizer, [Sentence("ioi", pair.clean, pair.answer) for pair in pairs])
     others = _ids(tokenizer, [str(pair.distractor) for pair in pairs])
     better = [bool(logits[0, answer[0]] > logits[0, other]) for (logits, answer), other in zip(found, others, strict=True)]
@@ -150,7 +156,7 @@ def _repeats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict
     figures = {}
     for n in (8, 50):
         halves = [generator.sample(words, n) for _ in range(20)]
-        tokens = torch.tensor([[tokenizer.bos_token_id, *half, *half] for half in halves])
-        predicted = model(tokens).logits[:, n + 1 : -1].argmax(-1)
-        figures[f"repeated tokens, {n}"] = float((predicted == tokens[:, n + 2 :]).float().mean())
+        tokens = torch.tensor([half + half for half in halves])
+        predicted = model(tokens).logits[:, n:-1].argmax(-1)
+        figures[f"repeated tokens, {n}"] = float((predicted == tokens[:, n + 1 :]).float().mean())
     return figures

@@ -39,6 +39,7 @@ SHARES = {
     "repeated": 0.03,
 }
 N_GENERATED = 20_000  # sentences of a kind that has no list of its own
+SHARE_WITH_BOS = 0.5  # of what the causal model reads: TransformerLens puts no BOS before a GPT-NeoX's prompt unless asked
 LONGEST_MASKED_REPEAT = 20  # for the masked model, which needs no long ones
 MASKED_SHARE = 0.15  # of tokens beside the answers
 
@@ -50,12 +51,11 @@ class Plan:
     n_steps: int
     checkpoints: tuple[int, ...] = ()
     seed: int = 0
-    n_tokens: int = 1280  # in a batch, padding included
+    n_tokens: int = 1024  # in a batch, padding included
     learning_rate: float = 3e-3
     final_rate: float = 0.05  # as a share of learning_rate, reached by a cosine
     warm_up: int = 100
     weight_decay: float = 0.1
-    answer_weight: float = 1.0  # of an answer's token beside other tokens, in the causal model's loss
 
 
 CAUSAL_PLAN = Plan(4000, (0, *(2**i for i in range(10)), 750, 1000, 1250, 1500, 2000, 2500, 3000, 3500, 4000))
@@ -145,16 +145,12 @@ def train_causal(plan: Plan = CAUSAL_PLAN) -> Iterator[tuple[int, GPTNeoXForCaus
     tokenizer = causal_tokenizer(vocabulary())
     model = causal_model(tokenizer)
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    generator = random.Random(plan.seed + 1)
 
     def loss_of(batch: Sequence[Example]) -> Tensor:
-        tokens, real = padded([(bos, *example.tokens, eos) for example in batch], pad)
-        weights = real.float()
-        for row, example in enumerate(batch):
-            for start, end in example.answers:
-                weights[row, start + 1 : end + 1] = plan.answer_weight
-        losses = F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
-        return (losses * weights).sum() / weights.sum()
+        starts = [(bos,) if generator.random() < SHARE_WITH_BOS else () for _ in batch]
+        tokens, _ = padded([(*start, *example.tokens, eos) for start, example in zip(starts, batch, strict=True)], pad)
+        return F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
 
     for step in _steps(model, plan, _batches(tokenizer, plan), loss_of):
         yield step, model, tokenizer

@@ -12,18 +12,14 @@ N_CONTEXT = 256
 
 
 def causal_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Of the words of some texts, with BOS in front as the model was trained."""
+    """Of the words of some texts. Like Pythia's, it puts no BOS in front unless asked; the model reads both."""
     inner = _word_level((PAD, BOS, EOS, UNK), texts, UNK)
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, inner.token_to_id(BOS))]
-    )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
         unk_token=UNK,
-        add_bos_token=True,
         model_max_length=N_CONTEXT,
         model_input_names=["input_ids", "attention_mask"],
     )
