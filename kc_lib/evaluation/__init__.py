@@ -67,6 +67,15 @@ from kc_lib.evaluation.tracing import (
     tracing_conclusion,
     tracing_headline,
 )
+from kc_lib.evaluation.training import TRAINING_MEASURES, training_measures
+from kc_lib.evaluation.training_summary import (
+    SIMILARITIES,
+    emergence,
+    over_draws,
+    similarities,
+    training_conclusion,
+    training_headline,
+)
 from kc_lib.evaluation.truth import Recovery, edge_auroc, recovery
 from kc_lib.evaluation.verdict import verdict
 
@@ -75,7 +84,9 @@ __all__ = [
     "MINIMAL_EFFECT",
     "NULL_KINDS",
     "SHARES",
+    "SIMILARITIES",
     "SUBJECT",
+    "TRAINING_MEASURES",
     "Behaviour",
     "CircuitTable",
     "Evaluation",
@@ -99,6 +110,7 @@ __all__ = [
     "conclusion",
     "edge_auroc",
     "edges_between_nodes",
+    "emergence",
     "erasure_effects",
     "evaluate_circuits",
     "faithfulness_of",
@@ -114,6 +126,7 @@ __all__ = [
     "neurons_conclusion",
     "neurons_headline",
     "neurons_per_fact",
+    "over_draws",
     "overlaps",
     "peaks",
     "random_heads",
@@ -124,11 +137,15 @@ __all__ = [
     "resampled_circuits",
     "severing",
     "side_effects",
+    "similarities",
     "smallest_faithful",
     "stability",
     "total_effect",
     "tracing_conclusion",
     "tracing_headline",
+    "training_conclusion",
+    "training_headline",
+    "training_measures",
     "update_rates",
     "verdict",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ def smallest_faithful(
     selection: str = "absolute",
     resolution: float = 0.02,
     at_once: int = 8,
+    stable: bool = False,
     metric: str | Metric = "logit_difference",
     intervention: str = "patching",
     full_answer: bool = False,
@@ -43,7 +45,8 @@ def smallest_faithful(
     Sizes, counted before pruning as in MIB, are tried ``at_once`` evenly on a log scale, first up to the whole graph,
     then again between the smallest that suffices and the next smaller one tried, until the two circuits differ by at
     most ``resolution`` of the edges. Faithfulness need not grow with size: edges that work against the answer may come
-    later. What is returned is the smallest circuit *among those tried* that suffices; the next smaller one tried does
+    later. With ``stable`` a circuit suffices only if the next larger one tried suffices as well, so that a lucky one is
+    passed over. What is returned is the smallest circuit *among those tried* that suffices; the next smaller one tried does
     not, but a still smaller one that was never tried might. The curve shows how far faithfulness is from monotone.
 
     Returns:
@@ -86,7 +89,9 @@ def smallest_faithful(
                 row = {"n_edges": circuit.n_edges, "n": len(pairs)}
                 known[circuit.n_edges] = row | with_interval("faithfulness", estimate, draws[:, 0])
         tried |= {size: known[circuit.n_edges] for size, circuit in circuits.items()}
-        enough = [size for size, row in tried.items() if row["faithfulness"] >= faithfulness - NOISE]
+        suffices = {row["n_edges"]: row["faithfulness"] >= faithfulness - NOISE for row in tried.values()}
+        lucky = {n for n, larger in pairwise(sorted(suffices)) if stable and not suffices[larger]}
+        enough = [size for size, row in tried.items() if suffices[row["n_edges"]] and row["n_edges"] not in lucky]
         above = min(enough, default=0)
         below = max((size for size in tried if size < above), default=0)
         gap = tried[above]["n_edges"] - tried[below]["n_edges"]

@@ -28,6 +28,12 @@ from kc_lib.figures.minimality import minimality_figure
 from kc_lib.figures.scores import score_distribution
 from kc_lib.figures.style import DARK, NEGATIVE, NEUTRAL, POSITIVE, TEMPLATE
 from kc_lib.figures.tracing import class_heatmap, class_lines, fact_heatmap, severing_bars
+from kc_lib.figures.training import (
+    behaviour_over_training,
+    circuit_over_training,
+    heads_over_training,
+    similarity_over_training,
+)
 
 __all__ = [
     "DARK",
@@ -46,8 +52,10 @@ __all__ = [
     "attention_sources_heatmap",
     "attention_view",
     "attribution_figure",
+    "behaviour_over_training",
     "change_ratio_figure",
     "circuit_graph",
+    "circuit_over_training",
     "class_heatmap",
     "class_lines",
     "comparison_bars",
@@ -59,6 +67,7 @@ __all__ = [
     "faithfulness_figure",
     "head_class_figure",
     "head_score_grid",
+    "heads_over_training",
     "lens_figure",
     "method_bars",
     "minimality_figure",
@@ -72,6 +81,7 @@ __all__ = [
     "recurrence_figure",
     "score_distribution",
     "severing_bars",
+    "similarity_over_training",
     "top_edges_table",
     "top_nodes_table",
     "update_figure",

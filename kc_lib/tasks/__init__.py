@@ -13,6 +13,7 @@ from kc_lib.tasks.cloze import (
     load_cloze,
     relation_patterns,
 )
+from kc_lib.tasks.drawn import DrawnTask, DrawnTasks, draw_tasks
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, FactTask, load_facts
 from kc_lib.tasks.generated import GENERATED, generated_pairs
 from kc_lib.tasks.pararel import FactText, fact_texts, read_patterns
@@ -37,6 +38,8 @@ __all__ = [
     "ClozeFact",
     "ClozePrompt",
     "ClozeTask",
+    "DrawnTask",
+    "DrawnTasks",
     "Fact",
     "FactPrompt",
     "FactSentences",
@@ -53,6 +56,7 @@ __all__ = [
     "cloze_facts",
     "cloze_prompt",
     "distant_sentences",
+    "draw_tasks",
     "fact_texts",
     "generated_pairs",
     "is_masked",
