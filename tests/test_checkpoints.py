@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
 from conftest import CONFIGS, save_tokenizer
 from loopback_hub import REPOSITORY, Asked, Hub, serving
+from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError
+from kc_lib.methods.training import MEASURED, TrainingResult, over_training
 from kc_lib.models import (
     SCHEDULES,
     Checkpoint,
@@ -28,6 +32,7 @@ from kc_lib.models import (
     nano_steps,
     schedule_steps,
 )
+from kc_lib.tasks import DrawnTask, DrawnTasks, Task, TokenPair
 
 STEPS = (0, 1, 8, 512, 1000)
 PYTHIA = [0, *(2**i for i in range(10)), *range(1000, 143001, 1000)]
@@ -70,7 +75,7 @@ def test_schedules_as_published() -> None:
 def test_a_schedule_takes_what_the_model_has() -> None:
     assert schedule_steps("exponential", [512, 3, 0, 4, 2000, 1500]) == [4, 512, 2000]
     assert schedule_steps("all", [512, 3, 0]) == [0, 3, 512]
-    assert schedule_steps([8, 0, 8], [0, 4, 8]) == [0, 8]
+    assert schedule_steps([8, 0, 8], [0, 4, 8]) == schedule_steps("8 0", [0, 4, 8]) == [0, 8]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,8 @@ def test_a_schedule_takes_what_the_model_has() -> None:
         ([1, 700], [0, 1, 512, 1000], ["700", "512 and 1000"]),
         ([2000], [0, 1, 512, 1000], ["2000", "nearest: 1000;"]),
         ([], [0, 1], ["empty", "0 to 1"]),
+        ("", [0, 1], ["empty", "0 to 1"]),
+        ("1 700", [0, 1, 512, 1000], ["700", "512 and 1000"]),
         (["step8"], [0, 8], ["'step8'"]),
         ([True], [0, 1], ["True"]),
         ("all", [], ["no checkpoints"]),
@@ -309,6 +316,35 @@ def test_one_checkpoint_at_a_time_is_on_disk(hub: Hub, family: dict[str, Path], 
     refused(load_checkpoint, at(1000), device="cpu", keep_files=False, retries=1)
     assert {path: path.read_bytes() for path in files_on_disk(cache)} == before
     assert [path.name for path in cache.iterdir() if path.name.startswith("kc-")] == []
+
+
+def weights_sum(model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
+    """A measure over training that reads the weights."""
+    total = sum(float(parameter.double().sum()) for parameter in model.parameters())
+    row = {"task": "", "seed": 0, "quantity": "weights", "part": "", "value": total, "note": ""}
+    return pd.DataFrame([row]).reindex(columns=list(MEASURED))
+
+
+def test_a_training_goes_on_where_a_download_failed(hub: Hub, family: dict[str, Path], tmp_path: Path) -> None:
+    pair = TokenPair((1, 5, 6), (1, 7, 6), (8,), 9, {}, {})
+    drawn = DrawnTasks((DrawnTask("own", 0, Task("own", (pair,), (), (), {}, True)),))
+    checkpoints, file = checkpoints_of(REPOSITORY, [1, 8, 512]), tmp_path / "partial.parquet"
+    run = partial(over_training, checkpoints, drawn, {"weights": weights_sum}, device="cpu", partial_file=file)
+    hub.fault = lambda revision, asked: ("status", 500) if revision == "step512" else None
+    message = refused(run, retries=1, keep_files=False)
+    assert "step 512" in message
+    assert TrainingResult.load(file).steps == [1, 8]
+    hub.fault = lambda revision, asked: None
+    hub.asked.clear()
+    result = run(keep_files=False)
+    assert result.steps == [1, 8, 512]
+    assert not hub.weights_asked("step1")
+    assert not hub.weights_asked("step8")
+    assert len(hub.weights_asked("step512")) == 1
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    for step, value in result.frame[["step", "value"]].itertuples(index=False):
+        plain = load_model(str(family[f"step{step}"]), device="cpu")
+        assert value == weights_sum(plain, drawn)["value"].item()
 
 
 ELSEWHERE = """

@@ -19,8 +19,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib import figures
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.evaluation import emergence, over_draws, similarities, training_conclusion, training_headline, training_measures
-from kc_lib.evaluation.training import behaviour_rows, circuit_rows, direct_rows, head_rows
+from kc_lib.evaluation.consistency import algorithm_shares
+from kc_lib.evaluation.training import behaviour_rows, circuit_rows, consistency_rows, direct_rows, head_rows
 from kc_lib.graph import Circuit
+from kc_lib.methods.heads import HeadScores
 from kc_lib.methods.selection import random_circuit
 from kc_lib.methods.training import COLUMNS, MEASURED, TrainingResult, over_training
 from kc_lib.models import Checkpoint, checkpoints_of, load_checkpoint, load_model
@@ -99,6 +101,10 @@ def test_draws_are_of_every_task_and_seed_and_half_held_out(nano: TransformerBri
 )
 def test_draws_that_cannot_be(nano: TransformerBridge, names: list[str], options: dict[str, int], said: str) -> None:
     assert said in refused(TaskError, draw_tasks, names, nano, **options)
+
+
+def test_years_need_a_tokenizer_that_splits_them(small_model: Callable[[str], TransformerBridge]) -> None:
+    assert "two tokens of two digits" in refused(TaskError, draw_tasks, ["greater_than"], small_model("neox"))
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -345,6 +351,70 @@ def test_measures_that_cannot_be(options: Mapping[str, object], said: str) -> No
     assert said in refused(MethodError, training_measures, **options)
 
 
+# ---------------------------------------------------------------------------------------------------- consistency
+
+
+def scores_with(name: str, heads: list[tuple[int, int]]) -> HeadScores:
+    """Scores of nano that pass for some heads."""
+    passes = torch.zeros(4, 4, dtype=torch.bool)
+    for layer, head in heads:
+        passes[layer, head] = True
+    return HeadScores(name, passes.float(), passes, 0.5)
+
+
+def test_shares_of_the_algorithm_are_those_of_single_edges(nano: TransformerBridge, plain: tf.PreTrainedModel) -> None:
+    pairs = draw_tasks(["ioi_abc"], nano, seeds=1, n_prompts=4).draws[0].task.test
+    candidates = [(0, 3), (1, 1), (2, 0), (3, 1), (3, 2)]
+    scores = {
+        "name_mover": scores_with("name_mover", [(3, 2), (3, 0)]),  # a3.h0 is no candidate, so no receiver
+        "s_inhibition": scores_with("s_inhibition", [(2, 0)]),
+        "duplicate_token": scores_with("duplicate_token", [(0, 3)]),
+    }
+
+    def effects(readers: list[str], layer: int) -> dict[tuple[int, int], float]:
+        """The mean loss by every candidate below a layer, one edge at a time."""
+        found = {}
+        for sender in candidates:
+            for reader in readers if sender[0] < layer else []:
+                losses = []
+                for pair in pairs:
+                    clean, corrupted = torch.tensor([pair.clean]), torch.tensor([pair.corrupted])
+                    last = torch.tensor([len(pair.clean) - 1])
+                    name = f"a{sender[0]}.h{sender[1]}"
+                    patched = oracle_patch_edge(plain, clean, corrupted, last, name, reader)[0]
+                    losses.append(values_of(run_plain(plain, pair.clean), pair) - values_of(patched, pair))
+                found[sender] = float(np.mean(losses))
+        return found
+
+    expected = [
+        (effects(["logits"], 4), {(3, 2)}),
+        (effects(["a3.h2<q>"], 3), {(2, 0)}),
+        (effects(["a2.h0<v>"], 2), {(0, 3)}),
+    ]
+    found = algorithm_shares(nano, pairs, candidates, scores)
+    for share, (by_head, kind), n in zip(found, expected, (5, 3, 2), strict=True):
+        own = [by_head[head] for head in kind]
+        assert share.absolute == pytest.approx(sum(map(abs, own)) / sum(map(abs, by_head.values())), abs=1e-3)
+        assert share.signed == pytest.approx(sum(own) / sum(by_head.values()), rel=1e-2, abs=1e-3)
+        assert (share.n_kind, share.n_candidates, share.note) == (1, n, "")
+    none = algorithm_shares(nano, pairs, candidates, {})
+    assert none[0].absolute == 0.0
+    assert np.isnan(none[1].absolute)
+    assert "no name mover head" in none[1].note
+    assert "no heads to share" in refused(MethodError, algorithm_shares, nano, pairs, [], {})
+
+
+def test_consistency_is_of_ioi_alone_and_undefined_without_an_effect(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+    found = consistency_rows(nano, drawn, steps=2)
+    assert set(found["task"]) == {"ioi"}
+    first = found[found["part"] == "logits"]
+    assert first.loc[first["quantity"] == "share_absolute", "value"].between(0, 1).all()
+    untrained = consistency_rows(load_model("nano", checkpoint=0, device="cpu"), drawn)
+    assert untrained["value"].isna().all()
+    assert untrained["note"].str.contains("next to no effect").all()
+    assert not len(consistency_rows(nano, draw_tasks(["agreement"], nano, seeds=1, n_prompts=4)))
+
+
 # ---------------------------------------------------------------------------------------------------- over time
 
 
@@ -442,6 +512,8 @@ def test_figures_draw_what_was_measured(small_run: TrainingResult) -> None:
     crosses = [trace for trace in circuits.data if trace.marker.symbol == "x-thin" and len(trace.x)]
     assert crosses[0].x[0] == 375.0
     assert len(figures.similarity_over_training(small_run).data) > 12
+    consistency = figures.consistency_over_training(small_run)
+    assert "1: logits" in {note.text for note in consistency.layout.annotations}
     heads = figures.heads_over_training(small_run, strongest=2)
     assert {"previous token", "direct effect, ioi"} <= {note.text for note in heads.layout.annotations}
     assert "'loss'" in refused(MethodError, figures.behaviour_over_training, small_run, ("loss",))

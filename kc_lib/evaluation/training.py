@@ -2,7 +2,8 @@
 
 ``behaviour``: how well the model does each task. ``circuit``: the smallest circuit that keeps a faithfulness, beside random
 ones, judged on held-out prompts. ``direct``: what each head does to the logits itself. ``heads``: the general head scores,
-which know no task. Every measure takes a model and the drawn tasks;
+which know no task. ``consistency``: the share of IOI that is done by the published algorithm. Every measure takes a model
+and the drawn tasks;
 ``training_measures`` gives those that are asked for with their settings.
 
 Where the prompts have next to no effect there is nothing to be faithful to, and any ratio is noise: the circuit is undefined
@@ -24,6 +25,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import MethodError
 from kc_lib.evaluation.behaviour import behaviour
 from kc_lib.evaluation.circuits import complement, random_nulls
+from kc_lib.evaluation.consistency import STEPS as ALGORITHM
+from kc_lib.evaluation.consistency import algorithm_shares
 from kc_lib.evaluation.runs import evaluate_circuits, metric_values
 from kc_lib.evaluation.smallest import RANKINGS, smallest_faithful
 from kc_lib.evaluation.stability import jaccard, resampled_circuits
@@ -33,11 +36,12 @@ from kc_lib.methods.heads import check_scores, general_head_scores
 from kc_lib.methods.scores import FactScores
 from kc_lib.methods.training import MEASURED, Measure
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair
+from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair, load_task
 from kc_lib.wiring import wiring_of
 
-TRAINING_MEASURES = ("behaviour", "circuit", "direct", "heads")
+TRAINING_MEASURES = ("behaviour", "circuit", "direct", "heads", "consistency")
 METRICS_OF_SETS = {True: "probability_difference", False: "logit_difference"}  # whether a task has sets of answers
+SHARES_OF_STEPS = ("share_absolute", "share_signed")
 NO_EFFECT = "the prompts have next to no effect: {effect:.3g} [{low:.3g}, {high:.3g}], at least {least:g} is asked for"
 
 
@@ -86,21 +90,18 @@ def training_measures(
     for name, number, least in (("n_random", n_random, 1), ("n_resamples", n_resamples, 2), ("batch_size", batch_size, 1)):
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise MethodError(f"{name} is {number!r}; it must be a whole number, at least {least}")
-    circuit = partial(
-        circuit_rows,
-        method=method,
-        steps=steps,
-        metric=metric,
-        faithfulness=faithfulness,
-        selection=selection,
-        minimal_effect=minimal_effect,
-        n_random=n_random,
-        n_resamples=n_resamples,
-        batch_size=batch_size,
-    )
+    search: dict[str, Any] = {"method": method, "steps": steps, "faithfulness": faithfulness, "selection": selection}
+    search |= {"minimal_effect": minimal_effect, "batch_size": batch_size}
+    circuit = partial(circuit_rows, metric=metric, n_random=n_random, n_resamples=n_resamples, **search)
     heads = partial(head_rows, scores=None if scores is None else tuple(scores))
     direct = partial(direct_rows, metric=metric, batch_size=batch_size)
-    known: dict[str, Measure] = {"behaviour": behaviour_rows, "circuit": circuit, "direct": direct, "heads": heads}
+    known: dict[str, Measure] = {
+        "behaviour": behaviour_rows,
+        "circuit": circuit,
+        "direct": direct,
+        "heads": heads,
+        "consistency": partial(consistency_rows, **search),
+    }
     return {name: known[name] for name in which}
 
 
@@ -184,25 +185,13 @@ def circuit_rows(
         held_out = draw.task.test or draw.task.discovery
         effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, held_out)]
         rows.append(_row(draw, "effect", *effects[1]))
-        missing = [found for found in effects if found[0] < minimal_effect or not found[1] > 0]
-        if missing:
-            effect, low, high = missing[0]
-            why = NO_EFFECT.format(effect=effect, low=low, high=high, least=minimal_effect)
+        why = _too_small(effects, minimal_effect)
+        if why:
             undefined = ("n_edges", "share_of_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl")
             rows += [_row(draw, name, note=why) for name in (*undefined, "resampled_jaccard")]
             continue
         fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
-        circuit, _ = smallest_faithful(
-            model,
-            fact_scores.mean(),
-            draw.task.discovery,
-            faithfulness,
-            selection=selection,
-            stable=True,
-            resolution=0.1,
-            metric=of,
-            batch_size=2 * batch_size,
-        )
+        circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
         rows += _judged(model, draw, circuit, held_out, of, n_random, 2 * batch_size)
         rows.append(_row(draw, "resampled_jaccard", *_resampled(fact_scores, circuit, selection, n_resamples, draw.seed)))
         edges = circuit.to_frame()
@@ -212,6 +201,85 @@ def circuit_rows(
         ]
         rows += [_row(draw, "node", 1.0, part=node) for node in circuit.nodes]
     return _rows(rows)
+
+
+def consistency_rows(
+    model: TransformerBridge,
+    tasks: DrawnTasks,
+    *,
+    method: str = "eap_ig",
+    steps: int = 5,
+    faithfulness: float = 0.8,
+    selection: str = "greedy",
+    minimal_effect: float = 0.05,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """How much of IOI is done by the published algorithm, of every draw of ``ioi``: ``consistency.algorithm_shares``.
+
+    Candidates are the heads of the circuit, found as in ``circuit_rows`` on the logit difference; effects are measured on
+    the held-out prompts, corrupted by three other names. Quantities ``share_absolute``, ``share_signed``, ``n_kind`` and
+    ``n_candidates``; the part is the step. Undefined where there is no circuit, or no receiver.
+    """
+    rows = []
+    wiring, of = wiring_of(model), "logit_difference"
+    for draw in (draw for draw in tasks.draws if draw.name == "ioi"):
+        effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, draw.task.test)]
+        why, candidates = _too_small(effects, minimal_effect), []
+        if not why:
+            fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
+            circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
+            heads = [(layer, head) for layer in range(wiring.n_layers) for head in range(wiring.n_heads)]
+            candidates = [(layer, head) for layer, head in heads if f"a{layer}.h{head}" in circuit.nodes]
+            why = "" if candidates else "the circuit has no heads"
+        if why:
+            rows += [_row(draw, name, part=step, note=why) for step in ALGORITHM for name in SHARES_OF_STEPS]
+            continue
+        scores = general_head_scores(model, seed=draw.seed).scores
+        for share in algorithm_shares(model, _strangers(model, draw), candidates, scores, batch_size=batch_size):
+            about = {"part": share.step, "note": share.note}
+            rows.append(_row(draw, "share_absolute", share.absolute, **about))
+            rows.append(_row(draw, "share_signed", share.signed, **about))
+            rows.append(_row(draw, "n_kind", share.n_kind, part=share.step))
+            rows.append(_row(draw, "n_candidates", share.n_candidates, part=share.step))
+    return _rows(rows)
+
+
+def _strangers(model: TransformerBridge, draw: DrawnTask) -> tuple[TokenPair, ...]:
+    """The draw's held-out prompts, with three other names in the corrupted ones."""
+    n = len(draw.task.discovery) + len(draw.task.test)
+    bos = draw.task.prepend_bos
+    return load_task("ioi_abc", model, known_only=False, max_facts=n, prepend_bos=bos, seed=draw.seed).test
+
+
+def _too_small(effects: Sequence[tuple[float, float, float]], least: float) -> str:
+    """Why effects with their intervals leave nothing to be faithful to; "" where they do not."""
+    for effect, low, high in effects:
+        if effect < least or not low > 0:
+            return NO_EFFECT.format(effect=effect, low=low, high=high, least=least)
+    return ""
+
+
+def _smallest(
+    model: TransformerBridge,
+    draw: DrawnTask,
+    fact_scores: FactScores,
+    metric: str,
+    faithfulness: float,
+    selection: str,
+    batch_size: int,
+) -> Circuit:
+    circuit, _ = smallest_faithful(
+        model,
+        fact_scores.mean(),
+        draw.task.discovery,
+        faithfulness,
+        selection=selection,
+        stable=True,
+        resolution=0.1,
+        metric=metric,
+        batch_size=2 * batch_size,
+    )
+    return circuit
 
 
 def _metric_of(draw: DrawnTask, metric: str | None) -> str:

@@ -9,6 +9,7 @@ checkpoint has no circuit there is no overlap, and the next one has none with it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,8 +55,8 @@ def similarities(result: TrainingResult, alpha: float = ALPHA) -> pd.DataFrame:
     tokens = rows.groupby("step")["tokens"].first().to_dict()
     steps = result.steps
     found = []
-    for task, own in rows.groupby("task", sort=False):
-        seeds = own["seed"].unique().tolist()
+    seeds = rows["seed"].unique().tolist()
+    for task in rows["task"].unique().tolist():
         for seed in seeds:
             for place, step in enumerate(steps):
                 here = circuits.get((task, seed, step))
@@ -119,7 +120,7 @@ def training_headline(result: TrainingResult) -> dict[str, str]:
     figures = {}
     appeared = emergence(result)
     for row in _behaviours(appeared).to_dict("records"):
-        figures[f"{row['task']} appears"] = f"step {_step_text(row)} ({row['quantity'].replace('_', ' ')})"
+        figures[f"{row['task']} appears"] = f"step {_step_text(row)} ({shown(row['quantity'])})"
     if not result.of("circuit").empty:
         found = over_draws(result.of("circuit", "effect", "n_edges", "faithfulness", "null_faithfulness"))
         for task, own in found.groupby("task", sort=False):
@@ -133,7 +134,7 @@ def training_headline(result: TrainingResult) -> dict[str, str]:
                     f"{_band(last.loc['null_faithfulness'])}"
                 )
     for task, own in appeared[appeared["measure"] == "direct"].groupby("task", sort=False):
-        row = own.loc[own["maximum"].idxmax()].to_dict()
+        (row,) = own.sort_values("maximum", ascending=False).head(1).to_dict("records")
         figures[f"strongest head of {task}"] = f"{row['part']} at {_step_text(row)}"
     for quantity, own in appeared[appeared["measure"] == "heads"].groupby("quantity", sort=False):
         passing = own[own["passes"]].sort_values("maximum", ascending=False)
@@ -157,8 +158,9 @@ def training_conclusion(result: TrainingResult) -> str:
         similar = similarities(result)
         for task in result.of("circuit")["task"].unique():
             parts.append(_circuit_sentence(result, similar, str(task)))
-    for task, own in appeared[appeared["measure"] == "direct"].groupby("task", sort=False):
-        strongest = own.sort_values("maximum", ascending=False).head(NAMED)
+    direct = appeared[appeared["measure"] == "direct"]
+    for task in direct["task"].unique().tolist():
+        strongest = direct[direct["task"] == task].sort_values("maximum", ascending=False).head(NAMED)
         named = ", ".join(
             f"{row['part']} ({row['maximum']:.2f}) at step {_step_text(row)}" for row in strongest.to_dict("records")
         )
@@ -166,24 +168,37 @@ def training_conclusion(result: TrainingResult) -> str:
             f"**Heads with the largest direct effect on {task}** (largest over the training) and when they reach "
             f"{SHARE:.0%} of it: {named}."
         )
+    steps = over_draws(result.of("consistency", "share_absolute"))
+    if len(steps):
+        last = steps[steps["step"] == steps["step"].max()]
+        named = ", ".join(f"{row['part']} {'undefined' if not row['n'] else _band(row)}" for row in last.to_dict("records"))
+        parts.append(
+            "**Published algorithm of IOI.** Share of the circuit's absolute effects that heads of the published kinds have "
+            f"at the last checkpoint: {named}."
+        )
     heads = appeared[appeared["measure"] == "heads"]
     if len(heads):
         passing = heads[heads["passes"]].sort_values("step")
         some = ", ".join(
-            f"{row['quantity'].replace('_', ' ')} {row['part']} at step {_step_text(row)}"
+            f"{shown(row['quantity'])} {row['part']} at step {_step_text(row)}"
             for row in passing.head(3 * NAMED).to_dict("records")
         )
-        none = [name for name, own in heads.groupby("quantity", sort=False)["passes"] if not own.any()]
+        none = [shown(name) for name, own in heads.groupby("quantity", sort=False) if not own["passes"].any()]
         sentence = f"**Heads** that pass a criterion at some checkpoint: {some or 'none'}."
         if none:
-            sentence += f" No head ever passes for {', '.join(name.replace('_', ' ') for name in none)}."
+            sentence += f" No head ever passes for {', '.join(none)}."
         parts.append(sentence)
     rows = result.of("heads")
     undefined = rows[rows["note"] != ""].groupby("quantity", sort=False)["step"].nunique()
-    scores = [f"{str(name).replace('_', ' ')} ({n})" for name, n in undefined.items()]
+    scores = [f"{shown(name)} ({n})" for name, n in undefined.items()]
     if scores:
         parts.append(f"**Not defined** at some checkpoints (how many of {len(result.steps)}): {', '.join(scores)}.")
     return "\n\n".join(parts)
+
+
+def shown(name: object) -> str:
+    """A measure's or quantity's name in a sentence."""
+    return str(name).replace("_", " ")
 
 
 def _circuit_sentence(result: TrainingResult, similar: pd.DataFrame, task: str) -> str:
@@ -223,11 +238,14 @@ def _behaviours(appeared: pd.DataFrame) -> pd.DataFrame:
 def _circuits(rows: pd.DataFrame) -> dict[tuple[str, int, int], tuple[dict[str, float], set[str]]]:
     """Edges with |score|, and nodes, by task, seed and step."""
     parts = rows[rows["quantity"].isin(["edge", "node"])]
-    found = {}
-    for (task, seed, step), own in parts.groupby(["task", "seed", "step"], sort=False):
-        edges = own[own["quantity"] == "edge"]
-        nodes = set(own.loc[own["quantity"] == "node", "part"])
-        found[task, seed, step] = (dict(zip(edges["part"], edges["value"].abs(), strict=True)), nodes)
+    found: dict[tuple[str, int, int], tuple[dict[str, float], set[str]]] = {}
+    columns = ["task", "seed", "step", "quantity", "part", "value"]
+    for task, seed, step, quantity, part, value in parts[columns].itertuples(index=False):
+        edges, nodes = found.setdefault((task, seed, step), ({}, set()))
+        if quantity == "edge":
+            edges[part] = abs(value)
+        else:
+            nodes.add(part)
     return found
 
 
@@ -259,10 +277,10 @@ def _first(values: pd.Series, share: float) -> float:
     return float(values.index[(values >= share * values.max()).to_numpy()][0])
 
 
-def _step_text(row: Mapping[str, object]) -> str:
-    low, high, step = (float(str(row[name])) for name in ("step_low", "step_high", "step"))
+def _step_text(row: Mapping[Any, Any]) -> str:
+    low, high, step = (float(row[name]) for name in ("step_low", "step_high", "step"))
     return f"{step:.0f}" if low == high == step or np.isnan(low) else f"{step:.0f} [{low:.0f}, {high:.0f}]"
 
 
-def _band(row: pd.Series) -> str:
+def _band(row: Mapping[Any, Any] | pd.Series) -> str:
     return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

@@ -31,6 +31,7 @@ from kc_lib.figures.tracing import class_heatmap, class_lines, fact_heatmap, sev
 from kc_lib.figures.training import (
     behaviour_over_training,
     circuit_over_training,
+    consistency_over_training,
     heads_over_training,
     similarity_over_training,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "class_lines",
     "comparison_bars",
     "completeness_figure",
+    "consistency_over_training",
     "direct_by_layer",
     "direct_heatmap",
     "erase_figure",

@@ -18,13 +18,15 @@ from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
 from kc_lib.evaluation.behaviour import BEHAVIOURS
-from kc_lib.evaluation.training_summary import SHARE, SIMILARITIES, emergence, over_draws, similarities
+from kc_lib.evaluation.consistency import STEPS as ALGORITHM
+from kc_lib.evaluation.training_summary import SHARE, SIMILARITIES, emergence, over_draws, shown, similarities
 from kc_lib.figures.style import DARK, NEUTRAL, OKABE_ITO, SYMBOLS, titled
 from kc_lib.methods.training import TrainingResult
 
 SHOWN_BEHAVIOURS = ("logit_difference", "probability_difference", "accuracy", "mrr")
 STRONGEST = 3  # heads of a panel
 SCORE_COLUMNS = 4
+EDGE_TICKS = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
 
 
 def behaviour_over_training(
@@ -40,7 +42,7 @@ def behaviour_over_training(
         raise MethodError(f"{unknown or 'nothing'}: show some of {', '.join(BEHAVIOURS)}")
     found = _averaged(result, "behaviour", behaviours)
     axis = _Time(result)
-    texts = [name.replace("_", " ") for name in behaviours]
+    texts = [shown(name) for name in behaviours]
     figure = make_subplots(1, len(behaviours), subplot_titles=texts, horizontal_spacing=0.06)
     for column, name in enumerate(behaviours, start=1):
         for i, (task, own) in enumerate(found[found["quantity"] == name].groupby("task", sort=False)):
@@ -76,7 +78,7 @@ def circuit_over_training(result: TrainingResult, title: str | None = None) -> g
         )
         figure.add_trace(crosses.update(hovertemplate=hover), 1, 2)
     figure.add_hline(y=1.0, line={"color": NEUTRAL, "width": 1, "dash": "dash"}, row=1, col=2)
-    figure.update_yaxes(type="log", title_text="edges", row=1, col=1)
+    figure.update_yaxes(type="log", title_text="edges", tickvals=EDGE_TICKS, row=1, col=1)
     figure.update_yaxes(title_text="share of the full model's effect", row=1, col=2)
     figure.update_yaxes(title_text="metric, clean minus corrupted", row=1, col=3)
     axis.draw(figure, 1)
@@ -97,7 +99,7 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
     found = similarities(result)
     noise = _averaged(result, "circuit", ("resampled_jaccard",))
     axis = _Time(result)
-    titles = [f"{name.replace('_', ' ')}, {against}" for against in ("previous", "last") for name in SIMILARITIES]
+    titles = [f"{shown(name)}, {against}" for against in ("previous", "last") for name in SIMILARITIES]
     spacing = {"horizontal_spacing": 0.05, "vertical_spacing": 0.12}
     figure = make_subplots(2, 3, subplot_titles=titles, shared_xaxes=True, shared_yaxes=True, **spacing)
     for row, against in enumerate(("previous", "last"), start=1):
@@ -132,8 +134,8 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
 def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, title: str | None = None) -> go.Figure:
     """The strongest heads of each score and of each task's direct effect, and when each reaches a third of its maximum.
 
-    A ring marks that checkpoint. Lines are dotted where the head's score never passes its criterion; direct effects have
-    none.
+    A ring marks that checkpoint. Lines are dotted, and have no ring, where the head's score never passes its criterion:
+    something has appeared only where there is something. Direct effects have no criterion.
 
     Raises:
         MethodError: no head scores and no direct effects in the result.
@@ -146,9 +148,7 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
     panels = list(appeared.groupby(["measure", "task", "quantity"], sort=False))
     n_columns = min(SCORE_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    titles = [
-        f"direct effect, {task}" if measure == "direct" else name.replace("_", " ") for (measure, task, name), _ in panels
-    ]
+    titles = [f"direct effect, {task}" if measure == "direct" else shown(name) for (measure, task, name), _ in panels]
     spacing = {"horizontal_spacing": 0.06, "vertical_spacing": 0.24 / n_rows}
     figure = make_subplots(n_rows, n_columns, subplot_titles=titles, shared_xaxes=True, **spacing)
     figure.update_annotations(font_size=13)
@@ -160,20 +160,51 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
             own = rows[rows["part"] == head["part"]]
             dash = "solid" if measure == "direct" or head["passes"] else "dot"
             _line(figure, axis, own, head["part"], i, row + 1, column + 1, dash=dash, legend=False)
-            at = own[own["step"] == head["step"]]
-            if at.empty:
-                continue
-            mark = {"symbol": "circle-open", "size": 11, "color": _colour(i), "line": {"width": 2.5}}
-            ring = go.Scatter(x=axis.of(at), y=at["value"], mode="markers", marker=mark, showlegend=False, hoverinfo="skip")
-            figure.add_trace(ring, row + 1, column + 1)
+            if dash == "solid":
+                at = own[own["step"] == head["step"]]
+                mark = {"symbol": "circle-open", "size": 11, "color": _colour(i), "line": {"width": 2.5}}
+                ring = go.Scatter(x=axis.of(at), y=at["value"], mode="markers", marker=mark, showlegend=False)
+                figure.add_trace(ring.update(hoverinfo="skip"), row + 1, column + 1)
             end = own[own["n"] > 0].tail(1)
             label = go.Scatter(x=axis.of(end), y=end["value"], mode="text", text=[f" {head['part']}"], showlegend=False)
-            label.update(textposition="middle right", textfont={"size": 10, "color": _colour(i)}, hoverinfo="skip")
+            label.update(
+                textposition="middle right", textfont={"size": 10, "color": _colour(i)}, hoverinfo="skip", cliponaxis=False
+            )
             figure.add_trace(label, row + 1, column + 1)
-    axis.draw(figure, n_rows, room=1.8)
+    figure.update_yaxes(rangemode="tozero")
+    axis.draw(figure, n_rows, room=2.5)
     figure.update_layout(height=140 + 250 * n_rows, width=max(480, 300 * n_columns))
     about = [f"strongest {strongest}", f"ring: reaches {SHARE:.0%} of its maximum", "dotted: never passes its criterion"]
     return titled(figure, title or "Heads over training", [*axis.about(), *about])
+
+
+def consistency_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
+    """The share of the IOI circuit's effects that heads of the published kinds have, by step of the algorithm.
+
+    Solid: of absolute effects; dotted: signed. Undefined checkpoints (no circuit, or no receivers of the step) are crossed.
+
+    Raises:
+        MethodError: no such shares in the result.
+    """
+    found = _averaged(result, "consistency", ("share_absolute", "share_signed"))
+    axis = _Time(result)
+    parts = found["part"].unique().tolist()
+    parts.sort(key=list(ALGORITHM).index)
+    titles = [f"{place}: {part}" for place, part in enumerate(parts, start=1)]
+    figure = make_subplots(1, len(parts), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
+    for column, part in enumerate(parts, start=1):
+        own = found[found["part"] == part]
+        absolute, signed = (own[own["quantity"] == f"share_{name}"] for name in ("absolute", "signed"))
+        _line(figure, axis, absolute, "absolute", 0, 1, column, legend=column == 1)
+        _line(figure, axis, signed, "signed", 1, 1, column, dash="dot", legend=column == 1)
+        missing = absolute[absolute["n"] == 0]
+        mark = {"symbol": "x-thin", "size": 8, "line": {"color": NEUTRAL, "width": 1.5}}
+        crosses = go.Scatter(x=axis.of(missing), y=[-0.08] * len(missing), mode="markers", marker=mark, showlegend=False)
+        figure.add_trace(crosses.update(hovertemplate="undefined<extra></extra>"), 1, column)
+    figure.update_yaxes(title_text="share of the effects", row=1, col=1)
+    axis.draw(figure, 1)
+    figure.update_layout(height=400, width=1050, legend=_below(0.28))
+    return titled(figure, title or "IOI by the published algorithm", [*axis.about(), "crosses: undefined"])
 
 
 class _Time:

@@ -133,7 +133,12 @@ def over_training(
             loaded = checkpoint
             vocabulary = _same_vocabulary(model, vocabulary, checkpoint)
         rows = measures[name](model, tasks)
-        about = {"checkpoint": checkpoint.name, "step": checkpoint.step, "tokens": checkpoint.tokens, "measure": name}
+        about: dict[str, Any] = {
+            "checkpoint": checkpoint.name,
+            "step": checkpoint.step,
+            "tokens": checkpoint.tokens,
+            "measure": name,
+        }
         frames.append(rows.assign(**about)[list(COLUMNS)].astype(_TYPES))
         done.append(_key(checkpoint, name))
         if file is not None:

@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def schedule_steps(schedule: str | Sequence[int], available: Sequence[int]) -> list[int]:
-    """The steps of a schedule, or of an explicit list, that a model has, in order.
+    """The steps of a schedule, or of an explicit list ("0 512 1000" as well), that a model has, in order.
 
     Raises:
         ModelError: an unknown schedule; a listed step that the model does not have (the nearest are named); a schedule
@@ -78,6 +78,8 @@ def schedule_steps(schedule: str | Sequence[int], available: Sequence[int]) -> l
         raise ModelError("the model has no checkpoints: give one whose training steps are kept")
     if not isinstance(schedule, str):
         return _listed(schedule, has)
+    if all(word.isdecimal() for word in schedule.split()):
+        return _listed([int(word) for word in schedule.split()], has)
     if schedule not in SCHEDULES:
         raise ModelError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}, or a list of steps")
     wanted = SCHEDULES[schedule]
