@@ -291,9 +291,9 @@ class _Paths:
         wiring, states = self.wiring, self.states
         prompts, layers = paths % self.batch, paths // self.batch
         starting = torch.bincount(layers, minlength=wiring.n_layers).tolist()
-        resid, n = None, 0
+        resid, n = states.after_attention[0][:0], 0
         for layer, joining in enumerate(starting):
-            if resid is not None:
+            if n:
                 past = (states.past[layer][0][prompts[:n]], states.past[layer][1][prompts[:n]]) if states.past else None
                 after = wiring.run_attention(layer, resid, past)
                 resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
@@ -301,7 +301,7 @@ class _Paths:
                 new = slice(n, n + joining)
                 after = states.after_attention[layer][prompts[new]]
                 joined = wiring.after_mlp(layer, after, _placed(states, layer, writes[new], prompts[new]))
-                resid = joined if resid is None else torch.cat([resid, joined])
+                resid = torch.cat([resid, joined])
                 n += joining
         each = torch.arange(n, device=paths.device)
         log_p = wiring.unembed(resid[each, states.at[prompts]]).float().log_softmax(-1)[each, self.targets[prompts]]
