@@ -36,7 +36,7 @@ PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 NO_COMPILE := /(tests|testing|sympy|networkx|wandb|mypy|mypyc|pip|debugpy|_inductor|graph_objs/[a-z]+|transformers/models)/
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help setup demo test lab lint bench bench-acdc bench-methods bench-heads bench-tracing clean distclean
+.PHONY: help setup demo test lab lint nano bench bench-acdc bench-methods bench-heads bench-tracing clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=...] [TORCH_INDEX=...] [ARGS=...]"
@@ -58,6 +58,10 @@ lint: $(ENV_STAMP) ## check style and types (ruff, mypy)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+# On another kind of processor sums are rounded otherwise; the files then differ, and accuracies are compared.
+nano: $(ENV_STAMP) ## train the nano models again and compare them with data/models (ARGS="--out folder"; minutes)
+	@$(BIN)/python -m kc_lib.models.nano $(ARGS)
 
 bench: $(ENV_STAMP) $(MODEL_STAMP) ## time the attribution methods
 	@$(BIN)/python bench/attribution.py $(ARGS)

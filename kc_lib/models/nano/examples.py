@@ -1,0 +1,90 @@
+"""Sentences as tokens, drawn at random by kind, in batches of about as many tokens each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from kc_lib.models.nano.corpus import Sentence
+
+SHARE_OF_PAIRS = 0.3  # of examples that are two sentences, so that a sentence stands at different positions
+DRAWN_AT_ONCE = 512  # examples sorted by length together, so that padding costs little
+SHORTEST_REPEAT, LONGEST_REPEAT = 3, 100  # tokens that are read, and then read again
+LEAST_REPEATED = 24  # tokens of such a sequence, as short ones are repeated more often
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens without those at the sentence's ends, and which of them are answers, as (start, end)."""
+
+    tokens: tuple[int, ...]
+    answers: tuple[tuple[int, int], ...] = ()
+
+    def __add__(self, other: Example) -> Example:
+        shift = len(self.tokens)
+        moved = tuple((start + shift, end + shift) for start, end in other.answers)
+        return Example(self.tokens + other.tokens, self.answers + moved)
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence]) -> list[Example]:
+    """One example per sentence."""
+    parts = [part for sentence in sentences for part in (sentence.prompt, sentence.answer, sentence.rest)]
+    ids: list[list[int]] = tokenizer(parts, add_special_tokens=False).input_ids if parts else []
+    return [
+        Example((*prompt, *answer, *rest), ((len(prompt), len(prompt) + len(answer)),))
+        for prompt, answer, rest in zip(ids[::3], ids[1::3], ids[2::3], strict=True)
+    ]
+
+
+def repeated(words: Sequence[int], generator: random.Random, longest: int = LONGEST_REPEAT) -> Example:
+    """Random tokens twice over, or more often if they are few; short ones are more frequent, as long ones cost more."""
+    n = round(SHORTEST_REPEAT * (longest / SHORTEST_REPEAT) ** (generator.random() ** 2))
+    once = tuple(generator.sample(words, n))
+    return Example(once * max(2, LEAST_REPEATED // n))
+
+
+def drawn(
+    pools: Mapping[str, Sequence[Example]],
+    shares: Mapping[str, float],
+    words: Sequence[int],
+    generator: random.Random,
+    longest_repeat: int = LONGEST_REPEAT,
+) -> Iterator[Example]:
+    """Examples without end: a kind by its share, then one of its pool; ``repeated`` has no pool."""
+    kinds, weights = list(shares), list(shares.values())
+    while True:
+        kind = generator.choices(kinds, weights)[0]
+        if kind == "repeated":
+            yield repeated(words, generator, longest_repeat)
+        elif generator.random() < SHARE_OF_PAIRS:
+            yield generator.choice(pools[kind]) + generator.choice(pools[kind])
+        else:
+            yield generator.choice(pools[kind])
+
+
+def batches(examples: Iterator[Example], n_tokens: int, generator: random.Random) -> Iterator[list[Example]]:
+    """Batches of examples of similar length, at most ``n_tokens`` with padding, in random order."""
+    while True:
+        rows = sorted(islice(examples, DRAWN_AT_ONCE), key=lambda example: len(example.tokens), reverse=True)
+        found = []
+        while rows:
+            size = max(1, n_tokens // len(rows[0].tokens))
+            found.append(rows[:size])
+            rows = rows[size:]
+        generator.shuffle(found)
+        yield from found
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
+    """Rows as one tensor, padded on the right, and where they are not padding."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(width) < lengths[:, None]
