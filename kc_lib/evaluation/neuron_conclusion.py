@@ -23,6 +23,10 @@ from kc_lib.methods.knowledge_neurons import (
     RelationErasure,
 )
 
+PUBLISHED_UPDATES = (
+    "Published (BERT, own prompts): changed 48.5%, success 34.4%; random neurons 4.7%, 0.0%; perplexity of other facts +8.4 "
+    "within the relation, +7.2 outside."
+)
 FACTORS = {0.0: "suppressed", 2.0: "amplified"}
 
 
@@ -169,7 +173,9 @@ def _about_updates(updates: FactUpdates, seed: int) -> list[str]:
     sides = sides[(sides["relation"] == ALL) & (sides["kind"] == "knowledge")]
     names = {"intra": "of the relation", "inter": "of other relations"}
     told = [f"{names[row['on']]} {_percent(row, 'ratio')}" for row in sides.to_dict("records")]
-    return [*lines, f"- **Side effects of updates**, perplexity of other facts: {'; '.join(told)}."] if told else lines
+    if told:
+        lines.append(f"- **Side effects of updates**, perplexity of other facts: {'; '.join(told)}.")
+    return [*lines, f"- {PUBLISHED_UPDATES}"]
 
 
 def _about_erasure(erasure: RelationErasure, seed: int) -> list[str]:

@@ -10,8 +10,8 @@ from kc_lib.methods.knowledge_neurons.activations import (
 )
 from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions, attribute_neurons, check_attribution
 from kc_lib.methods.knowledge_neurons.controls import KINDS
-from kc_lib.methods.knowledge_neurons.editing import FactUpdates, update_answers, update_facts
-from kc_lib.methods.knowledge_neurons.erasing import RelationErasure, erase_relation
+from kc_lib.methods.knowledge_neurons.editing import FactUpdates, check_fact, update_answers, update_facts
+from kc_lib.methods.knowledge_neurons.erasing import RelationErasure, check_erasing, erase_relation
 from kc_lib.methods.knowledge_neurons.interventions import NeuronChanges, change_neurons
 from kc_lib.methods.knowledge_neurons.refining import NeuronSets, check_refining, random_neurons, refine
 from kc_lib.methods.knowledge_neurons.values import check_update, mean_activations, updated_values
@@ -29,6 +29,8 @@ __all__ = [
     "attribute_neurons",
     "change_neurons",
     "check_attribution",
+    "check_erasing",
+    "check_fact",
     "check_refining",
     "check_update",
     "edited_values",

@@ -181,8 +181,7 @@ def update_answers(
     check_update(l1, l2, scale, embedding)
     wiring = mlp_wiring_of(model)
     check_sets(facts, sets, wiring)
-    if not 0 <= fact < len(facts):
-        raise MethodError(f"there is no fact {fact}: the task has facts 0 to {len(facts) - 1}")
+    check_fact(facts, fact)
     targets, _ = _targets(facts, seed)
     rows: list[dict[str, Any]] = []
     neurons = sets.without_common("knowledge", fact)
@@ -193,6 +192,12 @@ def update_answers(
         if neurons:
             rows += _top_answers(wiring, facts[fact], _edit(wiring, facts[fact], neurons, new, how), n_answers)
     return pd.DataFrame(rows, columns=["on", "prompt", "text", "edited", "rank", "token", "p"])
+
+
+def check_fact(facts: Sequence[ClozeFact], fact: int) -> None:
+    """Raise MethodError for a number that is no fact's."""
+    if not 0 <= fact < len(facts):
+        raise MethodError(f"there is no fact {fact}: the task has facts 0 to {len(facts) - 1}")
 
 
 def _edit(
