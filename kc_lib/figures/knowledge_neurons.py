@@ -250,7 +250,11 @@ def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
         figure, "What updates do to other facts", [str(updates.provenance.get("model", "")), f"n = {n} facts", OVER_FACTS]
     )
     figure.update_xaxes(range=[-0.5, table["on"].nunique() - 0.5])
-    figure.update_yaxes(title_text="perplexity after / before", type="log")
+    decades = range(-3, 31)
+    steps = (1, 2, 5) if times[["times", "times_high"]].max(axis=None) < 300 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    figure.update_yaxes(title_text="perplexity after / before", type="log", tickvals=ticks)
+    figure.update_yaxes(ticktext=[f"{tick:,g}" for tick in ticks])
     return figure.update_layout(width=680, height=450, scattermode="group", scattergap=0.6, legend=BELOW)
 
 

@@ -118,7 +118,7 @@ def update_facts(
     chosen = sets_of_facts(sets, wiring.parts(0).W_out.shape[0], n_random, seed, common=False)
     targets, left_out = _targets(facts, seed)
     before = _unedited(wiring, facts, targets, batch_size)
-    how: dict[str, Any] = {"l1": l1, "l2": l2, "scale": scale, "embedding": embedding, "orient": orient}
+    how: dict[str, Any] = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
     frames, sides, rows = [], [], []
     for fact, target in tqdm(targets.items(), desc="updates", unit="fact", disable=not progress):
         about, new = facts[fact], _token(facts[target])
@@ -186,7 +186,7 @@ def update_answers(
     rows: list[dict[str, Any]] = []
     neurons = sets.without_common("knowledge", fact)
     if fact in targets:
-        how = {"l1": l1, "l2": l2, "scale": scale, "embedding": embedding, "orient": orient}
+        how = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
         new = _token(facts[targets[fact]])
         rows += _top_answers(wiring, facts[fact], {}, n_answers)
         if neurons:

@@ -84,7 +84,7 @@ def mean_activations(
 def check_update(l1: float = 1.0, l2: float = 8.0, scale: str = "code", embedding: str = "output") -> None:
     """Raise MethodError for a parameter that ``updated_values`` cannot use."""
     for name, number in {"l1": l1, "l2": l2}.items():
-        if not math.isfinite(number) or number < 0:
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or number < 0:
             raise MethodError(f"{name} is {number!r}; it must be a number, at least 0")
     if scale not in SCALES:
         raise MethodError(f"scale is {scale!r}; it must be one of {', '.join(SCALES)}")
