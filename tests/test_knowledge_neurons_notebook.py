@@ -28,6 +28,7 @@ WITHOUT_MASK = [
 ]
 FILES = {
     "good.json": relation(prompt_templates=TEMPLATES),
+    "many.json": relation(prompt_templates=[f"w{30 + i} w{60 + 3 * i} {{}} w{90 + i}" for i in range(13)]),
     "outside.json": relation(
         prompt_templates=[
             "The capital of {} is",
@@ -96,7 +97,13 @@ def test_bad_edits_are_ours_and_leave_no_run(given: dict[str, Any], parts: tuple
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 @pytest.mark.parametrize(
-    "given", [{"share": 1.0, "adapt": False}, {"max_facts": 1}, {"n_held_out": 0, "n_prompts": 4}], ids=str
+    "given",
+    [
+        {"relation": "many.json", "n_prompts": 12, "share": 1.0, "adapt": False},
+        {"max_facts": 1},
+        {"n_held_out": 0, "n_prompts": 4},
+    ],
+    ids=str,
 )
 def test_what_finds_nothing_is_a_finding(notebook: str, given: dict[str, Any], usual: dict[str, Any]) -> None:
     """Random weights: no neuron is in every paraphrase; a single fact shares nothing and has no other answer."""
