@@ -251,7 +251,7 @@ def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
     )
     figure.update_xaxes(range=[-0.5, table["on"].nunique() - 0.5])
     decades = range(-3, 31)
-    steps = (1, 2, 5) if times[["times", "times_high"]].max(axis=None) < 300 else (1,)
+    steps = (1, 2, 5) if times[["times", "times_high"]].to_numpy(dtype=float).max() < 300 else (1,)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     figure.update_yaxes(title_text="perplexity after / before", type="log", tickvals=ticks)
     figure.update_yaxes(ticktext=[f"{tick:,g}" for tick in ticks])

@@ -5,7 +5,7 @@ What a neuron writes is its activation times its value vector v, so v - l1 e_old
 activation is positive, and of the size of 1. In a gated MLP an activation is a product of either sign. Where it is negative
 the published formula takes away the new answer and adds the old one, so here the change has the sign of the activation.
 And where it is large so is the edit: in SmolLM2, at sizes of 6 to 40, the published l2 = 8 raises the perplexity of other
-facts a million-fold. There a smaller l2 serves, or the scale "activation", with which one l2 (16) serves models of both kinds.
+facts a million-fold. A smaller l2 serves there, or the scale "activation", with which l2 = 16 serves models of both kinds.
 """
 
 from __future__ import annotations
