@@ -23,7 +23,7 @@ from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.kernels.knowledge_neurons import answer_states, integrated_gradients, quadrature
-from kc_lib.methods.knowledge_neurons import attribute_neurons, refine
+from kc_lib.methods.knowledge_neurons import attribute_knowledge, refine
 from kc_lib.models import load_model
 from kc_lib.tasks import load_cloze
 from kc_lib.tasks.cloze import Cloze
@@ -55,7 +55,7 @@ def main(
     if facts:
         model = load_model("smollm2", device="cpu")
         task = load_cloze(relation, model, n_prompts=paraphrases, max_facts=facts)
-        found, seconds = timed(lambda: attribute_neurons(model, task.facts, progress=True))
+        found, seconds = timed(lambda: attribute_knowledge(model, task.facts, progress=True))
         neurons = refine(found).frame["method"].eq("knowledge").sum() / len(task.facts)
         console.print(
             f"SmolLM2, {len(task.facts)} facts of {relation} in {paraphrases} paraphrases, to a tolerance: {seconds:.0f} s "

@@ -8,7 +8,7 @@ from kc_lib.methods.knowledge_neurons.activations import (
     sentences_of_facts,
     trigger_sentences,
 )
-from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions, attribute_neurons, check_attribution
+from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions, attribute_knowledge, check_attribution
 from kc_lib.methods.knowledge_neurons.controls import KINDS
 from kc_lib.methods.knowledge_neurons.editing import FactUpdates, check_fact, update_answers, update_facts
 from kc_lib.methods.knowledge_neurons.erasing import RelationErasure, check_erasing, erase_relation
@@ -26,7 +26,7 @@ __all__ = [
     "RelationErasure",
     "TriggerSentences",
     "activating_prompts",
-    "attribute_neurons",
+    "attribute_knowledge",
     "change_neurons",
     "check_attribution",
     "check_erasing",

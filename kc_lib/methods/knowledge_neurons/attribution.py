@@ -80,7 +80,7 @@ class NeuronAttributions:
         return cls(frame, pd.DataFrame(about["prompts"]), pd.DataFrame(about["facts"]), about["provenance"])
 
 
-def attribute_neurons(
+def attribute_knowledge(
     model: TransformerBridge,
     facts: Sequence[ClozeFact],
     *,
@@ -164,7 +164,7 @@ def check_attribution(
     kept: float = 0.1,
     batch_size: int = 16,
 ) -> None:
-    """Raise MethodError for a parameter that ``attribute_neurons`` cannot use."""
+    """Raise MethodError for a parameter that ``attribute_knowledge`` cannot use."""
     for name, number in {"steps": steps, "batch_size": batch_size}.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise MethodError(f"{name} is {number!r}; it must be a whole number, at least 1")
