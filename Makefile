@@ -40,7 +40,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=...] [TORCH_INDEX=...] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(ENV_STAMP) $(MODEL_STAMP) ## make .venv with everything in it (the other targets do it when needed)
 	@echo "setup: $(VENV) is ready"
