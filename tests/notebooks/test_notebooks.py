@@ -30,7 +30,7 @@ REDUCED = {
 REDUCED_OF = {
     "head_classification": {"relations": "country_capital", "max_facts": "24", "scores": "previous_token induction"},
     "knowledge_neurons": {"model": "nano", "max_facts": "6"},
-    "fact_editing": {"model": "nano", "max_facts": "6"},
+    "fact_editing": {"model": "nano", "max_facts": "6", "l2": "8.0"},
 }
 ABSOLUTE = re.compile(r"""(?<![\w.~<])(/(home|root|work|tmp|Users|mnt|data|opt|var|usr|content)/|~/|[A-Za-z]:\\)""")
 
