@@ -66,7 +66,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 BAD_EDITS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"l2": -1.0}, ("l2 is -1.0",)),
-    ({"scale": "magic"}, ("'magic'", "activation")),
+    ({"scale": "magic"}, ("'magic'", "paper")),
     ({"erase": "country_capital"}, ("'country_capital'", "numbers")),
     ({"n_neurons": 0}, ("neurons is 0",)),
     ({"n_other": -1}, ("n_other is -1",)),
