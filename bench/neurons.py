@@ -37,7 +37,7 @@ LAYERS = {"smollm2": (0, 14, 29)}  # compared; of other models every layer
 
 
 def main(
-    relation: Annotated[str, typer.Option(help="a relation")] = "country_capital",
+    relation: Annotated[str, typer.Option(help="a relation")] = "country_language",
     models: Annotated[str, typer.Option(help="compared, separated by spaces")] = "smollm2 nano-bert nano",
     steps: Annotated[int, typer.Option(help="points of the integral")] = 20,
     facts: Annotated[int, typer.Option(help="facts of the second part, on SmolLM2; 0 leaves it out")] = 30,

@@ -165,11 +165,12 @@ def test_an_interrupted_run_goes_on(small_model: SmallModel, tmp_path: Path, mon
         return plain(wiring, some, *rest)  # type: ignore[arg-type]  # passed through
 
     monkeypatch.setattr(attribution, "_attributed", counted)
+    monkeypatch.setattr(attribution, "FACTS_AT_ONCE", 2)
     with pytest.raises(KeyboardInterrupt):
         attribute_knowledge(model, facts, checkpoint=file)
-    assert len(NeuronAttributions.load(file).facts) == 4
+    assert len(NeuronAttributions.load(file).facts) == 2
     resumed = attribute_knowledge(model, facts, checkpoint=file)
-    assert runs == [4, 1, 1]
+    assert runs == [2, 2, 2, 1]
     pd.testing.assert_frame_equal(resumed.frame, whole.frame)
     assert resumed.provenance == whole.provenance
     with pytest.raises(MethodError, match="another model, task or set"):
