@@ -36,11 +36,11 @@ PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 NO_COMPILE := /(tests|testing|sympy|networkx|wandb|mypy|mypyc|pip|debugpy|_inductor|graph_objs/[a-z]+|transformers/models)/
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help setup demo test lab lint nano bench bench-acdc bench-methods bench-heads bench-tracing clean distclean
+.PHONY: help setup demo test lab lint nano bench bench-acdc bench-methods bench-heads bench-tracing bench-neurons clean distclean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=...] [TORCH_INDEX=...] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(ENV_STAMP) $(MODEL_STAMP) ## make .venv with everything in it (the other targets do it when needed)
 	@echo "setup: $(VENV) is ready"
@@ -77,6 +77,9 @@ bench-heads: $(ENV_STAMP) $(MODEL_STAMP) ## all general head scores of SmolLM2, 
 
 bench-tracing: $(ENV_STAMP) $(MODEL_STAMP) ## time causal tracing beside one forward pass per cell
 	@$(BIN)/python bench/tracing.py $(ARGS)
+
+bench-neurons: $(ENV_STAMP) $(MODEL_STAMP) ## time knowledge neurons beside the published procedure
+	@$(BIN)/python bench/neurons.py $(ARGS)
 
 clean: ## remove caches and build products
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,6 +314,20 @@ def run_cells(notebook: Path = NOTEBOOK, /, **parameters: Any) -> None:
                 names.update(parameters)
 
 
+def assert_refused(notebook: Path, parts: Sequence[str], /, **parameters: Any) -> None:
+    """The notebook ends with an error of ours, in one line that says this, as kc prints it, and leaves no run in ``out``."""
+    with pytest.raises(KnowledgeCircuitsError) as error:
+        run_cells(notebook, **parameters)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert visible_runs(Path(parameters["out"])) == []
+    told = PapermillExecutionError(1, 1, "", type(error.value).__name__, message, [])
+    assert type(cli._as_ours(told)) is type(error.value)  # so kc prints this line
+    assert str(cli._as_ours(told)) == message
+
+
 def relation(**changes: Any) -> str:
     document = {
         "name": "numbers",
@@ -388,16 +402,7 @@ def test_bad_values_in_the_notebook_are_ours_and_leave_no_run(
         else:
             write_csv(Path(name), content)
     usual = {"model": str(small_folder("llama")), "task": "good.csv", "known_only": False, "device": "cpu", "out": "out"}
-    with pytest.raises(KnowledgeCircuitsError) as error:
-        run_cells(**(usual | given))
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    assert visible_runs(tmp_path / "out") == []
-    told = PapermillExecutionError(1, 1, "", type(error.value).__name__, message, [])
-    assert type(cli._as_ours(told)) is type(error.value)  # so kc prints this line
-    assert str(cli._as_ours(told)) == message
+    assert_refused(NOTEBOOK, parts, **(usual | given))
 
 
 SMALL_RUN = {"known_only": False, "device": "cpu", "out": "out", "steps": 2, "size": 0.2}

@@ -23,6 +23,8 @@ from kc_lib.methods.knowledge_neurons import (
     FactUpdates,
     RelationErasure,
     erase_relation,
+    mean_activations,
+    update_answers,
     update_facts,
     updated_values,
 )
@@ -146,6 +148,54 @@ def test_update_by_hand(kind: str, small_folder: Callable[[str], Path], small_mo
         updated_values(wiring, [(1, 5)], 50, 61, scale="both")
     with pytest.raises(MethodError, match="embedding is 'tied'"):
         updated_values(wiring, [(1, 5)], 50, 61, embedding="tied")
+    with pytest.raises(MethodError, match="l2 is nan"):
+        updated_values(wiring, [(1, 5)], 50, 61, l2=float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
+    """What a neuron of -4 writes moves by 4 (l2 e_new - l1 e_old), scaled; as published it moves the other way."""
+    wiring, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    weight = oracle.output_layer(plain, kind, 1).weight
+    neurons, fired = [(1, 5), (1, 6), (1, 7)], torch.tensor([-4.0, 0.5, 0.0])
+    table = plain.get_output_embeddings().weight
+    old, new = table[50], table[61]
+    ways: dict[tuple[str, bool], list[float]] = {  # by what the published change is multiplied
+        ("code", False): [1.0, 1.0, 1.0],
+        ("code", True): [-1.0, 1.0, 1.0],
+        ("paper", True): [-1.0, 1.0, 1.0],
+    }
+    for (scale, orient), factors in ways.items():
+        found = updated_values(wiring, neurons, 50, 61, l1=0.5, l2=3.0, scale=scale, activations=fired, orient=orient)
+        for (_, neuron), factor in zip(neurons, factors, strict=True):
+            v = weight[neuron] if kind == "gpt2" else weight[:, neuron]
+            lengths = (1.0, 1.0) if scale == "paper" else (v.norm() / old.norm(), v.norm() / new.norm())
+            change = factor * (3.0 * new * lengths[1] - 0.5 * old * lengths[0])
+            torch.testing.assert_close(found[1, neuron], v + change, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_activations_where_the_answer_is_predicted(
+    kind: str, small_folder: Callable[[str], Path], small_model: Load
+) -> None:
+    wiring, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    clozes = [prompt.clozes[0] for fact in made_facts(kind)[:2] for prompt in fact.prompts]
+    found = mean_activations(wiring, clozes, [(1, 5), (0, 3)], batch_size=2)
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        oracle.output_layer(plain, kind, layer).register_forward_pre_hook(
+            lambda _, given, layer=layer: seen.update({layer: given[0]})
+        )
+        for layer in (0, 1)
+    ]
+    expected = torch.zeros(2)
+    for cloze in clozes:
+        with torch.no_grad():
+            plain(torch.tensor([cloze.tokens]))
+        expected += torch.stack([seen[1][0, cloze.position, 5], seen[0][0, cloze.position, 3]])
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(found, expected / len(clozes), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,7 +221,8 @@ def test_updates_equal_a_plain_model(
     for fact, variants in list(enumerate(chosen))[:5]:
         assert new[fact] != int(facts[fact].answer)
         for (of, draw), neurons in variants.items():
-            values = updated_values(wiring, neurons, int(facts[fact].answer), new[fact], l2=3.0)
+            fired = mean_activations(wiring, [prompt.clozes[0] for prompt in facts[fact].prompts], neurons)
+            values = updated_values(wiring, neurons, int(facts[fact].answer), new[fact], l2=3.0, activations=fired)
             plain = plainly_edited(small_folder(kind), kind, values)
             rows = found.frame[(found.frame["fact"] == fact) & (found.frame["kind"] == of) & (found.frame["draw"] == draw)]
             assert rows["on"].tolist() == ["own"] * 3 + ["held_out"]
@@ -200,7 +251,8 @@ def test_perplexity_of_other_facts(kind: str, small_folder: Callable[[str], Path
     sets = made_sets(facts, {0: [(1, 5), (0, 3)]})
     found = update_facts(model, facts, sets, n_other=100, n_random=0)
     new = int(found.facts["new_answer"][0])
-    values = updated_values(mlp_wiring_of(model), sets.of("knowledge", 0), 50, new)
+    fired = mean_activations(mlp_wiring_of(model), [prompt.clozes[0] for prompt in facts[0].prompts], [(0, 3), (1, 5)])
+    values = updated_values(mlp_wiring_of(model), sets.of("knowledge", 0), 50, new, activations=fired)
     models = {"nll_before": inner(small_folder(kind), kind), "nll": plainly_edited(small_folder(kind), kind, values)}
     for on, others in (("intra", facts[1:3]), ("inter", facts[3:])):
         (row,) = found.others[found.others["on"] == on].to_dict("records")
@@ -212,6 +264,31 @@ def test_perplexity_of_other_facts(kind: str, small_folder: Callable[[str], Path
                 for prompt in fact.prompts
             ]
             assert row[name] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_one_update_in_detail_is_that_of_all(kind: str, small_model: Load) -> None:
+    model, facts = small_model(kind), made_facts(kind)
+    before = bits(model)
+    sets = made_sets(facts, {0: [(1, 5), (0, 3)], 5: [(0, 1)]})
+    found = update_answers(model, facts, sets, 0, l2=3.0, n_answers=300)
+    updates = update_facts(model, facts, sets, l2=3.0, n_random=0)
+    new = str(updates.facts["new_answer"][0])
+    assert_same_bits(model, before)
+    assert found.groupby(["edited", "on"])["prompt"].nunique().to_dict() == {
+        (edited, on): n for edited in (False, True) for on, n in (("own", 3), ("held_out", 1))
+    }
+    word = model.tokenizer.decode([int(new)])
+    for row in updates.frame.to_dict("records"):
+        of_prompt = found[(found["prompt"] == row["prompt"]) & (found["token"] == word)]
+        for edited, suffix in ((False, "_before"), (True, "")):
+            (told,) = of_prompt[of_prompt["edited"] == edited].to_dict("records")
+            assert told["rank"] == row[f"rank{suffix}"]
+            assert told["p"] == pytest.approx(row[f"p{suffix}"], rel=1e-4)
+    assert not update_answers(model, facts, sets, 1)["edited"].any()  # no neurons
+    assert update_answers(model, facts, sets, 5).empty  # an answer of several tokens
+    with pytest.raises(MethodError, match="there is no fact 6"):
+        update_answers(model, facts, sets, 6)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])

@@ -94,6 +94,7 @@ def made_updates(seed: int = 0) -> FactUpdates:
     names += ["p_gold_before", "p_gold", "n_neurons"]
     sides = ["kind", "draw", "fact", "on", "n_prompts", "nll_before", "nll"]
     provenance = {"model": "tiny", "n_facts": 12, "n_updated": 11, "left_out": {"answer of several tokens": 1}}
+    provenance["empty"] = {"knowledge": 2, "base": 0}
     about = facts().head(N_FACTS - 1).assign(new_answer="b", new_answer_of="t")
     return FactUpdates(
         pd.DataFrame(rows, columns=names), pd.DataFrame(others, columns=sides), about, provenance | {"l1": 1.0, "l2": 8.0}
@@ -282,6 +283,7 @@ def test_empty_sets_are_said() -> None:
         lambda: figures.neuron_overlap_figure(sets),
         lambda: figures.change_ratio_figure(no_changes),
         lambda: figures.update_figure(none),
+        lambda: figures.side_effect_figure(none),
         lambda: figures.erase_figure([nothing]),
     ):
         with pytest.raises(MethodError, match="nothing to show"):
@@ -304,6 +306,7 @@ def shown(tmp_path: Path) -> dict[str, go.Figure]:
         "other": figures.change_ratio_figure(changes, on="other"),
         "activating": figures.activating_figure(activations),
         "update": figures.update_figure(updates),
+        "sides": figures.side_effect_figure(updates),
         "erase": figures.erase_figure(erasures),
     }
 
@@ -311,6 +314,11 @@ def shown(tmp_path: Path) -> dict[str, go.Figure]:
 def test_figures_show_the_tables(tmp_path: Path) -> None:
     drawn = shown(tmp_path)
     assert all("tiny" in figure.layout.title.subtitle.text for figure in drawn.values())
+    sides = evaluation.side_effects(made_updates()).query("relation == 'all'")
+    for trace in drawn["sides"].data:
+        rows = sides[sides["kind"] == trace.name]
+        assert list(trace.y) == pytest.approx((rows["perplexity"] / rows["perplexity_before"]).tolist())
+        assert list(trace.error_y.array) == pytest.approx((rows["ratio_high"] - rows["ratio"]).tolist())
     own = {(trace.name, trace.xaxis): trace for trace in drawn["own"].data}
     table = evaluation.change_ratios(made_changes()).query("on == 'own'")
     for (kind, axis), trace in own.items():

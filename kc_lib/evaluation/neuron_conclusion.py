@@ -23,6 +23,10 @@ from kc_lib.methods.knowledge_neurons import (
     RelationErasure,
 )
 
+PUBLISHED_UPDATES = (
+    "Published (BERT, own prompts): changed 48.5%, success 34.4%; random neurons 4.7%, 0.0%; perplexity of other facts +8.4 "
+    "within the relation, +7.2 outside."
+)
 FACTORS = {0.0: "suppressed", 2.0: "amplified"}
 
 
@@ -50,7 +54,9 @@ def neurons_headline(
                 told[f"activation on {row['sentences']}"] = _figure(row, "activation", 3)
     if updates is not None:
         for row in update_rates(updates).query("relation == @ALL and kind != 'base'").to_dict("records"):
-            told[f"update success, {row['kind']}, {row['on'].replace('_', '-')} prompts"] = _percent(row, "success_1")
+            told[f"update success, {row['kind']}, {row['on'].replace('_', '-')} prompts"] = _percent(
+                row, "success_1", sign=False
+            )
     for row in erasure_effects(erasures, seed).query("kind == 'knowledge' and on != 'other'").to_dict("records"):
         told[f"erasing {row['erased']}: {row['on']}"] = f"perplexity {_percent(row, 'ratio')}"
     return told
@@ -152,7 +158,10 @@ def _about_activations(activations: NeuronActivations, seed: int) -> list[str]:
 
 def _about_updates(updates: FactUpdates, seed: int) -> list[str]:
     left_out = "".join(f"; {count} left out: {reason}" for reason, count in updates.provenance["left_out"].items())
-    about = f"{updates.provenance['n_updated']} of {updates.provenance['n_facts']} facts{left_out}"
+    counted = updates.provenance
+    n_without = counted["empty"]["knowledge"]
+    without = f"; {n_without} have no neurons of their own" if n_without else ""
+    about = f"{counted['n_updated'] - n_without} of {counted['n_facts']} facts{left_out}{without}"
     if updates.frame.empty:
         return [f"- **Update** ({about}): no fact has neurons of its own, so nothing was updated."]
     rates = update_rates(updates)
@@ -169,7 +178,9 @@ def _about_updates(updates: FactUpdates, seed: int) -> list[str]:
     sides = sides[(sides["relation"] == ALL) & (sides["kind"] == "knowledge")]
     names = {"intra": "of the relation", "inter": "of other relations"}
     told = [f"{names[row['on']]} {_percent(row, 'ratio')}" for row in sides.to_dict("records")]
-    return [*lines, f"- **Side effects of updates**, perplexity of other facts: {'; '.join(told)}."] if told else lines
+    if told:
+        lines.append(f"- **Side effects of updates**, perplexity of other facts: {'; '.join(told)}.")
+    return [*lines, f"- {PUBLISHED_UPDATES}"]
 
 
 def _about_erasure(erasure: RelationErasure, seed: int) -> list[str]:

@@ -22,6 +22,7 @@ from kc_lib.figures.knowledge_neurons import (
     neuron_layer_figure,
     neuron_overlap_figure,
     neurons_per_fact_figure,
+    side_effect_figure,
     update_figure,
 )
 from kc_lib.figures.minimality import minimality_figure
@@ -83,6 +84,7 @@ __all__ = [
     "recurrence_figure",
     "score_distribution",
     "severing_bars",
+    "side_effect_figure",
     "similarity_over_training",
     "top_edges_table",
     "top_nodes_table",

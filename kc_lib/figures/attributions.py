@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from kc_lib.errors import MethodError
@@ -29,8 +30,8 @@ def attribution_figure(
     rows = rows[rows["fact"] == fact]
     if rows.empty:
         raise MethodError(f"fact {fact} has no neurons to show; facts are 0 to {len(attributions.facts) - 1}")
-    about = attributions.facts.set_index("fact").loc[fact]
-    found = rows.groupby(["layer", "neuron"])["prompt"].transform("size")
+    about = attributions.facts[attributions.facts["fact"] == fact].iloc[0]
+    found: pd.Series = rows.groupby(["layer", "neuron"])["prompt"].transform("size")
     n_prompts = int(about["n_prompts"])
     figure, width = go.Figure(), 0.6
     shown = {FEW: found == 1, SOME: (found > 1) & (found < n_prompts), EVERY: (found == n_prompts) & (found > 1)}

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation.neuron_effects import activation_means, change_ratios, erasure_effects, update_rates
+from kc_lib.evaluation.neuron_effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
 from kc_lib.evaluation.neuron_sets import ALL, METHODS, layer_shares, neurons_per_fact, overlaps, set_sizes
 from kc_lib.figures.style import (
     DARK,
@@ -205,10 +205,57 @@ def update_figure(updates: FactUpdates) -> go.Figure:
     figure.update_yaxes(title_text="share of facts", col=1)
     about = updates.provenance
     told = [str(about.get("model", "")), f"n = {int(table['n'].max())} facts", f"l1 = {about['l1']:g}, l2 = {about['l2']:g}"]
-    titled(figure, "Facts given another answer by their neurons", [*told, "whiskers: 95% Wilson intervals over facts"])
+    told += ["" if about.get("orient", True) else "not oriented"]
+    titled(
+        figure,
+        "Facts given another answer by their neurons",
+        [*filter(None, told), "whiskers: 95% Wilson intervals over facts"],
+    )
     return figure.update_layout(
         width=420 + 280 * len(shown), height=470, margin={"t": 115}, barmode="group", legend=BELOW | {"y": -0.24}
     )
+
+
+def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
+    """How many times as large updating a fact makes the perplexity of other facts, of its relation and of others.
+
+    On a logarithmic axis: an edit that is too large for a model multiplies perplexities by thousands.
+
+    Raises:
+        MethodError: no fact was updated, or there are no others.
+    """
+    table = side_effects(updates, seed)
+    table = table[table["relation"] == ALL]
+    _filled(table, "no fact was updated, or there are no other facts: there is nothing to show")
+    times = table.assign(**{f"times{end}": 1 + table[f"ratio{end}"] for end in ("", "_low", "_high")})
+    names = {"intra": "other facts of the relation", "inter": "facts of other relations"}
+    figure = go.Figure()
+    for kind in KINDS:
+        rows = times[times["kind"] == kind]
+        if rows.empty:
+            continue
+        figure.add_scatter(
+            x=rows["on"].map(names).tolist(),
+            y=rows["times"].tolist(),
+            error_y=whiskers(_records(rows), "times"),
+            mode="markers",
+            marker={"color": COLOURS[kind], "size": 11},
+            name=kind,
+            hovertext=[f"{kind}, {names[row['on']]}<br>{figure_text(row, 'times', 3)} times" for row in _records(rows)],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    figure.add_hline(1, line={"color": DARK, "width": 1, "dash": "dot"})
+    n = int(table["n"].max())
+    titled(
+        figure, "What updates do to other facts", [str(updates.provenance.get("model", "")), f"n = {n} facts", OVER_FACTS]
+    )
+    figure.update_xaxes(range=[-0.5, table["on"].nunique() - 0.5])
+    decades = range(-3, 31)
+    steps = (1, 2, 5) if times[["times", "times_high"]].to_numpy(dtype=float).max() < 300 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    figure.update_yaxes(title_text="perplexity after / before", type="log", tickvals=ticks)
+    figure.update_yaxes(ticktext=[f"{tick:,g}" for tick in ticks])
+    return figure.update_layout(width=680, height=450, scattermode="group", scattergap=0.6, legend=BELOW)
 
 
 def erase_figure(erasures: Sequence[RelationErasure], seed: int = 0) -> go.Figure:

@@ -38,6 +38,7 @@ REDUCED_OF = {
     },
     "head_classification": {"relations": "country_capital", "max_facts": "24", "scores": "previous_token induction"},
     "knowledge_neurons": {"max_facts": "4", "n_random": "1"},
+    "fact_editing": {"max_facts": "6", "n_random": "1", "l2": "8.0"},
 }
 ABSOLUTE = re.compile(r"""(?<![\w.~<])(/(home|root|work|tmp|Users|mnt|data|opt|var|usr|content)/|~/|[A-Za-z]:\\)""")
 

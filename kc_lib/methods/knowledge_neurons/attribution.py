@@ -40,7 +40,7 @@ from kc_lib.wiring import MlpWiring, mlp_wiring_of
 METHODS = ("knowledge", "base")
 ADAPTIVE = "adaptive"
 COLUMNS = ("fact", "prompt", "method", "layer", "neuron", "value")
-FACTS_AT_ONCE = 4  # facts whose prompts of one length share a batch; a checkpoint is written after each such group
+FACTS_AT_ONCE = 8  # facts whose prompts of one length share a batch; a checkpoint is written after each such group
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class NeuronAttributions:
         return cls(frame, pd.DataFrame(about["prompts"]), pd.DataFrame(about["facts"]), about["provenance"])
 
 
-def attribute_neurons(
+def attribute_knowledge(
     model: TransformerBridge,
     facts: Sequence[ClozeFact],
     *,
     rule: str = "adaptive",
     steps: int = 20,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     target: str | int = "gold",
     kept: float = 0.1,
     batch_size: int = 16,
@@ -159,12 +159,12 @@ def attribute_neurons(
 def check_attribution(
     rule: str = "adaptive",
     steps: int = 20,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     target: str | int = "gold",
     kept: float = 0.1,
     batch_size: int = 16,
 ) -> None:
-    """Raise MethodError for a parameter that ``attribute_neurons`` cannot use."""
+    """Raise MethodError for a parameter that ``attribute_knowledge`` cannot use."""
     for name, number in {"steps": steps, "batch_size": batch_size}.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise MethodError(f"{name} is {number!r}; it must be a whole number, at least 1")

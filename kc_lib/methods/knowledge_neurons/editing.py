@@ -3,7 +3,8 @@
 Every neuron of the fact that is not common in its relation has its value vector v changed to v - l1 e_old + l2 e_new, e the
 embeddings of the old and of another answer of the same relation. The paper subtracts embeddings as they are; its code scales
 them to the length of v, which is the default here. The paper's model has one matrix for embedding and unembedding; where
-there are two it is the unembedding that the logits are read with, so that is the default.
+there are two it is the unembedding that the logits are read with, so that is the default. Gated MLPs need one thing more:
+the change is turned to the sign of the neuron's activation (``values.py``).
 What the model then answers is seen on the prompts that found the neurons and on those that did not, and on other facts.
 """
 
@@ -18,25 +19,22 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.checks import checked
 from kc_lib.errors import MethodError
-from kc_lib.kernels.value_vectors import Answers, edited_answers, edited_values, value_vectors
+from kc_lib.kernels.knowledge_neurons import answer_states
+from kc_lib.kernels.value_vectors import Answers, Values, edited_answers, edited_values
 from kc_lib.methods.knowledge_neurons.controls import Variant, check_numbers, check_sets, sets_of_facts
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
+from kc_lib.methods.knowledge_neurons.values import check_update, mean_activations, updated_values
 from kc_lib.models import model_name
 from kc_lib.tables import load_table, save_table
 from kc_lib.tasks.cloze import Cloze, ClozeFact, ClozePrompt
 from kc_lib.wiring import MlpWiring, mlp_wiring_of
 
-__all__ = ["FactUpdates", "edited_values", "update_facts", "updated_values"]
+__all__ = ["FactUpdates", "update_answers", "update_facts"]
 
-SCALES = ("code", "paper")
-EMBEDDINGS = ("output", "input")
 COLUMNS = (
     *("kind", "draw", "fact", "on", "prompt", "changed", "rank_before", "rank", "p_before", "p"),
     *("p_gold_before", "p_gold", "n_neurons"),
@@ -91,6 +89,7 @@ def update_facts(
     l2: float = 8.0,
     scale: str = "code",
     embedding: str = "output",
+    orient: bool = True,
     n_other: int = 20,
     n_random: int = 3,
     batch_size: int = 32,
@@ -104,7 +103,7 @@ def update_facts(
 
     Args:
         sets: of these facts, from ``refine``; neurons that more than a tenth of a relation's facts have are not changed.
-        l1, l2, scale, embedding: see ``updated_values``.
+        l1, l2, scale, embedding, orient: see ``updated_values``; the activations are means over the fact's own prompts.
         n_other: prompts of other facts per fact, drawn by seed, at most: as many of the relation and of other relations.
         n_random: draws of random neurons of the same layers.
 
@@ -113,12 +112,13 @@ def update_facts(
         ModelError: as ``mlp_wiring_of``; or weights that cannot be written in place.
     """
     check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
-    check_update(scale, embedding)
+    check_update(l1, l2, scale, embedding)
     wiring = mlp_wiring_of(model)
     check_sets(facts, sets, wiring)
     chosen = sets_of_facts(sets, wiring.parts(0).W_out.shape[0], n_random, seed, common=False)
     targets, left_out = _targets(facts, seed)
     before = _unedited(wiring, facts, targets, batch_size)
+    how: dict[str, Any] = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
     frames, sides, rows = [], [], []
     for fact, target in tqdm(targets.items(), desc="updates", unit="fact", disable=not progress):
         about, new = facts[fact], _token(facts[target])
@@ -129,10 +129,7 @@ def update_facts(
         prompts = _prompts_for(facts, fact, n_other, seed)
         asked = [(i, cloze) for i, (_, of, number) in enumerate(prompts) for cloze in _all(facts[of])[number].clozes]
         tokens = torch.tensor([[cloze.target, new] for _, cloze in asked])
-        edits = [
-            updated_values(wiring, neurons, _token(about), new, l1=l1, l2=l2, scale=scale, embedding=embedding)
-            for neurons in chosen[fact].values()
-        ]
+        edits = [_edit(wiring, about, neurons, new, how, batch_size) for neurons in chosen[fact].values()]
         after = edited_answers(wiring, [cloze for _, cloze in asked], tokens, edits, batch_size)
         unedited = [before[of, number] for _, of, number in prompts]
         for (variant, neurons), answers in zip(chosen[fact].items(), after, strict=True):
@@ -145,10 +142,7 @@ def update_facts(
     }
     provenance = {
         "model": model_name(model),
-        "l1": l1,
-        "l2": l2,
-        "scale": scale,
-        "embedding": embedding,
+        **how,
         "n_other": n_other,
         "n_random": n_random,
         "seed": seed,
@@ -161,46 +155,77 @@ def update_facts(
     return FactUpdates(_joined(frames, COLUMNS), _joined(sides, SIDE_COLUMNS), pd.DataFrame(rows, columns=names), provenance)
 
 
-def check_update(scale: str = "code", embedding: str = "output") -> None:
-    """Raise MethodError for a parameter that ``update_facts`` cannot use."""
-    if scale not in SCALES:
-        raise MethodError(f"scale is {scale!r}; it must be one of {', '.join(SCALES)}")
-    if embedding not in EMBEDDINGS:
-        raise MethodError(f"embedding is {embedding!r}; it must be one of {', '.join(EMBEDDINGS)}")
-
-
-@torch.no_grad()
-@checked
-def updated_values(
-    wiring: MlpWiring,
-    neurons: Sequence[Neuron],
-    old: int,
-    new: int,
+def update_answers(
+    model: TransformerBridge,
+    facts: Sequence[ClozeFact],
+    sets: NeuronSets,
+    fact: int,
     *,
     l1: float = 1.0,
     l2: float = 8.0,
     scale: str = "code",
     embedding: str = "output",
-) -> dict[Neuron, Float[Tensor, " d_model"]]:
-    """The value vectors v - l1 e_old + l2 e_new of the neurons, for ``edited_values``.
+    orient: bool = True,
+    n_answers: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One of the updates of ``update_facts`` in detail: what the model answers to each of the fact's prompts.
 
-    Args:
-        old, new: tokens.
-        scale: "code" scales both embeddings to the length of v; "paper" takes them as they are.
-        embedding: "output", columns of the unembedding; or "input", rows of the embedding, as the model stores them.
+    Columns: on ("own" or "held_out"), prompt, text, edited, rank (up to ``n_answers``), token, p. There are no edited rows
+    for a fact that has no neurons of its own, and no rows for one that is left out (see ``update_facts``).
 
     Raises:
-        MethodError: a neuron the model does not have, or a parameter out of range.
+        MethodError, ModelError: as ``update_facts``; MethodError also for a fact that is not there.
     """
-    check_update(scale, embedding)
-    values = value_vectors(wiring, neurons)
-    table = wiring.W_U.T if embedding == "output" else wiring.model.embed.W_E.detach()
-    e_old, e_new = (table[token].float() for token in (old, new))
-    updated: dict[Neuron, Tensor] = {}
-    for neuron, value in zip(neurons, values.float(), strict=True):
-        ratios = [value.norm() / e.norm() if scale == "code" else 1.0 for e in (e_old, e_new)]
-        updated[neuron] = (value - l1 * ratios[0] * e_old + l2 * ratios[1] * e_new).to(values.dtype)
-    return updated
+    check_numbers(answers=n_answers)
+    check_update(l1, l2, scale, embedding)
+    wiring = mlp_wiring_of(model)
+    check_sets(facts, sets, wiring)
+    check_fact(facts, fact)
+    targets, _ = _targets(facts, seed)
+    rows: list[dict[str, Any]] = []
+    neurons = sets.without_common("knowledge", fact)
+    if fact in targets:
+        how = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
+        new = _token(facts[targets[fact]])
+        rows += _top_answers(wiring, facts[fact], {}, n_answers)
+        if neurons:
+            rows += _top_answers(wiring, facts[fact], _edit(wiring, facts[fact], neurons, new, how), n_answers)
+    return pd.DataFrame(rows, columns=["on", "prompt", "text", "edited", "rank", "token", "p"])
+
+
+def check_fact(facts: Sequence[ClozeFact], fact: int) -> None:
+    """Raise MethodError for a number that is no fact's."""
+    if not 0 <= fact < len(facts):
+        raise MethodError(f"there is no fact {fact}: the task has facts 0 to {len(facts) - 1}")
+
+
+def _edit(
+    wiring: MlpWiring,
+    fact: ClozeFact,
+    neurons: Sequence[Neuron],
+    new: int,
+    how: Mapping[str, Any],
+    batch_size: int = 32,
+) -> Values:
+    clozes = [prompt.clozes[0] for prompt in fact.prompts]
+    activations = mean_activations(wiring, clozes, neurons, batch_size)
+    return updated_values(wiring, neurons, _token(fact), new, activations=activations, **how)
+
+
+def _top_answers(wiring: MlpWiring, fact: ClozeFact, edit: Values, n_answers: int) -> list[dict[str, Any]]:
+    rows = []
+    with edited_values(wiring, edit):
+        for number, prompt in enumerate(_all(fact)):
+            cloze = prompt.clozes[0]
+            states = answer_states(wiring, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
+            p_all = states.logits[0].softmax(-1)
+            top = p_all.topk(min(n_answers, len(p_all)))
+            about = {"on": "own" if number < len(fact.prompts) else "held_out", "prompt": number, "text": prompt.text}
+            for rank, (p, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
+                word = wiring.model.tokenizer.decode([token])
+                rows.append(about | {"edited": bool(edit), "rank": rank, "token": word, "p": p})
+    return rows
 
 
 def _targets(facts: Sequence[ClozeFact], seed: int) -> tuple[dict[int, int], dict[str, int]]:

@@ -85,12 +85,11 @@ def erase_relation(
         MethodError: an unknown relation, sets of other facts or of another model, or a number out of range.
         ModelError: as ``mlp_wiring_of``; or weights that cannot be written in place.
     """
-    check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size, neurons=n_neurons)
+    check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
     wiring = mlp_wiring_of(model)
     check_sets(facts, sets, wiring)
+    check_erasing(facts, relation, n_neurons)
     relations = list(dict.fromkeys(fact.relation for fact in facts))
-    if relation not in relations:
-        raise MethodError(f"no fact of the relation {relation!r}: the facts are of {', '.join(relations)}")
     knowledge, base = (sets.of_relation(method, relation)[:n_neurons] for method in ("knowledge", "base"))
     chosen = with_random(knowledge, base, wiring.parts(0).W_out.shape[0], n_random, seed)
     prompts = _asked(facts, relation, relations, n_other, seed)
@@ -124,6 +123,14 @@ def erase_relation(
         pd.DataFrame(zeroed, columns=["kind", "draw", "layer", "neuron"]),
         provenance,
     )
+
+
+def check_erasing(facts: Sequence[ClozeFact], relation: str, n_neurons: int = 20) -> None:
+    """Raise MethodError for a relation or a number that ``erase_relation`` cannot use."""
+    check_numbers(neurons=n_neurons)
+    relations = list(dict.fromkeys(fact.relation for fact in facts))
+    if relation not in relations:
+        raise MethodError(f"no fact of the relation {relation!r}: the facts are of {', '.join(relations)}")
 
 
 def _asked(
