@@ -236,9 +236,8 @@ def consistency_rows(
             continue
         scores = general_head_scores(model, seed=draw.seed).scores
         for share in algorithm_shares(model, _strangers(model, draw), candidates, scores, batch_size=batch_size):
-            about = {"part": share.step, "note": share.note}
-            rows.append(_row(draw, "share_absolute", share.absolute, **about))
-            rows.append(_row(draw, "share_signed", share.signed, **about))
+            rows.append(_row(draw, "share_absolute", share.absolute, part=share.step, note=share.note))
+            rows.append(_row(draw, "share_signed", share.signed, part=share.step, note=share.note))
             rows.append(_row(draw, "n_kind", share.n_kind, part=share.step))
             rows.append(_row(draw, "n_candidates", share.n_candidates, part=share.step))
     return _rows(rows)
