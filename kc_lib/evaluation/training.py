@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
+from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError
 from kc_lib.evaluation.behaviour import behaviour
 from kc_lib.evaluation.circuits import complement, random_nulls
@@ -87,9 +88,8 @@ def training_measures(
         raise MethodError(
             f"faithfulness {faithfulness!r}, minimal_effect {minimal_effect!r}: give a share above 0 and an effect above 0"
         )
-    for name, number, least in (("n_random", n_random, 1), ("n_resamples", n_resamples, 2), ("batch_size", batch_size, 1)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise MethodError(f"{name} is {number!r}; it must be a whole number, at least {least}")
+    check_counts(1, n_random=n_random, batch_size=batch_size)
+    check_counts(2, n_resamples=n_resamples)
     search: dict[str, Any] = {"method": method, "steps": steps, "faithfulness": faithfulness, "selection": selection}
     search |= {"minimal_effect": minimal_effect, "batch_size": batch_size}
     circuit = partial(circuit_rows, metric=metric, n_random=n_random, n_resamples=n_resamples, **search)

@@ -303,8 +303,7 @@ class _Paths:
         for layer, joining in enumerate(starting):
             if n:
                 past = (states.past[layer][0][prompts[:n]], states.past[layer][1][prompts[:n]]) if states.past else None
-                after = wiring.run_attention(layer, resid, past)
-                resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
+                resid = wiring.run_block(layer, resid, past)
             if joining:
                 new = slice(n, n + joining)
                 after = states.after_attention[layer][prompts[new]]

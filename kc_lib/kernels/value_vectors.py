@@ -139,6 +139,5 @@ def edited_answers(
 def _run(wiring: MlpWiring, resid: Float[Tensor, "batch pos d_model"], first: int, end: int) -> Tensor:
     """The stream before layer ``end`` from that before layer ``first``."""
     for layer in range(first, end):
-        after = wiring.run_attention(layer, resid)
-        resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
+        resid = wiring.run_block(layer, resid)
     return resid

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError, TaskError, first_line
 from kc_lib.kernels.noise import noise_scale, noised, replaced
 from kc_lib.kernels.tracing import MEDIATORS, Cells, FactRuns, answer_probabilities, fact_runs, restored_probabilities
@@ -182,10 +183,9 @@ def check_tracing(
         unknown = [name for name in given if name not in known] if given else [""]
         if unknown:
             raise MethodError(f"unknown {what} {unknown[0]!r}: use some of {', '.join(known)}")
-    numbers = {"window": window, "n_samples": n_samples, "batch_size": batch_size}
-    for name, number in (numbers if max_facts is None else numbers | {"max_facts": max_facts}).items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise MethodError(f"{name} is {number!r}; it must be a whole number, at least 1")
+    check_counts(1, window=window, n_samples=n_samples, batch_size=batch_size)
+    if max_facts is not None:
+        check_counts(1, max_facts=max_facts)
 
 
 def self_checks(

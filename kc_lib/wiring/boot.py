@@ -100,8 +100,7 @@ def _encoder(model: TransformerBridge) -> EncoderWiring:
 def _encoded(wiring: EncoderWiring, tokens: Tensor) -> Tensor:
     resid = wiring.embed(tokens)
     for layer in range(wiring.n_layers):
-        after = wiring.run_attention(layer, resid)
-        resid = wiring.after_mlp(layer, after, wiring.parts(layer)(wiring.mlp_input(layer, resid, after)))
+        resid = wiring.run_block(layer, resid)
     return wiring.unembed(resid)
 
 

@@ -85,6 +85,13 @@ class EncoderWiring:
         """The stream after a block, from what the MLP wrote."""
         return self.blocks[layer].mlp_norm(after_attention + write)
 
+    def run_block(
+        self, layer: int, resid: Float[Tensor, "batch pos d_model"], past: tuple[Tensor, Tensor] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream after a block, from the stream before it."""
+        after = self.run_attention(layer, resid, past)
+        return self.after_mlp(layer, after, self.parts(layer)(self.mlp_input(layer, resid, after)))
+
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits from the stream after the last block."""
         return F.linear(self.head(resid), self.W_U.T, self.b_U)

@@ -22,6 +22,7 @@ from kc_lib.kernels.knowledge_neurons import neuron_values
 from kc_lib.kernels.value_vectors import check_neurons
 from kc_lib.methods.knowledge_neurons.controls import check_numbers, n_empty, sets_of_facts
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
+from kc_lib.methods.knowledge_neurons.results import OfFacts
 from kc_lib.models import model_name
 from kc_lib.tables import load_table, save_table
 from kc_lib.tasks.cloze import ClozeFact
@@ -34,7 +35,7 @@ PLACES = ("read", "largest")
 
 
 @dataclass(frozen=True)
-class NeuronActivations:
+class NeuronActivations(OfFacts):
     """Mean activation of the neurons of every fact on sentences of every kind.
 
     ``frame`` has one row per fact, sentence, kind of neurons and draw: ``sentences`` is T1 (subject and answer), T2 (subject
@@ -42,29 +43,8 @@ class NeuronActivations:
     ``provenance`` counts both.
     """
 
-    frame: pd.DataFrame
-    facts: pd.DataFrame
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_frame(self) -> pd.DataFrame:
-        """``frame`` with relation, subject and answer of every fact."""
-        return self.frame.merge(self.facts[["fact", "relation", "subject", "answer"]], on="fact")
-
-    def save(self, path: str | Path) -> Path:
-        """Write ``frame`` as parquet; the rest goes into the file's metadata."""
-        return save_table(self.frame, path, {"facts": self.facts.to_dict("list"), "provenance": dict(self.provenance)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> NeuronActivations:
-        """Read what ``save`` wrote.
-
-        Raises:
-            MethodError: the file is not there, or holds no activations of neurons.
-        """
-        frame, about = load_table(path)
-        if not {"facts", "provenance"} <= about.keys() or not set(COLUMNS) <= set(frame):
-            raise MethodError(f"{path}: holds no activations of neurons; give neuron_activations.parquet of a run")
-        return cls(frame, pd.DataFrame(about["facts"]), about["provenance"])
+    columns = COLUMNS
+    holds = "activations of neurons; give neuron_activations.parquet"
 
 
 @dataclass(frozen=True)

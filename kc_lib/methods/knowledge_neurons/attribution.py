@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError, TaskError
 from kc_lib.kernels.knowledge_neurons import RULES, adaptive_gradients, answer_states, integrated_gradients
 from kc_lib.models import model_hash, model_name
@@ -129,7 +130,7 @@ def attribute_knowledge(
         "n_facts": len(facts),
     }
     file = None if checkpoint is None else Path(checkpoint)
-    identity = _identity(model, facts, settings)
+    identity = "" if file is None else _identity(model, facts, settings)  # hashes every weight
     done = _resumed(file, identity)
     frames, prompts, rows = ([done.frame], [done.prompts], [done.facts]) if done is not None else ([], [], [])
     if rule == ADAPTIVE:
@@ -165,9 +166,7 @@ def check_attribution(
     batch_size: int = 16,
 ) -> None:
     """Raise MethodError for a parameter that ``attribute_knowledge`` cannot use."""
-    for name, number in {"steps": steps, "batch_size": batch_size}.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise MethodError(f"{name} is {number!r}; it must be a whole number, at least 1")
+    check_counts(1, steps=steps, batch_size=batch_size)
     if rule not in (ADAPTIVE, *RULES):
         raise MethodError(f"unknown rule {rule!r}: use one of {', '.join((ADAPTIVE, *RULES))}")
     if not 0.0 < tolerance < 1.0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets, random_neurons
 from kc_lib.tasks.cloze import ClozeFact
@@ -69,6 +70,4 @@ def check_sets(facts: Sequence[ClozeFact], sets: NeuronSets, wiring: MlpWiring) 
 def check_numbers(**numbers: int) -> None:
     """Raise MethodError for what is no count: ``n_...`` may be 0, all others are 1 or more."""
     for name, number in numbers.items():
-        least = 0 if name.startswith("n_") else 1
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise MethodError(f"{name} is {number!r}; it must be a whole number, at least {least}")
+        check_counts(0 if name.startswith("n_") else 1, **{name: number})

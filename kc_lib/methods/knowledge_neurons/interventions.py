@@ -11,9 +11,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -26,8 +24,8 @@ from kc_lib.kernels.clozes import batches_by_length
 from kc_lib.kernels.knowledge_neurons import AnswerStates, answer_states, changed_logits
 from kc_lib.methods.knowledge_neurons.controls import Variant, check_numbers, check_sets, n_empty, sets_of_facts, variants
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
+from kc_lib.methods.knowledge_neurons.results import OfFacts
 from kc_lib.models import model_name
-from kc_lib.tables import load_table, save_table
 from kc_lib.tasks.cloze import ClozeFact
 from kc_lib.wiring import MlpWiring, mlp_wiring_of
 
@@ -35,7 +33,7 @@ COLUMNS = ("kind", "draw", "factor", "fact", "on", "of_fact", "prompt", "p", "p_
 
 
 @dataclass(frozen=True)
-class NeuronChanges:
+class NeuronChanges(OfFacts):
     """The answer's probability before and after a fact's neurons are changed.
 
     ``frame`` has one row per fact, prompt, factor, kind ("knowledge", "base", "random") and draw (0 but for random): ``on``
@@ -44,29 +42,8 @@ class NeuronChanges:
     counts such facts, by method.
     """
 
-    frame: pd.DataFrame
-    facts: pd.DataFrame
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_frame(self) -> pd.DataFrame:
-        """``frame`` with relation, subject and answer of every fact."""
-        return self.frame.merge(self.facts[["fact", "relation", "subject", "answer"]], on="fact")
-
-    def save(self, path: str | Path) -> Path:
-        """Write ``frame`` as parquet; the rest goes into the file's metadata."""
-        return save_table(self.frame, path, {"facts": self.facts.to_dict("list"), "provenance": dict(self.provenance)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> NeuronChanges:
-        """Read what ``save`` wrote.
-
-        Raises:
-            MethodError: the file is not there, or holds no changes of neurons.
-        """
-        frame, about = load_table(path)
-        if not {"facts", "provenance"} <= about.keys() or not set(COLUMNS) <= set(frame):
-            raise MethodError(f"{path}: holds no changes of neurons; give neuron_changes.parquet of a run")
-        return cls(frame, pd.DataFrame(about["facts"]), about["provenance"])
+    columns = COLUMNS
+    holds = "changes of neurons; give neuron_changes.parquet"
 
 
 @dataclass(frozen=True)
