@@ -30,7 +30,7 @@ import papermill
 
 from kc_lib import __version__
 from kc_lib.errors import RunError, first_line
-from kc_lib.tables import Rows
+from kc_lib.tables import Rows, Savable, save_whole
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from transformer_lens.model_bridge import TransformerBridge
@@ -45,10 +45,8 @@ NOT_DETERMINING = ("batch_size", "device", "out", "model", "task")  # model and 
 PACKAGES = ("torch", "transformers", "transformer_lens", "numpy", "pandas", "pyarrow", "plotly")
 
 
-class Storable(Protocol):
+class Storable(Savable, Protocol):
     """A result that can be written to one file and read back."""
-
-    def save(self, path: Path) -> Path: ...
 
     @classmethod
     def load(cls, path: Path) -> Self: ...
@@ -87,9 +85,7 @@ class Run:
                     f"{self.working} and run again"
                 ) from error
         value = compute()
-        draft = path.with_name(f".{name}")
-        value.save(draft)
-        os.replace(draft, path)
+        save_whole(value, path)
         return value
 
     def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -35,6 +36,19 @@ def load_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     about = {str(key): value for key, value in frame.attrs.items()}
     frame.attrs = {}
     return frame, about
+
+
+class Savable(Protocol):
+    """A result that writes itself to one file."""
+
+    def save(self, path: Path) -> Path: ...
+
+
+def save_whole(result: Savable, path: Path) -> None:
+    """Write a result beside its file and move it there, so that an interruption leaves the old file or the new one."""
+    draft = path.with_name(f".{path.name}")
+    result.save(draft)
+    os.replace(draft, path)
 
 
 @dataclass(frozen=True)

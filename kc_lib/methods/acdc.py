@@ -19,8 +19,6 @@ resumed from that file gives the identical result.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -38,6 +36,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
+from kc_lib.hashes import hash_of
 from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.removals import RunningCircuit
 from kc_lib.kernels.runs import full_logits, reference_means
@@ -344,7 +343,7 @@ def _prefiltered(
 
 def _identity(model: TransformerBridge, graph: Graph, pairs: Sequence[TokenPair], settings: dict[str, Any]) -> str:
     described = [model_hash(model), asdict(graph), [asdict(pair) for pair in pairs], settings]
-    return hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return hash_of(described)
 
 
 class _Checkpoint:

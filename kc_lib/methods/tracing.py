@@ -16,9 +16,6 @@ Tokens left of the subject are the same in all runs, so that nothing can be rest
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,10 +31,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError, TaskError, first_line
+from kc_lib.hashes import hash_of
 from kc_lib.kernels.noise import noise_scale, noised, replaced
 from kc_lib.kernels.tracing import MEDIATORS, Cells, FactRuns, answer_probabilities, fact_runs, restored_probabilities
 from kc_lib.models import model_hash, model_name
-from kc_lib.tables import save_table
+from kc_lib.tables import save_table, save_whole
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt
 from kc_lib.tasks.known import answer_ranks
 from kc_lib.wiring import Wiring, wiring_of
@@ -161,9 +159,7 @@ def trace(
         rows.append(row)
         if file is not None:
             partial = TracingResult(pd.concat(frames, ignore_index=True), pd.DataFrame(rows), {"identity": identity})
-            draft = file.with_name(f".{file.name}.draft")
-            partial.save(draft)
-            os.replace(draft, file)
+            save_whole(partial, file)
     return TracingResult(pd.concat(frames, ignore_index=True), pd.DataFrame(rows), settings)
 
 
@@ -338,8 +334,7 @@ def _traced(
 
 def _identity(model: TransformerBridge, facts: Sequence[FactPrompt], settings: Mapping[str, Any]) -> str:
     """Hash of what determines the result."""
-    about = json.dumps([model_hash(model), dict(settings), [asdict(fact) for fact in facts]], sort_keys=True, default=str)
-    return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+    return hash_of([model_hash(model), dict(settings), [asdict(fact) for fact in facts]])
 
 
 def _resumed(file: Path | None, identity: str) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,8 +20,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
+from kc_lib.hashes import hash_of
 from kc_lib.models import Checkpoint, load_checkpoint
-from kc_lib.tables import load_table, save_table
+from kc_lib.tables import load_table, save_table, save_whole
 from kc_lib.tasks import DrawnTasks
 
 Measure = Callable[[TransformerBridge, DrawnTasks], pd.DataFrame]
@@ -142,9 +142,7 @@ def over_training(
         frames.append(rows.assign(**about)[list(COLUMNS)].astype(_TYPES))
         done.append(_key(checkpoint, name))
         if file is not None:
-            draft = file.with_name(f".{file.name}.draft")
-            TrainingResult(_joined(frames), {"identity": identity, "done": done}).save(draft)
-            os.replace(draft, file)
+            save_whole(TrainingResult(_joined(frames), {"identity": identity, "done": done}), file)
     frame = _joined(frames)
     asked = frame["checkpoint"].isin([checkpoint.name for checkpoint in checkpoints])
     order = ["step", "measure", "task", "seed"]
@@ -177,7 +175,7 @@ def _described(measure: Measure) -> dict[str, Any]:
 def _identity(tasks: DrawnTasks, measures: Mapping[str, Measure], dtype: str) -> str:
     """Hash of what determines a checkpoint's rows, beside the checkpoint."""
     about = [tasks.hash, dtype, {name: _described(own) for name, own in measures.items()}]
-    return hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return hash_of(about)
 
 
 def _key(checkpoint: Checkpoint, measure: str) -> str:

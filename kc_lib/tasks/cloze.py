@@ -8,8 +8,6 @@ cloze of its own, those before it filled in.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.hashes import hash_of
 from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.known import ranks_at
 from kc_lib.tasks.pararel import ANSWER, MASK, SUBJECT, FactText, fact_texts, parse_pararel, read_patterns
@@ -76,7 +75,7 @@ class ClozeTask:
     def hash(self) -> str:
         """Hash of every fact: what a result depends on."""
         rows = [asdict(fact) for fact in self.facts]
-        return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hash_of(rows)
 
 
 def load_cloze(

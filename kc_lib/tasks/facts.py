@@ -7,7 +7,6 @@ al. 2022): a JSON list of ``{"known_id", "subject", "attribute", "template", "pr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.hashes import hash_of
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import GENERATED, generated_pairs
 from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, relation_files
@@ -83,7 +83,7 @@ class FactTask:
     def hash(self) -> str:
         """Hash of every fact: what a result depends on."""
         rows = [asdict(fact) for fact in self.facts]
-        return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hash_of(rows)
 
 
 def load_facts(

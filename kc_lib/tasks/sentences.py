@@ -9,8 +9,6 @@ corpus serves as well.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.hashes import hash_of
 from kc_lib.tasks.cloze import ClozeTask
 from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, relation_files
@@ -55,7 +54,7 @@ class SentenceTask:
     def hash(self) -> str:
         """Hash of every sentence: what a result depends on."""
         rows = [asdict(fact) for fact in self.facts]
-        return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hash_of(rows)
 
 
 @dataclass(frozen=True)

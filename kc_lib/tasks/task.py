@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +12,7 @@ from typing import Any, TypeVar
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.hashes import hash_of
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import DEFAULT_GENERATED, GENERATED, generated_pairs
@@ -39,7 +38,7 @@ class Task:
     def hash(self) -> str:
         """Hash of every token pair and its split: what a result depends on."""
         rows = [[_row(pair) for pair in split] for split in (self.discovery, self.validation, self.test)]
-        return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hash_of(rows)
 
 
 def _row(pair: TokenPair) -> dict[str, Any]:

@@ -13,9 +13,6 @@ attributions of their log probabilities are summed.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,9 +29,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError, TaskError
+from kc_lib.hashes import hash_of
 from kc_lib.kernels.knowledge_neurons import RULES, adaptive_gradients, answer_states, integrated_gradients
 from kc_lib.models import model_hash, model_name
-from kc_lib.tables import load_table, save_table
+from kc_lib.tables import load_table, save_table, save_whole
 from kc_lib.tasks.cloze import Cloze, ClozeFact
 from kc_lib.wiring import MlpWiring, mlp_wiring_of
 
@@ -150,9 +148,7 @@ def attribute_knowledge(
         bar.update(len(group))
         if file is not None:
             so_far = NeuronAttributions(_joined(frames), _joined(prompts), _joined(rows), {"identity": identity})
-            draft = file.with_name(f".{file.name}.draft")
-            so_far.save(draft)
-            os.replace(draft, file)
+            save_whole(so_far, file)
     bar.close()
     return NeuronAttributions(_joined(frames), _joined(prompts), _joined(rows), settings)
 
@@ -257,8 +253,7 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def _identity(model: TransformerBridge, facts: Sequence[ClozeFact], settings: Mapping[str, Any]) -> str:
     """Hash of what determines the result."""
-    about = json.dumps([model_hash(model), dict(settings), [asdict(fact) for fact in facts]], sort_keys=True)
-    return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+    return hash_of([model_hash(model), dict(settings), [asdict(fact) for fact in facts]])
 
 
 def _resumed(file: Path | None, identity: str) -> NeuronAttributions | None:
