@@ -27,6 +27,8 @@ class Metric:
     """A metric with its name, unit, and which direction is better.
 
     ``answers_only`` says that it reads the logits of answers and distractors alone, so the others need not be computed.
+    ``target`` says that its loss is a cross-entropy: the mean over answer tokens of that between the distribution that this
+    function gives, ``(batch, reference) -> [batch, answer, vocab]``, and the logits', up to what the logits do not change.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Metric:
     higher_is_better: bool = True
     needs_reference: bool = False
     answers_only: bool = False
+    target: Callable[[Batch, Tensor], Tensor] | None = None
 
     def __call__(
         self,
@@ -97,19 +100,28 @@ def _match_nll(logits: Tensor, batch: Batch, reference: Tensor | None) -> Tensor
     return full - _log_probability(logits, batch, None)
 
 
+def _is_answer(batch: Batch, reference: Tensor) -> Tensor:
+    """All probability at the answer token."""
+    return torch.zeros_like(reference).scatter_(-1, batch.answers[..., None], 1.0)
+
+
+def _full_model(batch: Batch, reference: Tensor) -> Tensor:
+    return reference.softmax(-1)
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         # logit of the answer's first token minus the distractor's (Wang et al. 2023, section 2)
         Metric("logit_difference", "logits", _logit_difference, answers_only=True),
-        Metric("log_probability", "nats", _log_probability),
+        Metric("log_probability", "nats", _log_probability, target=_is_answer),
         Metric("probability", "probability", _probability),
         # p of all right tokens minus p of all wrong ones (Hanna et al. 2023, section 2)
         Metric("probability_difference", "probability", _probability_difference),
         # KL(full model || circuit) over the vocabulary (Conmy et al. 2023, section 3)
-        Metric("kl", "nats", _kl, higher_is_better=False, needs_reference=True),
+        Metric("kl", "nats", _kl, higher_is_better=False, needs_reference=True, target=_full_model),
         # negative log-likelihood minus the full model's (Knowledge Circuits, Yao et al. 2024, section 3.1)
-        Metric("match_nll", "nats", _match_nll, higher_is_better=False, needs_reference=True),
+        Metric("match_nll", "nats", _match_nll, higher_is_better=False, needs_reference=True, target=_is_answer),
     )
 }
 

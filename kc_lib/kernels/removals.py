@@ -16,19 +16,18 @@ from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
+from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
+from kc_lib.kernels.packed import packed_mlp
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
-
-LogitsLoss = Callable[[Float[Tensor, "batch answer vocab"]], Float[Tensor, ""]]
-ANSWERS_AT_ONCE = 48  # unembedded together: enough for a fast product, few enough to stop early
 
 
 @dataclass
@@ -74,8 +73,8 @@ class _Run:
 class RunningCircuit:
     """A circuit's activations on one batch, and trial removals at one of its readers; see the head of this file.
 
-    Writers below the reader under trial must not depend on it, so readers are tried from the logits down. ``loss`` takes the
-    logits at the answers, of all tokens or, where it reads no others, of ``tokens``.
+    Writers below the reader under trial must not depend on it, so readers are tried from the logits down. ``losses`` gives
+    the loss of runs from their final streams at the answers (``losses.py``).
     """
 
     def __init__(
@@ -85,11 +84,10 @@ class RunningCircuit:
         mask: Bool[Tensor, "writer reader"],
         batch: Batch,
         ablation: Ablation,
-        loss: LogitsLoss,
+        losses: StreamLosses,
         context: Context = EMPTY,
-        tokens: Int[Tensor, " token"] | None = None,
     ) -> None:
-        self.wiring, self.graph, self.context, self.loss, self.tokens = wiring, graph, context, loss, tokens
+        self.wiring, self.graph, self.context, self.losses = wiring, graph, context, losses
         self.mask = mask.clone()
         self.rows = rows_of(batch, ablation.kind, context)
         self.ablated = self.rows.take(ablation.outputs)
@@ -99,6 +97,7 @@ class RunningCircuit:
         self.n_answer_rows = int(self.rows.answers.max()) + 1
         self._base = self._sum_ablated()
         self._buffer = self.ablated.new_empty(0)
+        self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
         self.build()
 
     # --- the circuit as it stands ------------------------------------------------------------------------------------
@@ -128,8 +127,7 @@ class RunningCircuit:
                 self.differences[rows, : raw.shape[1]] = written - self.ablated[rows, : raw.shape[1]]
             if needs.mlp_rows:
                 x = self._seen(graph.reader_columns(layer, "mlp").start)[: needs.mlp_rows]
-                block = wiring.blocks[layer]
-                written = block.mlp_output(block.mlp_norm(x[:, None]))[:, 0]
+                written = self._mlp_output(layer, x)
                 self.differences[heads.stop, : needs.mlp_rows] = written - self.ablated[heads.stop, : needs.mlp_rows]
         self._slope = self._loss_slope()
 
@@ -267,9 +265,15 @@ class RunningCircuit:
             return
         if column not in given:
             run.inputs.append((*changed, None))
-        block = self.wiring.blocks[layer]
-        written = block.mlp_output(block.mlp_norm(changed[1][0]))
+        written = self._mlp_output(layer, changed[1][0])
         run.add([writer], (written - (self.differences[writer] + self.ablated[writer])[:n_rows, None])[None])
+
+    def _mlp_output(self, layer: int, x: Float[Tensor, "row *trial d_model"]) -> Float[Tensor, "row *trial d_model"]:
+        """What a layer's MLP adds to the stream."""
+        block = self.wiring.blocks[layer]
+        if layer not in self._mlps:
+            self._mlps[layer] = packed_mlp(block)
+        return block.mlp_contribution(self._mlps[layer](block.mlp_norm(x)))
 
     def _changed_inputs(
         self, columns: Sequence[int], run: _Run, given: Mapping[int, Tensor], n_rows: int
@@ -348,11 +352,8 @@ class RunningCircuit:
         return torch.cat(parts)
 
     def _losses(self, x: Float[Tensor, "row trial d_model"]) -> Iterator[Float[Tensor, ""]]:
-        """Loss of one trial after the other from the logits' input, unembedded a few at a time."""
-        final = rearrange(x[self.rows.answers], "b a k d -> k b a d").contiguous()  # one product, not one per example
-        for some in final.split(max(1, ANSWERS_AT_ONCE // self.rows.answers.numel())):
-            for logits in self.wiring.unembed(some, tokens=self.tokens).float():
-                yield self.loss(logits)
+        """Loss of one trial after the other from the logits' input."""
+        yield from self.losses(rearrange(x[self.rows.answers], "b a k d -> k b a d").contiguous())
 
     # --- what readers see --------------------------------------------------------------------------------------------
 

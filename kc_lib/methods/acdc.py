@@ -38,6 +38,7 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.hashes import hash_of
 from kc_lib.kernels.context import shared_context
+from kc_lib.kernels.losses import stream_losses
 from kc_lib.kernels.removals import RunningCircuit
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import INTERVENTIONS, ablation
@@ -134,11 +135,7 @@ def acdc(
     means = reference_means(wiring, intervention, pairs, len(pairs), full_answer)
     weights = _example_weights(batch, normalize)
 
-    judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
-
-    def loss(logits: Tensor) -> Tensor:
-        return (metric.loss(logits, judged, whole) * weights).mean()
-
+    losses = stream_losses(wiring, metric, batch, whole, weights)
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
     kept = None if file is None else file.read()
     if kept is None:
@@ -146,7 +143,7 @@ def acdc(
         kept = 0, start, torch.full(start.shape, math.nan)
     first, mask, effects = kept
     ablated = ablation(wiring, intervention, batch, means, context)
-    running = RunningCircuit(wiring, graph, mask, batch, ablated, loss, context, tokens)
+    running = RunningCircuit(wiring, graph, mask, batch, ablated, losses, context)
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
     tests = _Tests(running, effects, tau, absolute, widest)
     columns = list(reversed(range(len(graph.readers))))

@@ -1,0 +1,69 @@
+"""The loss of many runs of one batch, from the final residual stream.
+
+The unembedding is often the larger part of a run that starts high in the model. Where a metric reads the answers' logits
+only, only these are computed. Where it is a cross-entropy (``Metric.target``: log-probability, match-NLL, KL), the loss is
+the logits' logsumexp less a product of the normed stream with one vector per answer, the target's mean unembedding: no table
+of logits is kept, and the vocabulary is gone through in parts that stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kc_lib.kernels.packed import can_pack, packed_linear
+from kc_lib.metrics import Metric
+from kc_lib.tasks.batches import Batch
+from kc_lib.wiring import Wiring
+
+StreamLosses = Callable[[Float[Tensor, "run batch answer d_model"]], Iterator[Float[Tensor, ""]]]
+ROWS_AT_ONCE = 80  # vectors unembedded together: enough for a fast product, few enough to stop early
+TOKENS_AT_ONCE = 4096
+
+
+def stream_losses(
+    wiring: Wiring, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
+) -> StreamLosses:
+    """A function that gives the loss of one run after the other: the mean over examples of weight times the metric's loss.
+
+    Args:
+        reference: the full model's logits, ``[batch, answer, vocab]``.
+    """
+    if metric.target is not None and wiring.logit_soft_cap is None and can_pack(wiring.W_U):
+        return _cross_entropies(wiring, metric, batch, reference, weights)
+    judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
+
+    def losses(streams: Tensor) -> Iterator[Tensor]:
+        for some in streams.split(max(1, ROWS_AT_ONCE // batch.answers.numel())):
+            for logits in wiring.unembed(some, tokens=tokens).float():
+                yield (metric.loss(logits, judged, reference) * weights).mean()
+
+    return losses
+
+
+def _cross_entropies(
+    wiring: Wiring, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
+) -> StreamLosses:
+    target = metric.target(batch, reference)
+    direction = torch.einsum("dv,bav->bad", wiring.W_U, target)
+    offset = torch.einsum("v,bav->ba", wiring.b_U, target)
+    real = batch.answer_mask.to(weights)
+    share = weights[:, None] * real / real.sum(-1, keepdim=True) / len(batch)
+    of_full = (reference.logsumexp(-1) - torch.einsum("bav,bav->ba", reference, target)) * share
+    constant = (metric.loss(reference, batch, reference) * weights).mean() - of_full.sum()
+    parts = [
+        packed_linear(weight, bias)
+        for weight, bias in zip(wiring.W_U.T.split(TOKENS_AT_ONCE), wiring.b_U.split(TOKENS_AT_ONCE), strict=True)
+    ]
+
+    def losses(streams: Tensor) -> Iterator[Tensor]:
+        for some in streams.split(max(1, ROWS_AT_ONCE // batch.answers.numel())):
+            normed = wiring.final_norm(some)
+            each = torch.stack([part(normed).logsumexp(-1) for part in parts], -1).logsumexp(-1)
+            each = each - (normed * direction).sum(-1) - offset
+            yield from (each * share).sum((-2, -1)) + constant
+
+    return losses
