@@ -17,8 +17,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# Threads that wait should sleep: spinning ones slow a shared or busy machine tenfold.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait should soon sleep: spinning ones slow a shared or busy machine tenfold. At once is too soon: between
+# the small operations of one run they would sleep and wake all the time, which costs a second core its worth.
+export GOMP_SPINCOUNT ?= 10000
 
 PYTHON ?=
 TORCH_INDEX ?=

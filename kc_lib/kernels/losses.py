@@ -33,7 +33,7 @@ def stream_losses(
         reference: the full model's logits, ``[batch, answer, vocab]``.
     """
     if metric.target is not None and wiring.logit_soft_cap is None and can_pack(wiring.W_U):
-        return _cross_entropies(wiring, metric, batch, reference, weights)
+        return _cross_entropies(wiring, metric, metric.target(batch, reference), batch, reference, weights)
     judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
@@ -45,9 +45,13 @@ def stream_losses(
 
 
 def _cross_entropies(
-    wiring: Wiring, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
+    wiring: Wiring,
+    metric: Metric,
+    target: Float[Tensor, "batch answer vocab"],
+    batch: Batch,
+    reference: Float[Tensor, "batch answer vocab"],
+    weights: Float[Tensor, " batch"],
 ) -> StreamLosses:
-    target = metric.target(batch, reference)
     direction = torch.einsum("dv,bav->bad", wiring.W_U, target)
     offset = torch.einsum("v,bav->ba", wiring.b_U, target)
     real = batch.answer_mask.to(weights)

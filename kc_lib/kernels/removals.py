@@ -29,6 +29,8 @@ from kc_lib.kernels.writers import Ablation
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
 
+DENSE = 0.2  # share of possible edges from which a product sums them faster than one by one
+
 
 @dataclass
 class _Run:
@@ -54,11 +56,20 @@ class _Run:
         """The changes of the writers so far, summed over each reader's edges, at the first rows."""
         if self.buffer is None:
             return self._summed_parts(edges, n_rows)
-        stacked = self.buffer[: len(self.writers), :n_rows]
-        used = edges.any(1).nonzero()[:, 0]
-        if len(used) < len(edges) / 2:
-            edges, stacked = edges[used], stacked[used]
-        return (edges.T.to(stacked) @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
+        stacked = self.buffer[: len(self.writers)]
+        if edges.float().mean() > DENSE:
+            return (edges.T.to(stacked) @ stacked[:, :n_rows].flatten(1)).view(-1, n_rows, *stacked.shape[2:])
+        # a bag for each reader and row holds the writers' rows; a product would read every writer for every reader
+        writer = edges.T.nonzero()[:, 1]
+        n_edges = edges.sum(0)
+        of_reader = [writers * stacked.shape[1] for writers in writer.split(n_edges.tolist())]
+        entries = torch.cat([(torch.arange(n_rows)[:, None] + writers).flatten() for writers in of_reader])
+        sizes = n_edges.repeat_interleave(n_rows)
+        starts = sizes.cumsum(0) - sizes
+        device = stacked.device
+        flat = stacked.view(-1, stacked.shape[2] * stacked.shape[3])
+        summed = torch.nn.functional.embedding_bag(entries.to(device), flat, starts.to(device), mode="sum")
+        return summed.view(-1, n_rows, *stacked.shape[2:])
 
     def _summed_parts(self, edges: Bool[Tensor, "writer reader"], n_rows: int) -> Tensor:
         total: Tensor | None = None
@@ -98,6 +109,7 @@ class RunningCircuit:
         self._base = self._sum_ablated()
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
+        self._weights: dict[tuple[int, str], tuple[list[int], tuple[Tensor, ...]]] = {}
         self.build()
 
     # --- the circuit as it stands ------------------------------------------------------------------------------------
@@ -315,8 +327,16 @@ class RunningCircuit:
             group = [head // attention.group_size for head in heads]
             past = (past[0][:, :, group], past[1][:, :, group])
         z = rearrange(attention.attend(q, k, v, past), "(k b) p h d -> (b p) k h d", k=n_trials)
-        W_O = attention.W_O if len(heads) == len(attention.W_O) else attention.W_O[list(heads)]
+        (W_O,) = self._of_heads(layer, "o", heads, attention.W_O)
         return torch.einsum("rkhd,hde->hrke", z[self.rows.first[: needs.head_rows]], W_O)
+
+    def _of_heads(self, layer: int, kind: str, heads: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+        """Some heads' share of weights; kept, as one trial after the other reaches the same heads."""
+        known = self._weights.get((layer, kind))
+        if known is None or known[0] != heads:
+            known = list(heads), tuple(weight[list(heads)] for weight in weights)
+            self._weights[layer, kind] = known
+        return known[1]
 
     def _projections(
         self, columns: Sequence[int], place: Mapping[int, int], projected: Tensor, n_rows: int, n_trials: int
@@ -346,8 +366,8 @@ class RunningCircuit:
                 if readers.start <= column < readers.stop
             ]
             if own:
-                y = torch.einsum("vrkd,vdh->vrkh", normed[done : done + len(own)], weight[own])
-                parts.append(y + bias[own][:, None, None])
+                W, b = self._of_heads(layer, kind, own, weight, bias)
+                parts.append(torch.einsum("vrkd,vdh->vrkh", normed[done : done + len(own)], W) + b[:, None, None])
                 done += len(own)
         return torch.cat(parts)
 

@@ -53,7 +53,7 @@ from kc_lib.wiring import wiring_of
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 16
-FEWEST_AT_ONCE = 4  # tests of one batch, however unsure: a single test hardly costs less time
+CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
 REPEATED = 0.2  # error of an expectation from a run of the same removal beside others, as a share of a gradient's
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
@@ -208,13 +208,15 @@ class _Tests:
     def __init__(self, running: RunningCircuit, effects: Tensor, tau: float, absolute: bool, widest: int) -> None:
         self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
         self.loss = self._finite(running.full_loss())
-        self.error = tau  # of the predictions, a running mean
+        self.errors: dict[str, float] = {}  # of the predictions, a running mean by kind of reader
         self.predicted: dict[int, list[float]] = {}
 
     def test(self, column: int, writers: Sequence[int]) -> None:
         """Test every edge from ``writers`` into one reader, in that order; the circuit is what stands afterwards."""
         predicted = self._predicted(column)
-        expected = {writer: (predicted[writer], self.error) for writer in writers}
+        kind = self.running.graph.readers[column].kind
+        error = self.errors.get(kind, self.tau)
+        expected = {writer: (predicted[writer], error) for writer in writers}
         remaining = list(writers)
         while remaining:
             together = remaining[: self._how_many([expected[writer] for writer in remaining])]
@@ -228,15 +230,16 @@ class _Tests:
             for place, (writer, loss) in enumerate(zip(together, losses, strict=True)):
                 effect, rise = self._finite(loss) - self.loss, expected[writer][0]
                 self.effects[writer, column] = effect
-                self.error += 0.1 * (abs(effect - rise) - self.error)
+                error += 0.1 * (abs(effect - rise) - error)
                 remaining.pop(0)
                 if self._stands(effect):
                     accepted, self.loss = place, loss
                 if self._stands(effect) != self._stands(rise):
                     break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, expected)
+            self._expect_anew(together, place, error, expected)
             if accepted is not None:
                 self.running.accept(accepted)
+        self.errors[kind] = error
 
     def _predicted(self, column: int) -> list[float]:
         """Expected rise for every writer, by one gradient for all readers of a layer that stand side by side."""
@@ -248,7 +251,9 @@ class _Tests:
             self.predicted = dict(zip(columns, self.running.predicted_rises(columns).T.tolist(), strict=True))
         return self.predicted[column]
 
-    def _expect_anew(self, together: Sequence[int], last: int, expected: dict[int, tuple[float, float]]) -> None:
+    def _expect_anew(
+        self, together: Sequence[int], last: int, error: float, expected: dict[int, tuple[float, float]]
+    ) -> None:
         """Better expectations for tests that were run under a wrong assumption: what they showed there."""
         rises = self.running.estimated_rises()
         before = 0.0
@@ -257,17 +262,18 @@ class _Tests:
             if self._stands(expected[writer][0]):
                 before = rises[place]
             if place > last:
-                expected[writer] = (rise, REPEATED * self.error)
+                expected[writer] = (rise, REPEATED * error)
 
     def _how_many(self, expected: Sequence[tuple[float, float]]) -> int:
-        """How many tests to batch: while it is likelier than not that all outcomes so far are as predicted."""
-        sure = 1.0
+        """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted."""
+        best, n_best, sure, counting = 0.0, 1, 1.0, 0.0
         for n, (rise, error) in enumerate(expected[: self.widest], start=1):
+            counting += sure
+            if counting / (CALL + n) > best:
+                best, n_best = counting / (CALL + n), n
             distance = abs((abs(rise) if self.absolute else rise) - self.tau)
             sure *= 1.0 - 0.5 * math.exp(-distance / error)
-            if sure < 0.5 and n >= FEWEST_AT_ONCE:
-                return n
-        return min(len(expected), self.widest)
+        return n_best
 
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""

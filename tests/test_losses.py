@@ -1,0 +1,89 @@
+"""Losses from the final stream against the metric of the logits, and packed products against plain ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_gates import SmallModel, random_pairs
+
+from kc_lib.kernels.losses import stream_losses
+from kc_lib.kernels.packed import packed_linear, packed_mlp
+from kc_lib.metrics import METRICS, Metric
+from kc_lib.tasks import make_batch
+from kc_lib.wiring import wiring_of
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("full_answer", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "gemma2"])
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_losses_are_the_metric_of_the_logits(small_model: SmallModel, kind: str, metric: str, full_answer: bool) -> None:
+    wiring, batch, of = wiring_of(small_model(kind)), make_batch(random_pairs(), full_answer), METRICS[metric]
+    if kind == "neox":  # none of the models has a bias there
+        wiring = replace(wiring, b_U=drawn(wiring.W_U.shape[1], seed=2))
+    reference = wiring.unembed(drawn(*batch.answers.shape, wiring.W_U.shape[0]))
+    weights = torch.tensor([1.0, 0.5, 2.0, 0.25])
+    streams = 3 * drawn(90, *batch.answers.shape, wiring.W_U.shape[0], seed=1)  # more than are unembedded together
+    expected = [(of.loss(wiring.unembed(stream), batch, reference) * weights).mean() for stream in streams]
+    found = list(stream_losses(wiring, of, batch, reference, weights)(streams))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [metric for metric in METRICS.values() if metric.target], ids=lambda metric: metric.name)
+@pytest.mark.parametrize("full_answer", [False, True])
+def test_a_target_gives_the_loss_but_for_a_constant(metric: Metric, full_answer: bool) -> None:
+    batch = make_batch(random_pairs(), full_answer)
+    reference = drawn(*batch.answers.shape, 200)
+    assert metric.target is not None
+    target = metric.target(batch, reference)
+    constants = []
+    for seed in (1, 2):
+        logits = 5 * drawn(*batch.answers.shape, 200, seed=seed)
+        entropies = -(target * logits.log_softmax(-1)).sum(-1)
+        mean = torch.stack([row[real].mean() for row, real in zip(entropies, batch.answer_mask, strict=True)])
+        constants.append(metric.loss(logits, batch, reference) - mean)
+    torch.testing.assert_close(*constants, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_have_the_gradient_of_the_metric(small_model: SmallModel) -> None:
+    wiring, batch, of = wiring_of(small_model("llama")), make_batch(random_pairs()), METRICS["match_nll"]
+    reference = wiring.unembed(drawn(4, 1, wiring.W_U.shape[0]))
+    stream = drawn(1, 4, 1, wiring.W_U.shape[0], seed=1).requires_grad_()
+    (found,) = torch.autograd.grad(next(stream_losses(wiring, of, batch, reference, torch.ones(4))(stream)), stream)
+    (expected,) = torch.autograd.grad(of.loss(wiring.unembed(stream[0]), batch, reference).mean(), stream)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_products_are_products(biased: bool, dtype: torch.dtype) -> None:
+    weight, x = drawn(30, 20).to(dtype), drawn(3, 5, 20, seed=1).to(dtype).requires_grad_()
+    bias = drawn(30, seed=2).to(dtype) if biased else torch.zeros(30, dtype=dtype)
+    product = packed_linear(weight, bias)
+    expected = torch.einsum("...i,oi->...o", x, weight) + bias
+    with torch.no_grad():
+        torch.testing.assert_close(product(x), expected, rtol=1e-5, atol=1e-5)
+    (found,) = torch.autograd.grad(product(x).square().sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "gemma2"])
+def test_packed_mlps_are_the_models(small_model: SmallModel, kind: str) -> None:
+    block = wiring_of(small_model(kind)).blocks[1]
+    x = drawn(7, 50, small_model(kind).cfg.d_model)  # more rows than are run together
+    with torch.no_grad():
+        torch.testing.assert_close(packed_mlp(block)(x), block.mlp(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_mlp_with_a_hook_runs_as_the_module(small_model: SmallModel) -> None:
+    model = small_model("gpt2")
+    x = drawn(2, 3, model.cfg.d_model)
+    plain = model.blocks[0].mlp(x)
+    with model.hooks([("blocks.0.mlp.hook_out", lambda value, hook: 2 * value)]), torch.no_grad():
+        hooked = packed_mlp(wiring_of(model).blocks[0])(x)
+    torch.testing.assert_close(hooked, 2 * plain, rtol=1e-4, atol=1e-5)
