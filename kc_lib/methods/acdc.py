@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,8 @@ ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 16
 CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
-REPEATED = 0.2  # error of an expectation from a run of the same removal beside others, as a share of a gradient's
+REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far a gradient does
+REMEMBERED = 128  # outcomes from which the next ones' chances are told
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
@@ -208,38 +210,39 @@ class _Tests:
     def __init__(self, running: RunningCircuit, effects: Tensor, tau: float, absolute: bool, widest: int) -> None:
         self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
         self.loss = self._finite(running.full_loss())
-        self.errors: dict[str, float] = {}  # of the predictions, a running mean by kind of reader
+        # by kind of reader, how far the last effects lay from what was expected: gradients are often off to one side
+        self.misses: dict[str, deque[float]] = defaultdict(lambda: deque((-tau, 0.0, tau), maxlen=REMEMBERED))
         self.predicted: dict[int, list[float]] = {}
 
     def test(self, column: int, writers: Sequence[int]) -> None:
         """Test every edge from ``writers`` into one reader, in that order; the circuit is what stands afterwards."""
-        predicted = self._predicted(column)
-        kind = self.running.graph.readers[column].kind
-        error = self.errors.get(kind, self.tau)
-        expected = {writer: (predicted[writer], error) for writer in writers}
+        predicted, misses = self._predicted(column), self.misses[self.running.graph.readers[column].kind]
+        expected = {writer: (predicted[writer], 1.0) for writer in writers}
         remaining = list(writers)
         while remaining:
-            together = remaining[: self._how_many([expected[writer] for writer in remaining])]
+            chances = self._chances([expected[writer] for writer in remaining], misses)
+            stands = [chance > 0.5 for chance in chances]
+            together = remaining[: self._how_many(chances)]
             removed = torch.zeros(len(together), len(self.running.graph.writers), dtype=torch.bool)
             for place, writer in enumerate(together):
                 removed[place, writer] = True
-                if self._stands(expected[writer][0]):
+                if stands[place]:
                     removed[place + 1 :, writer] = True
             accepted = None
             losses = self.running.trial_losses(column, removed)
             for place, (writer, loss) in enumerate(zip(together, losses, strict=True)):
-                effect, rise = self._finite(loss) - self.loss, expected[writer][0]
+                effect, (rise, unsure) = self._finite(loss) - self.loss, expected[writer]
                 self.effects[writer, column] = effect
-                error += 0.1 * (abs(effect - rise) - error)
+                if unsure == 1:
+                    misses.append(effect - rise)
                 remaining.pop(0)
                 if self._stands(effect):
                     accepted, self.loss = place, loss
-                if self._stands(effect) != self._stands(rise):
+                if self._stands(effect) != stands[place]:
                     break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, error, expected)
+            self._expect_anew(together, place, stands, expected)
             if accepted is not None:
                 self.running.accept(accepted)
-        self.errors[kind] = error
 
     def _predicted(self, column: int) -> list[float]:
         """Expected rise for every writer, by one gradient for all readers of a layer that stand side by side."""
@@ -252,27 +255,33 @@ class _Tests:
         return self.predicted[column]
 
     def _expect_anew(
-        self, together: Sequence[int], last: int, error: float, expected: dict[int, tuple[float, float]]
+        self, together: Sequence[int], last: int, stands: Sequence[bool], expected: dict[int, tuple[float, float]]
     ) -> None:
         """Better expectations for tests that were run under a wrong assumption: what they showed there."""
         rises = self.running.estimated_rises()
         before = 0.0
         for place, writer in enumerate(together):
             rise = rises[place] - before
-            if self._stands(expected[writer][0]):
+            if stands[place]:
                 before = rises[place]
             if place > last:
-                expected[writer] = (rise, REPEATED * error)
+                expected[writer] = (rise, REPEATED)
 
-    def _how_many(self, expected: Sequence[tuple[float, float]]) -> int:
+    def _chances(self, expected: Sequence[tuple[float, float]], misses: Sequence[float]) -> list[float]:
+        """How likely each removal is to stand, if it misses what is expected of it as the last ones did."""
+        rises, unsure = torch.tensor(expected, dtype=torch.float64).T
+        outcomes = rises[:, None] + unsure[:, None] * torch.tensor(misses, dtype=torch.float64)
+        stand = (outcomes.abs() if self.absolute else outcomes) < self.tau
+        return ((stand.sum(-1) + 0.5) / (len(misses) + 1)).tolist()
+
+    def _how_many(self, chances: Sequence[float]) -> int:
         """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted."""
         best, n_best, sure, counting = 0.0, 1, 1.0, 0.0
-        for n, (rise, error) in enumerate(expected[: self.widest], start=1):
+        for n, chance in enumerate(chances[: self.widest], start=1):
             counting += sure
             if counting / (CALL + n) > best:
                 best, n_best = counting / (CALL + n), n
-            distance = abs((abs(rise) if self.absolute else rise) - self.tau)
-            sure *= 1.0 - 0.5 * math.exp(-distance / error)
+            sure *= max(chance, 1 - chance)
         return n_best
 
     def remove_untested(self, column: int) -> None:
