@@ -408,22 +408,24 @@ def test_building_writes_a_manifest_that_tells_what_differs(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_one_model_is_trained_and_the_other_stays(tmp_path: Path) -> None:
-    plan = Plan(1, (0,), n_tokens=200)
-    known = build(tmp_path / "both", causal_plan=plan, masked_plan=plan)
-    other = build(tmp_path / "one", names=[CAUSAL], causal_plan=Plan(2, (0,), seed=1, n_tokens=200))
-    assert other["files"].keys() == {path for path in other["files"] if path.startswith("nano/")}
-    assert comparison(known, other)[0].endswith("differ from the manifest's (the first: nano/step0/model.safetensors)")
-    both = merged(other, known)
+    known = read_manifest()
+    made = build(tmp_path, names=[CAUSAL], causal_plan=Plan(2, seed=1, n_tokens=200))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [CAUSAL]
+    assert made["steps"] == [2]
+    assert made["files"].keys() == {path for path in made["files"] if path.startswith("nano/")}
+    told = comparison(known, made)
+    assert told[0].endswith("differ from the manifest's (the first: nano/step0/config.json)")
+    assert not any(MASKED in line for line in told)
+    both = merged(made, known)
     assert both.keys() == known.keys()
-    assert both["steps"] == [0, 2]
+    assert both["steps"] == [2]
     for key in ("plans", "parameters", "seconds", "made_on", "figures"):
-        assert both[key] == {CAUSAL: other[key][CAUSAL], MASKED: known[key][MASKED]}
+        assert both[key] == {CAUSAL: made[key][CAUSAL], MASKED: known[key][MASKED]}
     masked = {path: at for path, at in known["files"].items() if path.startswith("nano-bert/")}
-    assert both["files"] == masked | other["files"]
+    assert both["files"] == masked | made["files"]
     assert list(both["files"]) == sorted(both["files"])
-    again = merged(build(tmp_path / "three", names=[MASKED], masked_plan=plan), both)
-    assert again["steps"] == [0, 2]
-    assert again["files"] == both["files"]
+    back = merged(known, made)  # a model that is in both is taken as it was made
+    assert (back["files"], back["steps"]) == (known["files"], known["steps"])
 
 
 def test_another_seed_does_not_replace_what_comes_with_the_project() -> None:
