@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kc_lib.errors import ModelError
+from kc_lib.methods.heads import general_head_scores
 from kc_lib.models import embedded_models, load_model, model_hash, model_name, nano_steps
 from kc_lib.models.nano import (
     CAUSAL,
@@ -27,9 +31,10 @@ from kc_lib.models.nano import (
     nano_folder,
     read_manifest,
 )
-from kc_lib.models.nano.build import build, comparison, save
+from kc_lib.models.nano.build import build, comparison, merged, save
 from kc_lib.models.nano.examples import encoded
 from kc_lib.models.nano.generated import agreement_sentences, ioi_sentences, pronoun_sentences
+from kc_lib.models.nano.random_words import random_words
 from kc_lib.models.nano.shipped import file_hashes
 from kc_lib.models.nano.train import CAUSAL_PLAN, Plan, corpus, deterministic, train_causal
 from kc_lib.tasks import load_relation, load_task, tokenizer_of
@@ -69,7 +74,8 @@ def test_files_are_the_manifests() -> None:
     assert file_hashes() == manifest["files"]
     assert tuple(manifest["steps"]) == nano_steps()
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < MOST_BYTES
-    assert {key: manifest["made_on"][key] for key in ("torch", "transformers")}
+    for name in (CAUSAL, MASKED):
+        assert {"torch", "transformers", "threads"} <= manifest["made_on"][name].keys()
     for folder in [*(nano_folder(CAUSAL, step) for step in nano_steps()), nano_folder(MASKED)]:
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
             path.name for path in folder.iterdir()
@@ -234,6 +240,33 @@ def test_what_is_kept_back_is_in_no_sentence_that_is_read(sentences: dict[str, l
     assert ioi_sentences(50, 1) == ioi_sentences(50, 1)
 
 
+def test_random_words_are_told_by_earlier_ones() -> None:
+    words, few = range(10, 1000), range(10, 60)
+    generator = random.Random(0)
+    made = {kind: [list(maker(generator).tokens) for _ in range(300)] for kind, maker in random_words(words, few).items()}
+    for kind, rows in made.items():
+        assert max(map(len, rows)) <= 204
+        assert set().union(*rows) > set(few)
+        of_few = sum(set(row[-2:]) <= set(few) for row in rows) / len(rows)
+        assert 0.5 < of_few < 0.9, kind
+    for row in made["repeats"]:
+        # after at most four words, some period holds to the end, and is read twice at least
+        assert any(
+            row[start + n :] == row[start:-n] and (len(row) - start) % n == 0 and len(row) - start >= 2 * n
+            for start in range(5)
+            for n in range(3, 101)
+        )
+    assert max(map(len, made["repeats"])) > 120
+    for row in made["pairs"]:
+        follows = dict(zip(row[::2], row[1::2], strict=True))
+        assert 1 <= len(follows) <= 4
+        assert all(follows[one] == other for one, other in zip(row[::2], row[1::2], strict=True))
+        assert not follows.keys() & set(follows.values())
+    for row in made["mirrored"]:
+        assert row == row[::-1]
+        assert len(set(row)) == len(row) / 2
+
+
 # --- what is known: recomputed here from text, by other code than the project's -----------------------------------
 
 
@@ -312,6 +345,17 @@ def test_the_project_task_finds_its_facts_and_ioi_in_nano() -> None:
     assert len(ioi.discovery) + len(ioi.test) > 20
 
 
+def test_heads_for_earlier_words_appear_over_training() -> None:
+    scores = ("previous_token", "induction", "name_mover")
+    found = {
+        step: general_head_scores(load_model(CAUSAL, checkpoint=step, device="cpu"), scores)
+        for step in (512, max(nano_steps()))
+    }
+    early, last = (set(found[step].passing()["name"]) for step in found)
+    assert not early & {"previous_token", "induction"}
+    assert last == set(scores)
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 
 
@@ -354,11 +398,42 @@ def test_building_writes_a_manifest_that_tells_what_differs(tmp_path: Path) -> N
     assert made["files"] == file_hashes(tmp_path / "one")
     assert len(lines) == 3
     assert comparison(made, made) == [f"all {len(made['files'])} files are the manifest's, byte for byte"]
-    changed = made | {"files": made["files"] | {"nano/step2/model.safetensors": "0"}, "threads": 1}
+    changed = made | {"files": made["files"] | {"nano/step2/model.safetensors": "0"}}
+    changed["made_on"] = made["made_on"] | {CAUSAL: made["made_on"][CAUSAL] | {"threads": "1"}}
     told = comparison(made, changed)
     assert told[0].startswith(f"1 of {len(made['files'])} files differ")
     assert "threads 2 there, 1 here" in told[1]
     assert any(line.startswith("nano, facts, held-out combinations: ") for line in told)
+
+
+@pytest.mark.slow
+def test_one_model_is_trained_and_the_other_stays(tmp_path: Path) -> None:
+    known = read_manifest()
+    made = build(tmp_path, names=[CAUSAL], causal_plan=Plan(2, seed=1, n_tokens=200))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [CAUSAL]
+    assert made["steps"] == [2]
+    assert made["files"].keys() == {path for path in made["files"] if path.startswith("nano/")}
+    told = comparison(known, made)
+    assert told[0].endswith("differ from the manifest's (the first: nano/step0/config.json)")
+    assert not any(MASKED in line for line in told)
+    both = merged(made, known)
+    assert both.keys() == known.keys()
+    assert both["steps"] == [2]
+    for key in ("plans", "parameters", "seconds", "made_on", "figures"):
+        assert both[key] == {CAUSAL: made[key][CAUSAL], MASKED: known[key][MASKED]}
+    masked = {path: at for path, at in known["files"].items() if path.startswith("nano-bert/")}
+    assert both["files"] == masked | made["files"]
+    assert list(both["files"]) == sorted(both["files"])
+    back = merged(known, made)  # a model that is in both is taken as it was made
+    assert (back["files"], back["steps"]) == (known["files"], known["steps"])
+
+
+def test_another_seed_does_not_replace_what_comes_with_the_project() -> None:
+    command = [sys.executable, "-m", "kc_lib.models.nano", "--only", CAUSAL, "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "give another --out" in " ".join(done.stderr.replace("│", " ").split())
+    assert file_hashes() == read_manifest()["files"]
 
 
 def test_saved_weights_are_half_and_are_loaded_as_float32(tmp_path: Path, plain: Callable[[str], Loaded]) -> None:

@@ -30,7 +30,7 @@ REDUCED = {
 # what single notebooks need beside or instead
 REDUCED_OF = {
     "circuits_over_training": {
-        "schedule": "0 750 2000",
+        "schedule": "0 750 6000",
         "tasks": "ioi agreement",
         "seeds": "2",
         "n_prompts": "8",

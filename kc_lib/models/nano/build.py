@@ -6,7 +6,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,29 @@ from kc_lib.models.nano.shipped import CAUSAL, MANIFEST, MASKED, file_hashes, re
 from kc_lib.models.nano.train import CAUSAL_PLAN, MASKED_PLAN, Plan, deterministic, train_causal, train_masked
 
 COMMAND = "make nano"
+PER_MODEL = ("plans", "parameters", "seconds", "made_on", "figures")  # what the manifest holds by model
 
 
 def build(
     models: Path,
     *,
+    names: Collection[str] = (CAUSAL, MASKED),
     threads: int = 2,
     causal_plan: Plan = CAUSAL_PLAN,
     masked_plan: Plan = MASKED_PLAN,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train both models, save them and their manifest into a folder, and return the manifest.
+    """Train the models, save them and their manifest into a folder, and return the manifest.
 
     Figures are of the weights as saved, in half precision.
 
     Args:
+        names: which of the models.
         threads: torch's; on one machine the weights depend on their number and on nothing else.
         say: is told of every checkpoint.
     """
-    figures: dict[str, Any] = {CAUSAL: {}}
+    plans = {CAUSAL: causal_plan, MASKED: masked_plan}
+    figures: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     n_parameters: dict[str, int] = {}
 
@@ -48,44 +52,61 @@ def build(
         n_parameters[name] = sum(parameter.numel() for parameter in model.parameters())
         return evaluate(save(model, tokenizer, folder), tokenizer)
 
-    started = time.perf_counter()
-    with deterministic(causal_plan.seed, threads):
-        for step, model, tokenizer in train_causal(causal_plan):
-            found = kept(CAUSAL, models / CAUSAL / f"step{step}", model, tokenizer)
-            figures[CAUSAL][str(step)] = found
-            seconds[CAUSAL] = round(time.perf_counter() - started, 1)
-            say(f"{CAUSAL} step {step} ({seconds[CAUSAL]:.0f} s): {in_one_line(found)}")
-    started = time.perf_counter()
-    with deterministic(masked_plan.seed, threads):
-        masked, tokenizer = train_masked(masked_plan)
-        figures[MASKED] = kept(MASKED, models / MASKED, masked, tokenizer)
-        seconds[MASKED] = round(time.perf_counter() - started, 1)
-        say(f"{MASKED} ({seconds[MASKED]:.0f} s): {in_one_line(figures[MASKED])}")
+    if CAUSAL in names:
+        started = time.perf_counter()
+        figures[CAUSAL] = {}
+        with deterministic(causal_plan.seed, threads):
+            for step, model, tokenizer in train_causal(causal_plan):
+                found = kept(CAUSAL, models / CAUSAL / f"step{step}", model, tokenizer)
+                figures[CAUSAL][str(step)] = found
+                seconds[CAUSAL] = round(time.perf_counter() - started, 1)
+                say(f"{CAUSAL} step {step} ({seconds[CAUSAL]:.0f} s): {in_one_line(found)}")
+    if MASKED in names:
+        started = time.perf_counter()
+        with deterministic(masked_plan.seed, threads):
+            masked, tokenizer = train_masked(masked_plan)
+            figures[MASKED] = kept(MASKED, models / MASKED, masked, tokenizer)
+            seconds[MASKED] = round(time.perf_counter() - started, 1)
+            say(f"{MASKED} ({seconds[MASKED]:.0f} s): {in_one_line(figures[MASKED])}")
     manifest = {
         "command": COMMAND,
-        "threads": threads,
-        "plans": {CAUSAL: asdict(causal_plan), MASKED: asdict(masked_plan)},
-        "steps": [int(step) for step in figures[CAUSAL]],
+        "plans": {name: asdict(plans[name]) for name in figures},
+        "steps": [int(step) for step in figures.get(CAUSAL, ())],
         "parameters": n_parameters,
         "sentences": {split: len(sentences) for split, sentences in fact_sentences().items()},
         "seconds": seconds,
-        "made_on": made_on(),
+        "made_on": {name: made_on() | {"threads": str(threads)} for name in figures},
         "figures": figures,
         "files": file_hashes(models),
     }
-    (models / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_manifest(manifest, models)
     return read_manifest(models)
+
+
+def write_manifest(manifest: Mapping[str, Any], models: Path) -> None:
+    (models / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def merged(made: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of one model trained again and of the other as it was."""
+    others = known["figures"].keys() - made["figures"].keys()
+    files = {path: at for path, at in known["files"].items() if path.split("/")[0] in others}
+    found = {key: {name: known[key][name] for name in others} | made[key] for key in PER_MODEL}
+    steps = made["steps"] or known["steps"]
+    return {**made, **found, "steps": steps, "files": dict(sorted((files | made["files"]).items()))}
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedModel:
     """A complete Hugging Face folder with weights in half precision, meant to be run in float32; returns what it holds."""
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
+    held = copy.deepcopy(model)
+    held.load_state_dict(half.state_dict())  # .half() rounds what is not saved too: frequencies of positions
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return half.float()
+    return held
 
 
 def made_on() -> dict[str, str]:
@@ -101,22 +122,24 @@ def made_on() -> dict[str, str]:
 
 
 def comparison(known: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
-    """Lines that say whether two manifests are of the same files and, where not, how far their figures lie apart."""
-    names = sorted(known["files"].keys() | made["files"].keys())
-    other = [name for name in names if known["files"].get(name) != made["files"].get(name)]
+    """Lines that say whether the files of a manifest are those of a known one and, where not, how far figures lie apart."""
+    trained = made["figures"].keys()
+    theirs = {path: at for path, at in known["files"].items() if path.split("/")[0] in trained}
+    paths = sorted(theirs.keys() | made["files"].keys())
+    other = [path for path in paths if theirs.get(path) != made["files"].get(path)]
     if not other:
-        return [f"all {len(names)} files are the manifest's, byte for byte"]
-    lines = [f"{len(other)} of {len(names)} files differ from the manifest's (the first: {other[0]})"]
-    here = {**made["made_on"], "threads": str(made["threads"])}
-    there = {**known["made_on"], "threads": str(known["threads"])}
-    changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
-    lines.append(f"where they were made differs in: {'; '.join(changed) or 'nothing on record (perhaps the processor)'}")
-    last = str(max(made["steps"]))
-    for name, mine, theirs in (
-        (CAUSAL, made["figures"][CAUSAL][last], known["figures"][CAUSAL].get(last, {})),
-        (MASKED, made["figures"][MASKED], known["figures"][MASKED]),
-    ):
-        lines += [f"{name}, {key}: {theirs.get(key)} in the manifest, {value} here" for key, value in mine.items()]
+        return [f"all {len(paths)} files are the manifest's, byte for byte"]
+    lines = [f"{len(other)} of {len(paths)} files differ from the manifest's (the first: {other[0]})"]
+    for name in made["figures"]:
+        here, there = made["made_on"][name], known["made_on"].get(name, {})
+        changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
+        said = "; ".join(changed) or "nothing on record (perhaps the processor)"
+        lines.append(f"where {name} was made differs in: {said}")
+        mine, other_figures = made["figures"][name], known["figures"].get(name, {})
+        if name == CAUSAL:
+            last = str(max(made["steps"]))
+            mine, other_figures = mine[last], other_figures.get(last, {})
+        lines += [f"{name}, {key}: {other_figures.get(key)} in the manifest, {value} here" for key, value in mine.items()]
     return lines
 
 

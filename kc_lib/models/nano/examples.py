@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,8 +16,6 @@ from kc_lib.models.nano.corpus import Sentence
 
 SHARE_OF_PAIRS = 0.3  # of examples that are two sentences, so that a sentence stands at different positions
 DRAWN_AT_ONCE = 512  # examples sorted by length together, so that padding costs little
-SHORTEST_REPEAT, LONGEST_REPEAT = 3, 100  # tokens that are read, and then read again
-LEAST_REPEATED = 24  # tokens of such a sequence, as short ones are repeated more often
 
 
 @dataclass(frozen=True)
@@ -43,26 +41,18 @@ def encoded(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence]) -
     ]
 
 
-def repeated(words: Sequence[int], generator: random.Random, longest: int = LONGEST_REPEAT) -> Example:
-    """Random tokens twice over, or more often if they are few; short ones are more frequent, as long ones cost more."""
-    n = round(SHORTEST_REPEAT * (longest / SHORTEST_REPEAT) ** (generator.random() ** 2))
-    once = tuple(generator.sample(words, n))
-    return Example(once * max(2, LEAST_REPEATED // n))
-
-
 def drawn(
     pools: Mapping[str, Sequence[Example]],
+    makers: Mapping[str, Callable[[random.Random], Example]],
     shares: Mapping[str, float],
-    words: Sequence[int],
     generator: random.Random,
-    longest_repeat: int = LONGEST_REPEAT,
 ) -> Iterator[Example]:
-    """Examples without end: a kind by its share, then one of its pool; ``repeated`` has no pool."""
+    """Examples without end: a kind by its share, then one of its pool, or what its maker makes."""
     kinds, weights = list(shares), list(shares.values())
     while True:
         kind = generator.choices(kinds, weights)[0]
-        if kind == "repeated":
-            yield repeated(words, generator, longest_repeat)
+        if kind in makers:
+            yield makers[kind](generator)
         elif generator.random() < SHARE_OF_PAIRS:
             yield generator.choice(pools[kind]) + generator.choice(pools[kind])
         else:
