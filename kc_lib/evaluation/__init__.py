@@ -57,6 +57,7 @@ from kc_lib.evaluation.nodes import ablated_values
 from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
 from kc_lib.evaluation.smallest import smallest_faithful
 from kc_lib.evaluation.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
+from kc_lib.evaluation.swaps import strongest_heads, strongest_swaps, swap_changes, swap_measure, swap_rows
 from kc_lib.evaluation.table import CircuitTable, circuit_table
 from kc_lib.evaluation.tracing import (
     SUBJECT,
@@ -140,6 +141,11 @@ __all__ = [
     "similarities",
     "smallest_faithful",
     "stability",
+    "strongest_heads",
+    "strongest_swaps",
+    "swap_changes",
+    "swap_measure",
+    "swap_rows",
     "total_effect",
     "tracing_conclusion",
     "tracing_headline",
