@@ -325,8 +325,9 @@ def test_a_circuit_of_no_effect_is_undefined_and_says_so(drawn: DrawnTasks) -> N
     assert set(found["quantity"]) == {
         *("effect", "n_edges", "share_of_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl"),
         "resampled_jaccard",
+        *("model_parameters", "model_edges"),
     }
-    missing = found[found["quantity"] != "effect"]
+    missing = found[~found["quantity"].isin(["effect", "model_parameters", "model_edges"])]
     assert missing["value"].isna().all()
     assert missing["note"].str.contains("next to no effect").all()
     assert found.loc[found["quantity"] == "effect", "value"].abs().max() < 0.05

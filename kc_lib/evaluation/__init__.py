@@ -55,6 +55,7 @@ from kc_lib.evaluation.neuron_effects import (
 from kc_lib.evaluation.neuron_sets import layer_shares, neurons_per_fact, overlaps
 from kc_lib.evaluation.nodes import ablated_values
 from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
+from kc_lib.evaluation.sizes import model_sizes, size_correlations, size_over_time
 from kc_lib.evaluation.smallest import smallest_faithful
 from kc_lib.evaluation.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
 from kc_lib.evaluation.swaps import strongest_heads, strongest_swaps, swap_changes, swap_measure, swap_rows
@@ -124,6 +125,7 @@ __all__ = [
     "layer_shares",
     "metric_values",
     "minimality",
+    "model_sizes",
     "neurons_conclusion",
     "neurons_headline",
     "neurons_per_fact",
@@ -139,6 +141,8 @@ __all__ = [
     "severing",
     "side_effects",
     "similarities",
+    "size_correlations",
+    "size_over_time",
     "smallest_faithful",
     "stability",
     "strongest_heads",

@@ -37,6 +37,7 @@ from kc_lib.wiring import Wiring, check_exchangeable, component_place, wiring_of
 SWAPPED = 6  # components, where none are named
 N_NULL = 3
 ACCURACY = "accuracy"
+NO_NULL = "the donor has no other component of the kind to put there"
 Swap = tuple[str, str]  # a component, and the donor's component that takes its place
 
 
@@ -138,9 +139,11 @@ def swap_rows(
                 i, swap = 2 + swaps.index((component, component)), (component, component)
                 rows.append(measured_row(draw, f"{of}_change", means[swap], low[i], high[i], component))
                 others = [means[component, source] for source in nulls[component]]
-                null = (np.mean(others), min(others), max(others)) if others else ()
-                note = "" if others else "the donor has no other component of the kind to put there"
-                rows.append(measured_row(draw, f"{of}_null_change", *null, part=component, note=note))
+                if others:
+                    mean, least, most = float(np.mean(others)), min(others), max(others)
+                    rows.append(measured_row(draw, f"{of}_null_change", mean, least, most, component))
+                else:
+                    rows.append(measured_row(draw, f"{of}_null_change", part=component, note=NO_NULL))
     return measured_rows(rows)
 
 

@@ -37,6 +37,7 @@ from kc_lib.methods.attribution import attribute_facts, check_attribution, patch
 from kc_lib.methods.heads import check_scores, general_head_scores
 from kc_lib.methods.scores import FactScores
 from kc_lib.methods.training import Measure
+from kc_lib.models import parameter_count
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair, load_task
 from kc_lib.wiring import wiring_of
@@ -173,7 +174,8 @@ def circuit_rows(
 
     Quantities, of held-out prompts where the task has any:
 
-    - ``effect``: what clean prompts have over corrupted ones, of which faithfulness is a share; always defined;
+    - ``effect``: what clean prompts have over corrupted ones, of which faithfulness is a share; always defined, as are
+      ``model_parameters`` and ``model_edges``, the model's size;
     - ``n_edges``, ``share_of_edges``, ``n_nodes``: the circuit's size;
     - ``faithfulness``: of the circuit alone, all else corrupted (normalised denoising); ``null_faithfulness``: the mean of
       random circuits of the size, from the lowest to the highest;
@@ -182,7 +184,9 @@ def circuit_rows(
     - ``edge``, ``node``: the circuit itself, one row for each part; an edge's value is its score.
     """
     rows = []
+    n_parameters, n_edges = parameter_count(model), wiring_of(model).graph().n_edges
     for draw in tasks.draws:
+        rows += [measured_row(draw, "model_parameters", n_parameters), measured_row(draw, "model_edges", n_edges)]
         of = metric_of(draw, metric)
         held_out = draw.task.test or draw.task.discovery
         effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, held_out)]

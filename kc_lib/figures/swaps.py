@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from kc_lib.evaluation.swaps import ACCURACY, swap_changes
 from kc_lib.evaluation.training_summary import shown
-from kc_lib.figures.style import DARK, POSITIVE, SIGNED_SCALE, number, titled
+from kc_lib.figures.style import DARK, ENDS, POSITIVE, SIGNED_SCALE, Row, number, titled
 from kc_lib.methods.training import TrainingResult
 from kc_lib.metrics import METRICS
 
@@ -106,8 +106,8 @@ def _add_grids(figure: go.Figure, own: pd.DataFrame, name: str, below: float, co
     figure.update_layout({colours: axis})
 
 
-def _hover(cell: dict[str, object], value: str) -> str:
-    mean, low, high = (number(float(str(cell[f"{value}{end}"])), 3) for end in ("", "_low", "_high"))
+def _hover(cell: Row, value: str) -> str:
+    mean, low, high = (number(cell[f"{value}{end}"], 3) for end in ENDS)
     what = "swap" if value == "change" else "another component there"
     ends = "draws" if value == "change" else "nulls"
     return f"<b>{cell['part']}</b> into step {cell['step']}<br>{what}: {mean} ({ends} from {low} to {high})"

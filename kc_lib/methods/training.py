@@ -67,6 +67,11 @@ class TrainingResult:
         return rows[rows["quantity"].isin(quantities)] if quantities else rows
 
     @property
+    def hash(self) -> str:
+        """Hash of every row."""
+        return hash_of(self.frame.to_json(orient="split", double_precision=15))
+
+    @property
     def steps(self) -> list[int]:
         return sorted(self.frame["step"].unique().tolist())
 
