@@ -455,7 +455,8 @@ def test_changes_by_hand() -> None:
     best = strongest_swaps(swaps(HAND)).set_index("part")
     assert best["step"].to_dict() == {"a0.h0": 2, "m1": 2}
     said = swap_sentence(swaps(HAND))
-    assert "t by a0.h0 at step 2, +0.70 [0.50, 0.90] where 4.80 separate host and donor, not clearly more" in said
+    assert "t: 1 of 4 swaps raise it by more than every null in every draw" in said
+    assert "+0.70 [0.50, 0.90], by a0.h0 at step 2, where 4.80 separate host and donor, not clearly more" in said
     accuracy = swaps(HAND, of="accuracy")
     assert set(swap_changes(accuracy)["of"]) == {"accuracy"}
     assert "no swaps" in refused(MethodError, swap_changes, frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)]))

@@ -55,7 +55,7 @@ from kc_lib.evaluation.neuron_effects import (
 from kc_lib.evaluation.neuron_sets import layer_shares, neurons_per_fact, overlaps
 from kc_lib.evaluation.nodes import ablated_values
 from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
-from kc_lib.evaluation.sizes import model_sizes, size_correlations, size_over_time
+from kc_lib.evaluation.sizes import model_sizes, results_of_others, size_correlations, size_over_time
 from kc_lib.evaluation.smallest import smallest_faithful
 from kc_lib.evaluation.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
 from kc_lib.evaluation.swaps import strongest_heads, strongest_swaps, swap_changes, swap_measure, swap_rows
@@ -138,6 +138,7 @@ __all__ = [
     "recovery",
     "recurrence",
     "resampled_circuits",
+    "results_of_others",
     "severing",
     "side_effects",
     "similarities",

@@ -46,6 +46,22 @@ def size_over_time(result: TrainingResult) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def results_of_others(files: Sequence[str], model: str) -> list[TrainingResult]:
+    """Saved results to compare one of ``model`` (the name of its last checkpoint) with; none where no files are given.
+
+    Raises:
+        MethodError: files that cannot be read, fewer than two (three models are needed), or that of ``model`` itself.
+    """
+    results = [TrainingResult.load(file) for file in files]
+    if len(results) == 1:
+        raise MethodError(
+            f"{files[0]} alone cannot be compared with: a correlation over models needs {LEAST_MODELS} of them"
+        )
+    if results and model in set(model_sizes(results)["model"]):
+        raise MethodError(f"one of the results to compare with is of {model!r} itself: give those of other models")
+    return results
+
+
 def model_sizes(results: Sequence[TrainingResult]) -> pd.DataFrame:
     """Every model's size beside that of its circuits, averaged over the checkpoints that have one and over draws.
 

@@ -226,14 +226,17 @@ def strongest_swaps(result: TrainingResult) -> pd.DataFrame:
 
 
 def swap_sentence(result: TrainingResult) -> str:
-    """Per task the swap that raises the metric most, beside its nulls, and how far the donor is."""
-    best = strongest_swaps(result).sort_values("change", ascending=False).drop_duplicates("task")
+    """Per task how many swaps beat their nulls, and the one that raises the metric most, beside its nulls and the donor."""
+    found = swap_changes(result)
+    found = found[found["of"] != ACCURACY]
     parts = []
-    for row in best.sort_index().to_dict("records"):
+    for task, own in found.groupby("task", sort=False):
+        row = own.loc[own["change"].idxmax()]
         word = "more" if row["beats_nulls"] else "not clearly more"
         parts.append(
-            f"{row['task']} by {row['part']} at step {row['step']}, {row['change']:+.2f} [{row['change_low']:.2f}, "
-            f"{row['change_high']:.2f}] where {row['donor'] - row['host']:.2f} separate host and donor, {word} than other "
+            f"{task}: {own['beats_nulls'].sum()} of {len(own)} swaps raise it by more than every null in every draw; the "
+            f"largest rise is {row['change']:+.2f} [{row['change_low']:.2f}, {row['change_high']:.2f}], by {row['part']} at "
+            f"step {row['step']}, where {row['donor'] - row['host']:.2f} separate host and donor, {word} than other "
             f"components in its place ({row['null']:+.2f} [{row['null_low']:.2f}, {row['null_high']:.2f}])"
         )
-    return "**Swaps.** A single component of the last checkpoint raises most, of the hosts tried: " + "; ".join(parts) + "."
+    return "**Swaps** of single components of the last checkpoint into each one. " + "; ".join(parts) + "."
