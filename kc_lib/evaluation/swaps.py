@@ -231,7 +231,7 @@ def swap_sentence(result: TrainingResult) -> str:
     found = found[found["of"] != ACCURACY]
     parts = []
     for task, own in found.groupby("task", sort=False):
-        row = own.loc[own["change"].idxmax()]
+        (row,) = own.nlargest(1, "change").to_dict("records")
         word = "more" if row["beats_nulls"] else "not clearly more"
         parts.append(
             f"{task}: {own['beats_nulls'].sum()} of {len(own)} swaps raise it by more than every null in every draw; the "

@@ -120,7 +120,7 @@ def head_rows(model: TransformerBridge, tasks: DrawnTasks, *, scores: Sequence[s
     """Every head's general scores, by seed of the draws; a score that is not defined has one row, with the reason."""
     rows = []
     for seed in tasks.seeds:
-        found = general_head_scores(model, scores, seed=seed)
+        found = general_head_scores(model, scores, seed=seed, keep_undefined=True)
         about = {"task": "", "seed": seed}
         for row in found.to_frame().to_dict("records"):
             part = f"a{row['layer']}.h{row['head']}"
