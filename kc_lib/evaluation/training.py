@@ -3,8 +3,8 @@
 ``behaviour``: how well the model does each task. ``circuit``: the smallest circuit that keeps a faithfulness, beside random
 ones, judged on held-out prompts. ``direct``: what each head does to the logits itself. ``heads``: the general head scores,
 which know no task. ``consistency``: the share of IOI that is done by the published algorithm. Every measure takes a model
-and the drawn tasks;
-``training_measures`` gives those that are asked for with their settings.
+and the drawn tasks; ``training_measures`` gives those that are asked for with their settings. One more, which needs a
+second model, is in ``swaps.py``.
 
 Where the prompts have next to no effect there is nothing to be faithful to, and any ratio is noise: the circuit is undefined
 there and its rows say why. The effect is the metric's mean difference between the clean and the corrupted prompts; it counts
