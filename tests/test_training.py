@@ -593,6 +593,18 @@ def test_overlaps_by_hand() -> None:
     assert "no circuits" in refused(MethodError, similarities, frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)]))
 
 
+def test_smoothing_steps_over_what_is_undefined() -> None:
+    edges: list[Mapping[str, float]] = [{"a": 1.0}, {"a": 1.0}, {}, {"b": 1.0}, {"b": 1.0, "c": 1.0}]
+    rows = [row for step, own in enumerate(edges) for row in circuit_of(step, 0, own, "x" if own else "")]
+    rows += [(2, "circuit", "t", 0, "n_edges", "", np.nan)]
+    found = similarities(frame_of(rows), alpha=0.25)
+    own = found[(found["against"] == "previous") & (found["quantity"] == "edge_jaccard")]
+    nan = float("nan")
+    assert own["value"].tolist() == pytest.approx([nan, 1.0, nan, nan, 0.5], nan_ok=True)
+    # a quarter of the new value and three of the last mean, however long ago that was
+    assert own["ewma"].tolist() == pytest.approx([nan, 1.0, nan, nan, 0.25 * 0.5 + 0.75 * 1.0], nan_ok=True)
+
+
 def test_emergence_by_hand() -> None:
     rows: list[tuple[object, ...]] = []
     series = {(0, "a0.h0"): (0.0, 0.3, 0.9), (1, "a0.h0"): (0.0, 0.1, 0.9), (0, "a0.h1"): (-0.2, -0.1, 0.0)}
