@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,17 +19,27 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import figures
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
-from kc_lib.evaluation import emergence, over_draws, similarities, training_conclusion, training_headline, training_measures
-from kc_lib.evaluation.consistency import algorithm_shares
+from kc_lib.evaluation import (
+    emergence,
+    over_draws,
+    resampled_circuits,
+    similarities,
+    smallest_faithful,
+    training_conclusion,
+    training_headline,
+    training_measures,
+)
+from kc_lib.evaluation.consistency import _readers, algorithm_shares, edge_effects
 from kc_lib.evaluation.training import behaviour_rows, circuit_rows, consistency_rows, direct_rows, head_rows
-from kc_lib.graph import Circuit
-from kc_lib.methods.heads import HeadScores
+from kc_lib.graph import Circuit, Graph
+from kc_lib.methods.attribution import attribute_facts
+from kc_lib.methods.heads import GeneralHeadScores, HeadScores, general_head_scores
 from kc_lib.methods.selection import random_circuit
 from kc_lib.methods.training import COLUMNS, MEASURED, TrainingResult, over_training
 from kc_lib.models import Checkpoint, checkpoints_of, load_checkpoint, load_model, nano_steps
 from kc_lib.models.nano.train import vocabulary
 from kc_lib.models.nano.vocabulary import causal_tokenizer
-from kc_lib.tasks import DrawnTasks, TokenPair, draw_tasks
+from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair, draw_tasks, load_task
 from kc_lib.wiring import wiring_of
 
 STEPS = (0, 2, 6)
@@ -115,9 +126,11 @@ class Counting:
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.calls, self.fails_at = 0, fails_at
+        self.models: list[TransformerBridge] = []
 
     def __call__(self, model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
         self.calls += 1
+        self.models.append(model)
         if self.calls == self.fails_at:
             raise MethodError("it fails here")
         row = {"task": "", "seed": 0, "quantity": "weight", "part": "", "value": weight_of(model), "note": ""}
@@ -130,7 +143,9 @@ def weight_of(model: TransformerBridge) -> float:
 
 def test_every_measure_at_every_checkpoint(trained: Path, drawn: DrawnTasks, tmp_path: Path) -> None:
     checkpoints = checkpoints_of(trained, tokens_per_step=10)
-    result = over_training(checkpoints, drawn, {"one": Counting(), "two": Counting()}, device="cpu")
+    one, two = Counting(), Counting()
+    result = over_training(checkpoints, drawn, {"one": one, "two": two}, device="cpu")
+    assert all(a is b for a, b in zip(one.models, two.models, strict=True))  # a checkpoint is loaded once
     assert tuple(result.frame.columns) == COLUMNS
     assert result.frame["step"].tolist() == [0, 0, 2, 2, 6, 6]
     assert result.frame["tokens"].tolist() == [0, 0, 20, 20, 60, 60]
@@ -196,6 +211,7 @@ def test_files_of_other_runs_and_other_vocabularies_are_refused(
     run = partial(over_training, device="cpu", partial_file=file)
     run(checkpoints[:1], drawn, {"one": Counting()})
     assert "other tasks" in refused(MethodError, run, checkpoints, drawn, {"three": Counting()})
+    assert "other tasks" in refused(MethodError, run, checkpoints, drawn, {"one": Counting()}, dtype="float64")
     other = draw_tasks(["ioi"], nano, seeds=1, n_prompts=4)
     assert "other tasks" in refused(MethodError, run, checkpoints, other, {"one": Counting()})
     file.write_bytes(b"no parquet")
@@ -273,6 +289,9 @@ def test_circuits_run_as_said(nano: TransformerBridge, drawn: DrawnTasks, plain:
 
         assert of["faithfulness"]["value"].item() == pytest.approx(share(mask), abs=1e-3)
         assert of["noising"]["value"].item() == pytest.approx(1 - share(graph.edges & ~mask), abs=1e-3)
+        for name in ("faithfulness", "noising", "effect"):
+            (row,) = of[name].to_dict("records")
+            assert row["low"] <= row["value"] <= row["high"]
         nulls = [share(random_circuit(graph, circuit.n_edges, draw.seed + i).mask) for i in range(2)]
         (null,) = of["null_faithfulness"].to_dict("records")
         assert null["value"] == pytest.approx(np.mean(nulls), abs=1e-3)
@@ -287,7 +306,18 @@ def test_circuits_run_as_said(nano: TransformerBridge, drawn: DrawnTasks, plain:
         ]
         assert share(mask, discovery, kept[1], kept[0]) >= 0.8 - 1e-3  # on the prompts it was found on
         overlap = of["resampled_jaccard"].to_dict("records")[0]
-        assert 0 < overlap["low"] <= overlap["value"] <= overlap["high"] <= 1
+        metric = "probability_difference" if discovery[0].right else "logit_difference"
+        scores = attribute_facts(nano, discovery, "eap_ig", steps=2, metric=metric)
+        again, _ = smallest_faithful(
+            nano, scores.mean(), discovery, 0.8, selection="greedy", stable=True, resolution=0.1, metric=metric
+        )
+        assert torch.equal(again.mask, mask)
+        size = int(again.provenance["size"])
+        resampled = resampled_circuits(scores, 2, draw.seed, "greedy", size, fill=False).values()
+        overlaps = [int((mask & other.mask).sum()) / int((mask | other.mask).sum()) for other in resampled]
+        assert (overlap["value"], overlap["low"], overlap["high"]) == pytest.approx(
+            (np.mean(overlaps), min(overlaps), max(overlaps))
+        )
 
 
 def circuit_logits(plain: tf.PreTrainedModel, graph: object, mask: torch.Tensor, pair: TokenPair) -> torch.Tensor:
@@ -312,11 +342,61 @@ def test_direct_effects_are_those_of_single_heads(
 
 
 def test_head_scores_by_seed_and_why_one_is_undefined(nano: TransformerBridge, drawn: DrawnTasks) -> None:
-    found = head_rows(nano, drawn, scores=("previous_token",))
+    every = head_rows(nano, drawn, scores=("previous_token", "s_inhibition"))
+    found = every[every["quantity"] == "previous_token"]
     assert len(found) == 2 * 16
     assert found["seed"].tolist() == [0] * 16 + [1] * 16
     assert found["part"][:5].tolist() == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "a1.h0"]
-    assert not found["passes"].isna().any()
+    for seed in (0, 1):
+        scores = general_head_scores(nano, ("previous_token", "s_inhibition"), seed=seed, keep_undefined=True)
+        own = found[found["seed"] == seed]
+        expected = scores.scores["previous_token"]
+        assert own["value"].tolist() == pytest.approx(expected.scores.flatten().tolist())
+        assert own["passes"].tolist() == expected.passes.flatten().tolist()
+        undefined = every[(every["quantity"] == "s_inhibition") & (every["seed"] == seed)]
+        if "s_inhibition" in scores.undefined:
+            assert undefined["note"].tolist() == [scores.undefined["s_inhibition"]]
+            assert undefined["value"].isna().all()
+    assert found.groupby("seed")["value"].sum().nunique() == 2
+
+
+def test_a_score_that_is_named_and_undefined_says_why_and_is_no_end(drawn: DrawnTasks) -> None:
+    untrained = load_model("nano", checkpoint=0, device="cpu")
+    why = refused(KnowledgeCircuitsError, general_head_scores, untrained, ("s_inhibition",))
+    row, other = head_rows(untrained, drawn, scores=("s_inhibition",)).to_dict("records")
+    assert row["note"] == why
+    assert (row["seed"], other["seed"], row["part"]) == (0, 1, "")
+    assert np.isnan(row["value"])
+
+
+def turned(pair: TokenPair) -> TokenPair:
+    """Clean and corrupted prompt exchanged: an effect of the other sign."""
+    return replace(pair, clean=pair.corrupted, corrupted=pair.clean)
+
+
+def test_an_effect_must_be_sure_and_positive_on_both_halves(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+    draw = drawn.draws[0]
+    found, held = draw.task.discovery, draw.task.test
+    same = tuple(replace(pair, corrupted=pair.clean) for pair in found)
+    mixed = (*found[:4], *map(turned, found[4:]))  # more for than against: a mean above the least, an interval that is not
+    halves = {
+        "no effect on the discovery half": (same, held),
+        "no effect on the held-out half": (found, same),
+        "a negative one": (tuple(map(turned, found)), held),
+        "an unsure one": (mixed, held),
+    }
+    for what, (discovery, test) in halves.items():
+        task = replace(draw.task, discovery=discovery, test=test)
+        tasks = DrawnTasks((DrawnTask("ioi", 0, task),))
+        rows = circuit_rows(nano, tasks, steps=2, n_random=1, n_resamples=2)
+        assert rows.loc[rows["quantity"] == "n_edges", "value"].isna().all(), what
+        assert "next to no effect" in rows.loc[rows["quantity"] == "faithfulness", "note"].item()
+        assert not (rows["quantity"] == "edge").any()
+        shares = consistency_rows(nano, tasks, steps=2)
+        assert shares["value"].isna().all(), what
+        assert shares["note"].str.contains("next to no effect").all()
+    differences = [values_of_both(nano, pair) for pair in mixed]
+    assert np.mean(differences) > 0.05  # so it is the interval that tells
 
 
 def test_a_circuit_of_no_effect_is_undefined_and_says_so(drawn: DrawnTasks) -> None:
@@ -325,8 +405,9 @@ def test_a_circuit_of_no_effect_is_undefined_and_says_so(drawn: DrawnTasks) -> N
     assert set(found["quantity"]) == {
         *("effect", "n_edges", "share_of_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl"),
         "resampled_jaccard",
+        *("model_parameters", "model_edges"),
     }
-    missing = found[found["quantity"] != "effect"]
+    missing = found[~found["quantity"].isin(["effect", "model_parameters", "model_edges"])]
     assert missing["value"].isna().all()
     assert missing["note"].str.contains("next to no effect").all()
     assert found.loc[found["quantity"] == "effect", "value"].max() < 0.05  # a negative effect is none
@@ -351,6 +432,13 @@ def test_measures_that_cannot_be(options: Mapping[str, object], said: str) -> No
     assert said in refused(MethodError, training_measures, **options)
 
 
+def values_of_both(model: TransformerBridge, pair: TokenPair) -> float:
+    """What the clean prompt has over the corrupted one."""
+    with torch.no_grad():
+        clean, corrupted = (model(torch.tensor([tokens]))[0, -1] for tokens in (pair.clean, pair.corrupted))
+    return values_of(clean, pair) - values_of(corrupted, pair)
+
+
 # ---------------------------------------------------------------------------------------------------- consistency
 
 
@@ -364,11 +452,13 @@ def scores_with(name: str, heads: list[tuple[int, int]]) -> HeadScores:
 
 def test_shares_of_the_algorithm_are_those_of_single_edges(nano: TransformerBridge, plain: tf.PreTrainedModel) -> None:
     pairs = draw_tasks(["ioi_abc"], nano, seeds=1, n_prompts=4).draws[0].task.test
-    candidates = [(0, 3), (1, 1), (2, 0), (3, 1), (3, 2)]
+    candidates = [(0, 3), (1, 1), (1, 2), (2, 0), (3, 1), (3, 2)]
     scores = {
         "name_mover": scores_with("name_mover", [(3, 2), (3, 0)]),  # a3.h0 is no candidate, so no receiver
         "s_inhibition": scores_with("s_inhibition", [(2, 0)]),
         "duplicate_token": scores_with("duplicate_token", [(0, 3)]),
+        "negative_name_mover": scores_with("negative_name_mover", [(0, 3)]),
+        "induction": scores_with("induction", [(1, 1)]),
     }
 
     def effects(readers: list[str], layer: int) -> dict[tuple[int, int], float]:
@@ -387,21 +477,67 @@ def test_shares_of_the_algorithm_are_those_of_single_edges(nano: TransformerBrid
         return found
 
     expected = [
-        (effects(["logits"], 4), {(3, 2)}),
+        (effects(["logits"], 4), {(3, 2), (0, 3)}),
         (effects(["a3.h2<q>"], 3), {(2, 0)}),
-        (effects(["a2.h0<v>"], 2), {(0, 3)}),
+        (effects(["a2.h0<v>"], 2), {(0, 3), (1, 1)}),
     ]
     found = algorithm_shares(nano, pairs, candidates, scores)
-    for share, (by_head, kind), n in zip(found, expected, (5, 3, 2), strict=True):
+    for share, (by_head, kind), n in zip(found, expected, (6, 4, 3), strict=True):
         own = [by_head[head] for head in kind]
         assert share.absolute == pytest.approx(sum(map(abs, own)) / sum(map(abs, by_head.values())), abs=1e-3)
         assert share.signed == pytest.approx(sum(own) / sum(by_head.values()), rel=1e-2, abs=1e-3)
-        assert (share.n_kind, share.n_candidates, share.note) == (1, n, "")
+        assert (share.n_kind, share.n_candidates, share.note) == (len(kind), n, "")
     none = algorithm_shares(nano, pairs, candidates, {})
     assert none[0].absolute == 0.0
     assert np.isnan(none[1].absolute)
     assert "no name mover head" in none[1].note
     assert "no heads to share" in refused(MethodError, algorithm_shares, nano, pairs, [], {})
+
+
+def test_effects_are_summed_over_receivers(nano: TransformerBridge) -> None:
+    pairs = draw_tasks(["ioi_abc"], nano, seeds=1, n_prompts=4).draws[0].task.test
+    senders, readers = [(0, 3), (2, 0), (3, 1)], ["a2.h0<q>", "a3.h2<q>", "a3.h1<q>"]
+    both = edge_effects(nano, pairs, senders, readers)
+    alone = [edge_effects(nano, pairs, senders, [reader]) for reader in readers]
+    assert set(both) == {(0, 3), (2, 0)}  # a3.h1 is below none of them
+    for sender, effect in both.items():
+        assert effect == pytest.approx(sum(own.get(sender, 0.0) for own in alone), abs=1e-4)
+    assert len({round(own.get((0, 3), 0.0), 4) for own in alone}) == 3
+
+
+def test_receivers_that_share_keys_and_values_have_one_reader() -> None:
+    graph = Graph(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32)
+    assert _readers(graph, [(1, 3), (1, 2), (2, 0)], "v") == ["a1.h1<v>", "a2.h0<v>"]
+    assert _readers(graph, [(1, 3), (1, 2), (2, 0)], "q") == ["a1.h2<q>", "a1.h3<q>", "a2.h0<q>"]
+
+
+def test_consistency_is_of_the_circuits_heads_on_held_out_prompts(
+    nano: TransformerBridge, drawn: DrawnTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kinds given by hand, because no head of nano passes for any."""
+    draw = drawn.draws[1]
+    tasks = DrawnTasks((draw,))
+    rows = circuit_rows(nano, tasks, steps=2, n_random=1, n_resamples=2)
+    nodes = set(rows.loc[rows["quantity"] == "node", "part"])
+    candidates = [(layer, head) for layer in range(4) for head in range(4) if f"a{layer}.h{head}" in nodes]
+    assert 1 < len(candidates) < 16
+    last = max(candidates)
+    scores = {"name_mover": scores_with("name_mover", [last]), "s_inhibition": scores_with("s_inhibition", candidates[:2])}
+    seeds = []
+
+    def by_hand(model: TransformerBridge, seed: int) -> GeneralHeadScores:
+        seeds.append(seed)
+        return GeneralHeadScores(scores, {})
+
+    monkeypatch.setattr("kc_lib.evaluation.training.general_head_scores", by_hand)
+    found = consistency_rows(nano, tasks, steps=2).set_index(["part", "quantity"])["value"]
+    assert seeds == [draw.seed]
+    pairs = load_task("ioi_abc", nano, known_only=False, max_facts=12, seed=draw.seed).test
+    for share in algorithm_shares(nano, pairs, candidates, scores):
+        assert found[share.step, "share_absolute"] == pytest.approx(share.absolute, nan_ok=True)
+        assert found[share.step, "share_signed"] == pytest.approx(share.signed, nan_ok=True)
+        assert (found[share.step, "n_kind"], found[share.step, "n_candidates"]) == (share.n_kind, share.n_candidates)
+    assert 0 < found["logits", "share_absolute"] < 1
 
 
 def test_consistency_is_of_ioi_alone_and_undefined_without_an_effect(nano: TransformerBridge, drawn: DrawnTasks) -> None:
@@ -457,6 +593,18 @@ def test_overlaps_by_hand() -> None:
     assert "no circuits" in refused(MethodError, similarities, frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)]))
 
 
+def test_smoothing_steps_over_what_is_undefined() -> None:
+    edges: list[Mapping[str, float]] = [{"a": 1.0}, {"a": 1.0}, {}, {"b": 1.0}, {"b": 1.0, "c": 1.0}]
+    rows = [row for step, own in enumerate(edges) for row in circuit_of(step, 0, own, "x" if own else "")]
+    rows += [(2, "circuit", "t", 0, "n_edges", "", np.nan)]
+    found = similarities(frame_of(rows), alpha=0.25)
+    own = found[(found["against"] == "previous") & (found["quantity"] == "edge_jaccard")]
+    nan = float("nan")
+    assert own["value"].tolist() == pytest.approx([nan, 1.0, nan, nan, 0.5], nan_ok=True)
+    # a quarter of the new value and three of the last mean, however long ago that was
+    assert own["ewma"].tolist() == pytest.approx([nan, 1.0, nan, nan, 0.25 * 0.5 + 0.75 * 1.0], nan_ok=True)
+
+
 def test_emergence_by_hand() -> None:
     rows: list[tuple[object, ...]] = []
     series = {(0, "a0.h0"): (0.0, 0.3, 0.9), (1, "a0.h0"): (0.0, 0.1, 0.9), (0, "a0.h1"): (-0.2, -0.1, 0.0)}
@@ -474,6 +622,13 @@ def test_emergence_by_hand() -> None:
     assert found.loc[("logit_difference", ""), "step"] == 1
     assert emergence(frame_of(rows), 0.2).set_index(["quantity", "part"]).loc[("induction", "a0.h0"), "step"] == 2
     assert "share" in refused(MethodError, emergence, frame_of(rows), share=1.5)
+    half = [(step, "direct", "t", 0, "direct_effect", "a0.h0", value) for step, value in ((1, 0.25), (2, 0.5), (4, 1.0))]
+    assert emergence(frame_of(half), 0.5)["step"].tolist() == [2]  # at the share, not only above
+    passing = frame_of(rows)
+    once = (passing.frame["part"] == "a0.h0") & (passing.frame["step"] == 2) & (passing.frame["seed"] == 1)
+    frame = passing.frame.assign(passes=once.astype("boolean").where(passing.frame["measure"] == "heads"))
+    passes = emergence(TrainingResult(frame)).set_index(["quantity", "part"])["passes"]
+    assert passes.to_dict() == {("induction", "a0.h0"): True, ("induction", "a0.h1"): False, ("logit_difference", ""): False}
 
 
 def test_bands_are_the_range_over_draws() -> None:

@@ -55,8 +55,10 @@ from kc_lib.evaluation.neuron_effects import (
 from kc_lib.evaluation.neuron_sets import layer_shares, neurons_per_fact, overlaps
 from kc_lib.evaluation.nodes import ablated_values
 from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
+from kc_lib.evaluation.sizes import model_sizes, results_of_others, size_correlations, size_over_time
 from kc_lib.evaluation.smallest import smallest_faithful
 from kc_lib.evaluation.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
+from kc_lib.evaluation.swaps import strongest_heads, strongest_swaps, swap_changes, swap_measure, swap_rows
 from kc_lib.evaluation.table import CircuitTable, circuit_table
 from kc_lib.evaluation.tracing import (
     SUBJECT,
@@ -123,6 +125,7 @@ __all__ = [
     "layer_shares",
     "metric_values",
     "minimality",
+    "model_sizes",
     "neurons_conclusion",
     "neurons_headline",
     "neurons_per_fact",
@@ -135,11 +138,19 @@ __all__ = [
     "recovery",
     "recurrence",
     "resampled_circuits",
+    "results_of_others",
     "severing",
     "side_effects",
     "similarities",
+    "size_correlations",
+    "size_over_time",
     "smallest_faithful",
     "stability",
+    "strongest_heads",
+    "strongest_swaps",
+    "swap_changes",
+    "swap_measure",
+    "swap_rows",
     "total_effect",
     "tracing_conclusion",
     "tracing_headline",

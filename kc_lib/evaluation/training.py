@@ -3,8 +3,8 @@
 ``behaviour``: how well the model does each task. ``circuit``: the smallest circuit that keeps a faithfulness, beside random
 ones, judged on held-out prompts. ``direct``: what each head does to the logits itself. ``heads``: the general head scores,
 which know no task. ``consistency``: the share of IOI that is done by the published algorithm. Every measure takes a model
-and the drawn tasks;
-``training_measures`` gives those that are asked for with their settings.
+and the drawn tasks; ``training_measures`` gives those that are asked for with their settings. One more, which needs a
+second model, is in ``swaps.py``.
 
 Where the prompts have next to no effect there is nothing to be faithful to, and any ratio is noise: the circuit is undefined
 there and its rows say why. The effect is the metric's mean difference between the clean and the corrupted prompts; it counts
@@ -14,7 +14,7 @@ held out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,17 +31,18 @@ from kc_lib.evaluation.consistency import algorithm_shares
 from kc_lib.evaluation.runs import evaluate_circuits, metric_values
 from kc_lib.evaluation.smallest import RANKINGS, smallest_faithful
 from kc_lib.evaluation.stability import jaccard, resampled_circuits
+from kc_lib.evaluation.training_rows import METRICS_OF_SETS, measured_row, measured_rows, metric_of
 from kc_lib.graph import Circuit
 from kc_lib.methods.attribution import attribute_facts, check_attribution, patch_single_edges
 from kc_lib.methods.heads import check_scores, general_head_scores
 from kc_lib.methods.scores import FactScores
-from kc_lib.methods.training import MEASURED, Measure
+from kc_lib.methods.training import Measure
+from kc_lib.models import parameter_count
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair, load_task
 from kc_lib.wiring import wiring_of
 
 TRAINING_MEASURES = ("behaviour", "circuit", "direct", "heads", "consistency")
-METRICS_OF_SETS = {True: "probability_difference", False: "logit_difference"}  # whether a task has sets of answers
 SHARES_OF_STEPS = ("share_absolute", "share_signed")
 NO_EFFECT = "the prompts have next to no effect: {effect:.3g} [{low:.3g}, {high:.3g}], at least {least:g} is asked for"
 
@@ -111,15 +112,15 @@ def behaviour_rows(model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
     for draw in tasks.draws:
         found = behaviour(model, [*draw.task.discovery, *draw.task.test], batch_size=64).to_frame(draw.seed)
         for row in found.to_dict("records"):
-            rows.append(_row(draw, row["measure"], row["value"], row["value_low"], row["value_high"]))
-    return _rows(rows)
+            rows.append(measured_row(draw, row["measure"], row["value"], row["value_low"], row["value_high"]))
+    return measured_rows(rows)
 
 
 def head_rows(model: TransformerBridge, tasks: DrawnTasks, *, scores: Sequence[str] | None = None) -> pd.DataFrame:
     """Every head's general scores, by seed of the draws; a score that is not defined has one row, with the reason."""
     rows = []
     for seed in tasks.seeds:
-        found = general_head_scores(model, scores, seed=seed)
+        found = general_head_scores(model, scores, seed=seed, keep_undefined=True)
         about = {"task": "", "seed": seed}
         for row in found.to_frame().to_dict("records"):
             part = f"a{row['layer']}.h{row['head']}"
@@ -127,7 +128,7 @@ def head_rows(model: TransformerBridge, tasks: DrawnTasks, *, scores: Sequence[s
                 about | {"quantity": row["name"], "part": part, "value": row["score"], "passes": bool(row["passes"])}
             )
         rows += [about | {"quantity": name, "part": "", "note": why} for name, why in found.undefined.items()]
-    return _rows(rows)
+    return measured_rows(rows)
 
 
 def direct_rows(
@@ -146,11 +147,13 @@ def direct_rows(
             model,
             [*draw.task.discovery, *draw.task.test],
             [f"{head}->logits" for head in heads],
-            metric=_metric_of(draw, metric),
+            metric=metric_of(draw, metric),
             batch_size=batch_size,
         )
-        rows += [_row(draw, "direct_effect", value, part=head) for head, value in zip(heads, found["score"], strict=True)]
-    return _rows(rows)
+        rows += [
+            measured_row(draw, "direct_effect", value, part=head) for head, value in zip(heads, found["score"], strict=True)
+        ]
+    return measured_rows(rows)
 
 
 def circuit_rows(
@@ -171,7 +174,8 @@ def circuit_rows(
 
     Quantities, of held-out prompts where the task has any:
 
-    - ``effect``: what clean prompts have over corrupted ones, of which faithfulness is a share; always defined;
+    - ``effect``: what clean prompts have over corrupted ones, of which faithfulness is a share; always defined, as are
+      ``model_parameters`` and ``model_edges``, the model's size;
     - ``n_edges``, ``share_of_edges``, ``n_nodes``: the circuit's size;
     - ``faithfulness``: of the circuit alone, all else corrupted (normalised denoising); ``null_faithfulness``: the mean of
       random circuits of the size, from the lowest to the highest;
@@ -180,27 +184,31 @@ def circuit_rows(
     - ``edge``, ``node``: the circuit itself, one row for each part; an edge's value is its score.
     """
     rows = []
+    n_parameters, n_edges = parameter_count(model), wiring_of(model).graph().n_edges
     for draw in tasks.draws:
-        of = _metric_of(draw, metric)
+        rows += [measured_row(draw, "model_parameters", n_parameters), measured_row(draw, "model_edges", n_edges)]
+        of = metric_of(draw, metric)
         held_out = draw.task.test or draw.task.discovery
         effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, held_out)]
-        rows.append(_row(draw, "effect", *effects[1]))
+        rows.append(measured_row(draw, "effect", *effects[1]))
         why = _too_small(effects, minimal_effect)
         if why:
             undefined = ("n_edges", "share_of_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl")
-            rows += [_row(draw, name, note=why) for name in (*undefined, "resampled_jaccard")]
+            rows += [measured_row(draw, name, note=why) for name in (*undefined, "resampled_jaccard")]
             continue
         fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
         circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
         rows += _judged(model, draw, circuit, held_out, of, n_random, 2 * batch_size)
-        rows.append(_row(draw, "resampled_jaccard", *_resampled(fact_scores, circuit, selection, n_resamples, draw.seed)))
+        rows.append(
+            measured_row(draw, "resampled_jaccard", *_resampled(fact_scores, circuit, selection, n_resamples, draw.seed))
+        )
         edges = circuit.to_frame()
         rows += [
-            _row(draw, "edge", score, part=f"{writer}->{reader}")
+            measured_row(draw, "edge", score, part=f"{writer}->{reader}")
             for writer, reader, score in edges[["writer", "reader", "score"]].itertuples(index=False)
         ]
-        rows += [_row(draw, "node", 1.0, part=node) for node in circuit.nodes]
-    return _rows(rows)
+        rows += [measured_row(draw, "node", 1.0, part=node) for node in circuit.nodes]
+    return measured_rows(rows)
 
 
 def consistency_rows(
@@ -232,15 +240,15 @@ def consistency_rows(
             candidates = [(layer, head) for layer, head in heads if f"a{layer}.h{head}" in circuit.nodes]
             why = "" if candidates else "the circuit has no heads"
         if why:
-            rows += [_row(draw, name, part=step, note=why) for step in ALGORITHM for name in SHARES_OF_STEPS]
+            rows += [measured_row(draw, name, part=step, note=why) for step in ALGORITHM for name in SHARES_OF_STEPS]
             continue
         scores = general_head_scores(model, seed=draw.seed).scores
         for share in algorithm_shares(model, _strangers(model, draw), candidates, scores, batch_size=batch_size):
-            rows.append(_row(draw, "share_absolute", share.absolute, part=share.step, note=share.note))
-            rows.append(_row(draw, "share_signed", share.signed, part=share.step, note=share.note))
-            rows.append(_row(draw, "n_kind", share.n_kind, part=share.step))
-            rows.append(_row(draw, "n_candidates", share.n_candidates, part=share.step))
-    return _rows(rows)
+            rows.append(measured_row(draw, "share_absolute", share.absolute, part=share.step, note=share.note))
+            rows.append(measured_row(draw, "share_signed", share.signed, part=share.step, note=share.note))
+            rows.append(measured_row(draw, "n_kind", share.n_kind, part=share.step))
+            rows.append(measured_row(draw, "n_candidates", share.n_candidates, part=share.step))
+    return measured_rows(rows)
 
 
 def _strangers(model: TransformerBridge, draw: DrawnTask) -> tuple[TokenPair, ...]:
@@ -281,10 +289,6 @@ def _smallest(
     return circuit
 
 
-def _metric_of(draw: DrawnTask, metric: str | None) -> str:
-    return metric or METRICS_OF_SETS[any(pair.right for pair in draw.task.discovery)]
-
-
 def _effect(model: TransformerBridge, pairs: Sequence[TokenPair], metric: str, seed: int) -> tuple[float, float, float]:
     """What the clean prompts have over the corrupted ones, with its interval over prompts."""
     values = metric_values(model, {}, pairs, metric=metric, batch_size=64)
@@ -311,13 +315,13 @@ def _judged(
     ends = [f"faithfulness{end}" for end in ("", "_low", "_high")]
     noising = [1 - without[end] for end in (ends[0], ends[2], ends[1])]
     return [
-        _row(draw, "n_edges", circuit.n_edges),
-        _row(draw, "share_of_edges", circuit.share),
-        _row(draw, "n_nodes", len(circuit.nodes)),
-        _row(draw, "faithfulness", *own[ends]),
-        _row(draw, "null_faithfulness", float(np.mean(null)), min(null), max(null)),
-        _row(draw, "noising", *noising),
-        _row(draw, "kl", own["kl"]),
+        measured_row(draw, "n_edges", circuit.n_edges),
+        measured_row(draw, "share_of_edges", circuit.share),
+        measured_row(draw, "n_nodes", len(circuit.nodes)),
+        measured_row(draw, "faithfulness", *own[ends]),
+        measured_row(draw, "null_faithfulness", float(np.mean(null)), min(null), max(null)),
+        measured_row(draw, "noising", *noising),
+        measured_row(draw, "kl", own["kl"]),
     ]
 
 
@@ -327,23 +331,3 @@ def _resampled(fact_scores: FactScores, circuit: Circuit, selection: str, n: int
     again = resampled_circuits(fact_scores, n, seed, selection, size, fill=False)
     overlaps = [jaccard(circuit, other) for other in again.values()]
     return float(np.mean(overlaps)), min(overlaps), max(overlaps)
-
-
-def _row(
-    draw: DrawnTask,
-    quantity: str,
-    value: float = float("nan"),
-    low: float = float("nan"),
-    high: float = float("nan"),
-    part: str = "",
-    note: str = "",
-) -> dict[str, Any]:
-    about = {"task": draw.name, "seed": draw.seed, "quantity": quantity, "part": part}
-    return about | {"value": float(value), "low": float(low), "high": float(high), "note": note}
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """A table with all columns of ``MEASURED``: no value or interval is NaN, no note is empty."""
-    frame = pd.DataFrame(rows).reindex(columns=list(MEASURED))
-    words = {name: frame[name].astype(object).fillna("") for name in ("part", "note")}
-    return frame.assign(**words)

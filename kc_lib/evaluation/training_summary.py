@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from kc_lib.errors import MethodError
+from kc_lib.evaluation.sizes import size_over_time
+from kc_lib.evaluation.swaps import strongest_swaps, swap_sentence
 from kc_lib.methods.training import TrainingResult
 
 SHARE = 0.33  # of its maximum, at which a thing has appeared (Tigges et al. 2024, section 3.3)
@@ -140,6 +141,13 @@ def training_headline(result: TrainingResult) -> dict[str, str]:
         passing = own[own["passes"]].sort_values("maximum", ascending=False)
         named = ", ".join(f"{row['part']} at {_step_text(row)}" for row in passing.head(NAMED).to_dict("records"))
         figures[f"{quantity} heads"] = named or "none passes"
+    if not result.of("swap").empty:
+        for row in strongest_swaps(result).sort_values("change").drop_duplicates("task", keep="last").to_dict("records"):
+            figures[f"best swap for {row['task']}"] = (
+                f"{row['part']} into step {row['step']}: {row['change']:+.2f} [{row['change_low']:.2f}, "
+                f"{row['change_high']:.2f}], others there {row['null']:+.2f}; host {row['host']:.2f}, donor "
+                f"{row['donor']:.2f}"
+            )
     return figures
 
 
@@ -176,6 +184,8 @@ def training_conclusion(result: TrainingResult) -> str:
             "**Published algorithm of IOI.** Share of the circuit's absolute effects that heads of the published kinds have "
             f"at the last checkpoint: {named}."
         )
+    if not result.of("swap").empty:
+        parts.append(swap_sentence(result))
     heads = appeared[appeared["measure"] == "heads"]
     if len(heads):
         passing = heads[heads["passes"]].sort_values("step")
@@ -215,15 +225,16 @@ def _circuit_sentence(result: TrainingResult, similar: pd.DataFrame, task: str) 
         f" The last one has {last.loc['n_edges', 'value']:.0f} edges and a held-out faithfulness of "
         f"{_band(last.loc['faithfulness'])}, random ones of that size {_band(last.loc['null_faithfulness'])}."
     )
-    if len(sizes) > 2 and sizes["value"].nunique() > 1:
-        r = stats.spearmanr(sizes["step"], sizes["value"])
-        sentence += f" Its size goes with time at a rank correlation of {r.statistic:.2f} (n = {len(sizes)})."
+    over_time = size_over_time(result)
+    (growth,) = over_time[(over_time["task"] == task) & (over_time["quantity"] == "n_edges")].to_dict("records")
+    if pd.notna(growth["value"]):
+        sentence += f" Its size goes with time at a rank correlation of {_band(growth)} (n = {growth['n']})."
     own = similar[(similar["task"] == task) & (similar["quantity"] == "edge_jaccard") & similar["value"].notna()]
-    over_time, draws = (own.loc[own["against"] == name, "value"].mean() for name in ("previous", "other draws"))
+    previous, draws = (own.loc[own["against"] == name, "value"].mean() for name in ("previous", "other draws"))
     noise = rows.loc[(rows["task"] == task) & (rows["quantity"] == "resampled_jaccard"), "value"].mean()
-    if pd.notna(over_time):
+    if pd.notna(previous):
         sentence += (
-            f" Neighbouring checkpoints share {over_time:.2f} of their edges (Jaccard), circuits of one checkpoint from "
+            f" Neighbouring checkpoints share {previous:.2f} of their edges (Jaccard), circuits of one checkpoint from "
             f"resampled prompts {noise:.2f}" + (f" and from other draws {draws:.2f}." if pd.notna(draws) else ".")
         )
     return sentence

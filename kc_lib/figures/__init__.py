@@ -27,7 +27,9 @@ from kc_lib.figures.knowledge_neurons import (
 )
 from kc_lib.figures.minimality import minimality_figure
 from kc_lib.figures.scores import score_distribution
+from kc_lib.figures.sizes import model_size_figure
 from kc_lib.figures.style import DARK, NEGATIVE, NEUTRAL, POSITIVE, TEMPLATE
+from kc_lib.figures.swaps import swap_grid
 from kc_lib.figures.tracing import class_heatmap, class_lines, fact_heatmap, severing_bars
 from kc_lib.figures.training import (
     behaviour_over_training,
@@ -74,6 +76,7 @@ __all__ = [
     "lens_figure",
     "method_bars",
     "minimality_figure",
+    "model_size_figure",
     "neuron_bars",
     "neuron_layer_figure",
     "neuron_overlap_figure",
@@ -86,6 +89,7 @@ __all__ = [
     "severing_bars",
     "side_effect_figure",
     "similarity_over_training",
+    "swap_grid",
     "top_edges_table",
     "top_nodes_table",
     "update_figure",

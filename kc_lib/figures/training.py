@@ -26,6 +26,7 @@ from kc_lib.methods.training import TrainingResult
 SHOWN_BEHAVIOURS = ("logit_difference", "probability_difference", "accuracy", "mrr")
 STRONGEST = 3  # heads of a panel
 SCORE_COLUMNS = 4
+LABEL = 0.07  # of a panel's height, that the name of a head takes
 EDGE_TICKS = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
 
 
@@ -49,7 +50,8 @@ def behaviour_over_training(
             _line(figure, axis, own, str(task), i, 1, column, legend=column == 1)
         figure.update_yaxes(title_text=BEHAVIOURS[name], row=1, col=column)
     axis.draw(figure, 1)
-    figure.update_layout(height=400, width=max(420, 300 * len(behaviours)), legend=_below(0.28))
+    figure.update_annotations(font_size=13)
+    figure.update_layout(height=420, width=max(420, 300 * len(behaviours)), legend=_below(0.28), margin={"t": 110})
     return titled(figure, title or "Behaviour over training", axis.about())
 
 
@@ -82,7 +84,8 @@ def circuit_over_training(result: TrainingResult, title: str | None = None) -> g
     figure.update_yaxes(title_text="share of the full model's effect", row=1, col=2)
     figure.update_yaxes(title_text="metric, clean minus corrupted", row=1, col=3)
     axis.draw(figure, 1)
-    figure.update_layout(height=440, width=1200, legend=_below(0.26))
+    figure.update_annotations(font_size=13)
+    figure.update_layout(height=460, width=1200, legend=_below(0.26), margin={"t": 110})
     about = [*axis.about(), "crosses: undefined, next to no effect"]
     return titled(figure, title or "Circuits over training", about)
 
@@ -121,7 +124,8 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
     for row in (1, 2):
         figure.update_yaxes(title_text="overlap", row=row, col=1)
     axis.draw(figure, 2)
-    figure.update_layout(height=620, width=1150, legend=_below(0.16))
+    figure.update_annotations(font_size=13)
+    figure.update_layout(height=640, width=1150, legend=_below(0.16), margin={"t": 110})
     about = [
         *axis.about(),
         "lines: exponentially weighted, alpha 0.5",
@@ -156,6 +160,7 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
         row, column = divmod(place, n_columns)
         rows = result.of(str(measure), str(name))
         rows = over_draws(rows[rows["task"] == task])
+        ends = {}
         for i, head in enumerate(heads.sort_values("maximum", ascending=False).head(strongest).to_dict("records")):
             own = rows[rows["part"] == head["part"]]
             dash = "solid" if measure == "direct" or head["passes"] else "dot"
@@ -165,15 +170,19 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
                 mark = {"symbol": "circle-open", "size": 11, "color": _colour(i), "line": {"width": 2.5}}
                 ring = go.Scatter(x=axis.of(at), y=at["value"], mode="markers", marker=mark, showlegend=False)
                 figure.add_trace(ring.update(hoverinfo="skip"), row + 1, column + 1)
-            end = own[own["n"] > 0].tail(1)
-            label = go.Scatter(x=axis.of(end), y=end["value"], mode="text", text=[f" {head['part']}"], showlegend=False)
+            ends[head["part"]] = own[own["n"] > 0].tail(1)
+        heights = _apart([float(end["value"].iloc[0]) for end in ends.values()], LABEL * float(rows["high"].max()))
+        for i, ((head_name, end), height) in enumerate(zip(ends.items(), heights, strict=True)):
+            label = go.Scatter(x=axis.of(end), y=[height], mode="text", text=[f" {head_name}"], showlegend=False)
             label.update(
                 textposition="middle right", textfont={"size": 10, "color": _colour(i)}, hoverinfo="skip", cliponaxis=False
             )
             figure.add_trace(label, row + 1, column + 1)
+        lowest = place + n_columns >= len(panels)
+        figure.update_xaxes(showticklabels=lowest, row=row + 1, col=column + 1)
     figure.update_yaxes(rangemode="tozero")
     axis.draw(figure, n_rows, room=2.5)
-    figure.update_layout(height=140 + 250 * n_rows, width=max(480, 300 * n_columns))
+    figure.update_layout(height=160 + 250 * n_rows, width=max(480, 300 * n_columns), margin={"t": 110})
     about = [f"strongest {strongest}", f"ring: reaches {SHARE:.0%} of its maximum", "dotted: never passes its criterion"]
     return titled(figure, title or "Heads over training", [*axis.about(), *about])
 
@@ -203,7 +212,10 @@ def consistency_over_training(result: TrainingResult, title: str | None = None) 
         figure.add_trace(crosses.update(hovertemplate="undefined<extra></extra>"), 1, column)
     figure.update_yaxes(title_text="share of the effects", row=1, col=1)
     axis.draw(figure, 1)
-    figure.update_layout(height=400, width=1050, legend=_below(0.28))
+    ends = [found[["low", "value"]].min().min(), found[["high", "value"]].max().max()]
+    figure.update_yaxes(range=[np.nanmin([-0.15, ends[0] - 0.05]), np.nanmax([1.05, ends[1] + 0.05])])
+    figure.update_annotations(font_size=13)
+    figure.update_layout(height=420, width=1050, legend=_below(0.28), margin={"t": 110})
     return titled(figure, title or "IOI by the published algorithm", [*axis.about(), "crosses: undefined"])
 
 
@@ -222,6 +234,7 @@ class _Time:
         self.has_zero = times[0] == 0
         self.n_checkpoints = frame["step"].nunique()
         self.n_draws = frame["seed"].nunique()
+        self.n_pairs = result.provenance.get("n_pairs")
 
     def of(self, rows: pd.DataFrame) -> list[float]:
         return [float(time) or self.zero for time in rows[self.column]]
@@ -237,7 +250,7 @@ class _Time:
 
     def about(self) -> list[str]:
         bands = f"mean and range of {self.n_draws} draws of prompts" if self.n_draws > 1 else "one draw of prompts"
-        return [f"{self.n_checkpoints} checkpoints", bands]
+        return [f"{self.n_checkpoints} checkpoints", f"n = {self.n_pairs} pairs" if self.n_pairs else "", bands]
 
 
 def _short(number: float) -> str:
@@ -289,6 +302,14 @@ def _line(
     trace.update(marker={"size": 5, "symbol": SYMBOLS[i % len(SYMBOLS)]})
     hover = f"<b>{html.escape(name)}</b><br>step %{{customdata}}: %{{y:.3g}}<extra></extra>"
     figure.add_trace(trace.update(customdata=rows["step"], hovertemplate=hover), row, column)
+
+
+def _apart(heights: Sequence[float], least: float) -> list[float]:
+    """Heights of labels, moved upwards where another is nearer than ``least`` below."""
+    moved, before = list(heights), -np.inf
+    for i in np.argsort(heights, kind="stable").tolist():
+        moved[i] = before = max(moved[i], before + least)
+    return moved
 
 
 def _runs(defined: Sequence[bool]) -> list[list[int]]:

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.hashes import hash_of
-from kc_lib.models import Checkpoint, load_checkpoint
+from kc_lib.models import Checkpoint, load_checkpoint, model_hash, model_name
 from kc_lib.tables import load_table, save_table, save_whole
 from kc_lib.tasks import DrawnTasks
 
@@ -67,6 +67,11 @@ class TrainingResult:
         return rows[rows["quantity"].isin(quantities)] if quantities else rows
 
     @property
+    def hash(self) -> str:
+        """Hash of every row."""
+        return hash_of(self.frame.to_json(orient="split", double_precision=15))
+
+    @property
     def steps(self) -> list[int]:
         return sorted(self.frame["step"].unique().tolist())
 
@@ -101,6 +106,8 @@ def over_training(
 ) -> TrainingResult:
     """Every measure at every checkpoint, on the same prompts.
 
+    A measure may hold a model of its own as an argument of its ``partial`` (the donor of ``evaluation.swap_measure``).
+
     Args:
         tasks: the prompts, read with the tokenizer of one of the checkpoints; the others must have the same vocabulary.
         measures: functions of a model and the tasks that give rows of ``MEASURED``, or ``partial``s of such, by name.
@@ -114,16 +121,16 @@ def over_training(
     """
     if not checkpoints or not measures:
         raise MethodError("over_training needs at least one checkpoint and one measure")
-    identity = _identity(tasks, measures, dtype)
+    described = {name: _described(own) for name, own in measures.items()}
+    identity = hash_of([tasks.hash, dtype, described])  # of what determines a checkpoint's rows, beside the checkpoint
     file = None if partial_file is None else Path(partial_file)
-    frames, done = _resumed(file, identity)
+    frames, done, vocabulary = _resumed(file, identity)
     todo = [(checkpoint, name) for checkpoint in checkpoints for name in measures]
     todo = [(checkpoint, name) for checkpoint, name in todo if _key(checkpoint, name) not in done]
     again = {(checkpoint.name, name) for checkpoint, name in todo}  # of a checkpoint whose files have changed since
     frames = [old[[place not in again for place in zip(old["checkpoint"], old["measure"], strict=True)]] for old in frames]
     loaded: Checkpoint | None = None
     model: TransformerBridge | None = None
-    vocabulary: int | None = None
     bar = tqdm(todo, desc="over training", unit="measure", disable=not progress)
     for checkpoint, name in bar:
         bar.set_postfix(step=checkpoint.step, measure=name)
@@ -142,23 +149,26 @@ def over_training(
         frames.append(rows.assign(**about)[list(COLUMNS)].astype(_TYPES))
         done.append(_key(checkpoint, name))
         if file is not None:
-            save_whole(TrainingResult(_joined(frames), {"identity": identity, "done": done}), file)
+            kept = {"identity": identity, "done": done, "vocabulary": vocabulary}
+            save_whole(TrainingResult(_joined(frames), kept), file)
     frame = _joined(frames)
     asked = frame["checkpoint"].isin([checkpoint.name for checkpoint in checkpoints])
     order = ["step", "measure", "task", "seed"]
     frame = frame[asked].sort_values(order, kind="stable", ignore_index=True)
     settings = {"tasks": tasks.names, "seeds": tasks.seeds, "n_checkpoints": len(checkpoints), "dtype": dtype}
-    return TrainingResult(frame, settings | {"measures": {name: _described(own) for name, own in measures.items()}})
+    settings |= {"n_pairs": tasks.report["used"]}
+    return TrainingResult(frame, settings | {"measures": described})
 
 
-def _same_vocabulary(model: TransformerBridge, known: int | None, checkpoint: Checkpoint) -> int:
-    size = len(model.tokenizer)
-    if known is not None and size != known:
+def _same_vocabulary(model: TransformerBridge, known: str | None, checkpoint: Checkpoint) -> str:
+    """Hash of every token's number: the same number of tokens may be other tokens."""
+    vocabulary = hash_of(model.tokenizer.get_vocab())
+    if known is not None and vocabulary != known:
         raise MethodError(
-            f"the checkpoint at step {checkpoint.step} ({checkpoint.name}) has a vocabulary of {size} tokens, the one "
-            f"before of {known}: their prompts are not the same; give checkpoints of one training"
+            f"the checkpoint at step {checkpoint.step} ({checkpoint.name}) has another vocabulary ({len(model.tokenizer)} "
+            "tokens) than the one before: their prompts are not the same; give checkpoints of one training"
         )
-    return size
+    return vocabulary
 
 
 def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -166,16 +176,14 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _described(measure: Measure) -> dict[str, Any]:
-    """What a measure is: the name of its function, and of a ``partial`` the arguments."""
+    """What a measure is: the name of its function, and of a ``partial`` the arguments, of which a model is its weights."""
     if isinstance(measure, partial):
-        return {"function": measure.func.__qualname__, **measure.keywords}
+        return {"function": measure.func.__qualname__} | {name: _told(value) for name, value in measure.keywords.items()}
     return {"function": getattr(measure, "__qualname__", type(measure).__qualname__)}
 
 
-def _identity(tasks: DrawnTasks, measures: Mapping[str, Measure], dtype: str) -> str:
-    """Hash of what determines a checkpoint's rows, beside the checkpoint."""
-    about = [tasks.hash, dtype, {name: _described(own) for name, own in measures.items()}]
-    return hash_of(about)
+def _told(value: Any) -> Any:
+    return [model_name(value), model_hash(value)] if isinstance(value, TransformerBridge) else value
 
 
 def _key(checkpoint: Checkpoint, measure: str) -> str:
@@ -187,14 +195,14 @@ def _key(checkpoint: Checkpoint, measure: str) -> str:
     return hashlib.blake2b(described, digest_size=16).hexdigest()
 
 
-def _resumed(file: Path | None, identity: str) -> tuple[list[pd.DataFrame], list[str]]:
-    """The rows that an earlier run left in its file, and what they are of."""
+def _resumed(file: Path | None, identity: str) -> tuple[list[pd.DataFrame], list[str], str | None]:
+    """The rows that an earlier run left in its file, what they are of, and the hash of their checkpoints' vocabulary."""
     if file is None or not file.exists():
-        return [], []
+        return [], [], None
     try:
         found = TrainingResult.load(file)
     except MethodError as error:
         raise MethodError(f"{file}: cannot be read as what is done of a training ({error}); delete it") from error
     if found.provenance.get("identity") != identity:
         raise MethodError(f"{file}: is of other tasks or measures; delete it or name another file")
-    return [found.frame], list(found.provenance["done"])
+    return [found.frame], list(found.provenance["done"]), found.provenance.get("vocabulary")

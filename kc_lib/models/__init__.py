@@ -2,7 +2,7 @@
 
 from kc_lib.models.checkpoints import SCHEDULES, Checkpoint, checkpoints_of, load_checkpoint, schedule_steps
 from kc_lib.models.handwired import HAND_WIRED, HandWired, hand_wired
-from kc_lib.models.load import EMBEDDED, embedded_models, load_model, model_hash, model_name
+from kc_lib.models.load import EMBEDDED, embedded_models, load_model, model_hash, model_name, parameter_count
 from kc_lib.models.nano.shipped import nano_steps
 from kc_lib.models.smollm2 import cached_smollm2
 
@@ -21,5 +21,6 @@ __all__ = [
     "model_hash",
     "model_name",
     "nano_steps",
+    "parameter_count",
     "schedule_steps",
 ]

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -95,6 +96,13 @@ def model_hash(model: TransformerBridge) -> str:
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def parameter_count(model: TransformerBridge) -> int:
+    """How many parameters the architecture has; the bridge keeps fused weights a second time, in parts."""
+    original: Any = model.original_model
+    with torch.device("meta"), quiet():
+        return sum(parameter.numel() for parameter in type(original)(original.config).parameters())
 
 
 def embedded_models() -> dict[str, tuple[str, str]]:

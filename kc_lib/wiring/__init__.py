@@ -23,6 +23,7 @@ from kc_lib.wiring.boot import is_causal, mlp_wiring_of, wiring_of
 from kc_lib.wiring.decoder import Wiring, frozen
 from kc_lib.wiring.encoder import EncoderWiring, MlpWiring
 from kc_lib.wiring.parts import Attention, Block, Mlp, Norm
+from kc_lib.wiring.swap import check_exchangeable, component_place, swapped
 
 __all__ = [
     "GIM",
@@ -36,8 +37,11 @@ __all__ = [
     "MlpWiring",
     "Norm",
     "Wiring",
+    "check_exchangeable",
+    "component_place",
     "frozen",
     "is_causal",
     "mlp_wiring_of",
+    "swapped",
     "wiring_of",
 ]

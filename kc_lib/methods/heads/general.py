@@ -84,17 +84,21 @@ def general_head_scores(
     *,
     text: str | Path | None = None,
     seed: int = 0,
+    keep_undefined: bool | None = None,
 ) -> GeneralHeadScores:
     """The general head scores of a model, with every score's own defaults.
 
     Args:
-        which: some of ``SCORES``; None computes all of them and keeps the reason of those the model has no definition for.
+        which: some of ``SCORES``; None computes all of them.
         text: natural text, or a file of it, for copy suppression; None takes the project's.
+        keep_undefined: keep the reason of a score that the model has no definition for, instead of raising; None does so
+            where no scores are named. Over a training it is True: what is undefined early may be defined later.
 
     Raises:
         MethodError: an unknown score.
-        KnowledgeCircuitsError: a score asked for by name that is not defined for the model.
+        KnowledgeCircuitsError: a score that is not defined for the model, and whose reason is not to be kept.
     """
+    keep = which is None if keep_undefined is None else keep_undefined
     check_scores(which)
     wanted = SCORES if which is None else tuple(which)
     if not wanted:
@@ -110,7 +114,7 @@ def general_head_scores(
         try:
             found.update({name: scores for name, scores in compute().items() if name in asked})
         except KnowledgeCircuitsError as error:
-            if which is not None:
+            if not keep:
                 raise
             undefined.update(dict.fromkeys(asked, str(error)))
 
