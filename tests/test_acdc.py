@@ -19,7 +19,7 @@ from kc_lib.errors import KnowledgeCircuitsError, MethodError, TaskError
 from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.writers import ablation
-from kc_lib.methods.acdc import acdc
+from kc_lib.methods.acdc import CALL, _chances, _how_many, acdc
 from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.selection import top_edges
 from kc_lib.metrics import METRICS, Metric
@@ -411,3 +411,25 @@ def test_bad_options_are_refused(small_model: SmallModel, options: dict, said: s
 
 def test_no_pairs_are_refused(small_model: SmallModel) -> None:
     refusal(small_model("llama"), [], TaskError)
+
+
+# --- predictions, which may cost time and change nothing ------------------------------------------------------------
+
+
+def test_chances_are_shares_of_past_misses() -> None:
+    misses = (-0.01, 0.0, 0.01)
+    found = _chances([(0.005, 1.0), (0.005, 0.2), (0.5, 1.0), (-0.5, 1.0)], misses, 0.01, False)
+    assert found == pytest.approx([2.5 / 4, 3.5 / 4, 0.5 / 4, 3.5 / 4])
+    assert _chances([(-0.5, 1.0)], misses, 0.01, True) == pytest.approx([0.5 / 4])
+
+
+def test_as_many_tests_are_batched_as_pay() -> None:
+    assert _how_many([0.5] * 20) == 2  # 1 of 1, 1.5 of 2, 1.75 of 3 expected to count
+    assert _how_many([0.999] * 20) == _how_many([0.001] * 20) == 20  # kept for sure is as good as removed for sure
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        chances = torch.rand(12, generator=generator).tolist()
+        likely = [max(chance, 1 - chance) for chance in chances]
+        counting = [sum(math.prod(likely[:place]) for place in range(n)) for n in range(1, 13)]
+        worth = [count / (CALL + n) for n, count in enumerate(counting, start=1)]
+        assert _how_many(chances) == 1 + worth.index(max(worth))

@@ -12,7 +12,6 @@ Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -20,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kc_lib.graph import Graph
+from kc_lib.kernels.changes import Changes
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
@@ -28,57 +28,6 @@ from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
-
-DENSE = 0.2  # share of possible edges from which a product sums them faster than one by one
-
-
-@dataclass
-class _Run:
-    """What a trial run has changed so far: writers' new outputs minus the circuit's, and what readers see instead."""
-
-    n_trials: int
-    buffer: Tensor | None  # [writer, row, trial, d_model]; None keeps the parts, through which gradients can flow
-    parts: list[Tensor] = field(default_factory=list)
-    writers: list[int] = field(default_factory=list)
-    inputs: list[tuple[list[int], Tensor, Tensor | None]] = field(default_factory=list)  # columns, inputs, projections
-    raw: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, writers: Sequence[int], changes: Float[Tensor, "writer needed trial d_model"]) -> None:
-        if self.buffer is None:
-            self.parts.append(changes)
-        else:
-            slot = self.buffer[len(self.writers) : len(self.writers) + len(writers)]
-            slot[:, : changes.shape[1]] = changes
-            slot[:, changes.shape[1] :] = 0.0
-        self.writers += writers
-
-    def summed(self, edges: Bool[Tensor, "writer reader"], n_rows: int) -> Float[Tensor, "reader row trial d_model"]:
-        """The changes of the writers so far, summed over each reader's edges, at the first rows."""
-        if self.buffer is None:
-            return self._summed_parts(edges, n_rows)
-        stacked = self.buffer[: len(self.writers)]
-        if edges.float().mean() > DENSE:
-            return (edges.T.to(stacked) @ stacked[:, :n_rows].flatten(1)).view(-1, n_rows, *stacked.shape[2:])
-        # a bag for each reader and row holds the writers' rows; a product would read every writer for every reader
-        writer = edges.T.nonzero()[:, 1]
-        n_edges = edges.sum(0)
-        of_reader = [writers * stacked.shape[1] for writers in writer.split(n_edges.tolist())]
-        entries = torch.cat([(torch.arange(n_rows)[:, None] + writers).flatten() for writers in of_reader])
-        sizes = n_edges.repeat_interleave(n_rows)
-        starts = sizes.cumsum(0) - sizes
-        device = stacked.device
-        flat = stacked.view(-1, stacked.shape[2] * stacked.shape[3])
-        summed = torch.nn.functional.embedding_bag(entries.to(device), flat, starts.to(device), mode="sum")
-        return summed.view(-1, n_rows, *stacked.shape[2:])
-
-    def _summed_parts(self, edges: Bool[Tensor, "writer reader"], n_rows: int) -> Tensor:
-        total: Tensor | None = None
-        for part, of_part in zip(self.parts, edges.split([part.shape[0] for part in self.parts]), strict=True):
-            n = min(n_rows, part.shape[1])
-            summed = torch.einsum("vr,vnkd->rnkd", of_part.to(part), part[:, :n])
-            summed = torch.nn.functional.pad(summed, (0, 0, 0, 0, 0, n_rows - n))
-            total = summed if total is None else total + summed
-        return torch.as_tensor(total)
 
 
 class RunningCircuit:
@@ -109,7 +58,8 @@ class RunningCircuit:
         self._base = self._sum_ablated()
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
-        self._weights: dict[tuple[int, str], tuple[list[int], tuple[Tensor, ...]]] = {}
+        self._folded: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # projections, with the norm before them
+        self._chosen: dict[tuple[int, str], tuple[list[int], tuple[Tensor, ...]]] = {}
         self.build()
 
     # --- the circuit as it stands ------------------------------------------------------------------------------------
@@ -161,7 +111,7 @@ class RunningCircuit:
         edges = self.mask[:, column].nonzero()[:, 0]
         stay = (~removed[:, edges]).to(self.differences) @ self.differences[edges].flatten(1)
         x = rearrange(stay, "trial (row d) -> row trial d", row=len(self.rows)) + self._base[column][:, None]
-        run = _Run(len(removed), self._buffer_for(len(removed)))
+        run = Changes(len(removed), self._buffer_for(len(removed)))
         final = self._propagate({column: x}, run)
         self._trial = (column, removed, run, final)
         yield from map(float, self._losses(final))
@@ -211,7 +161,7 @@ class RunningCircuit:
         with frozen(self.wiring.model), torch.enable_grad():
             for x in given.values():
                 x.requires_grad_()
-            final = self._propagate(given, _Run(1, None))
+            final = self._propagate(given, Changes(1, None))
             total = torch.einsum("nkd,nd->", final, self._slope)
             if not total.requires_grad:  # nothing leads from here to an answer
                 return torch.zeros(len(self.mask), len(columns))
@@ -229,7 +179,7 @@ class RunningCircuit:
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def _propagate(self, given: Mapping[int, Float[Tensor, "row trial d_model"]], run: _Run) -> Tensor:
+    def _propagate(self, given: Mapping[int, Float[Tensor, "row trial d_model"]], run: Changes) -> Tensor:
         """The logits' input when some readers of a layer see what is given: all nodes above that this reaches run again."""
         graph = self.graph
         reader = graph.readers[next(iter(given))]
@@ -247,7 +197,7 @@ class RunningCircuit:
         run.inputs.append((*changed, None))
         return changed[1][0]
 
-    def _run_heads(self, layer: int, run: _Run, given: Mapping[int, Tensor]) -> None:
+    def _run_heads(self, layer: int, run: Changes, given: Mapping[int, Tensor]) -> None:
         needs = self.needs.layers[layer]
         changed = self._changed_inputs(needs.columns, run, given, needs.read_rows)
         if changed is None:
@@ -268,7 +218,7 @@ class RunningCircuit:
         now = self.differences[writers, :n_rows] + self.ablated[writers, :n_rows]
         run.add(writers, attention.contributions(raw) - now[:, :, None])
 
-    def _run_mlp(self, layer: int, run: _Run, given: Mapping[int, Tensor]) -> None:
+    def _run_mlp(self, layer: int, run: Changes, given: Mapping[int, Tensor]) -> None:
         writer = self.graph.head_writers(layer).stop
         n_rows = self.needs.layers[layer].mlp_rows
         column = self.graph.reader_columns(layer, "mlp").start
@@ -288,7 +238,7 @@ class RunningCircuit:
         return block.mlp_contribution(self._mlps[layer](block.mlp_norm(x)))
 
     def _changed_inputs(
-        self, columns: Sequence[int], run: _Run, given: Mapping[int, Tensor], n_rows: int
+        self, columns: Sequence[int], run: Changes, given: Mapping[int, Tensor], n_rows: int
     ) -> tuple[list[int], Float[Tensor, "changed n_rows trial d_model"]] | None:
         """Which of these readers see something new, and what they see."""
         fixed = [column for column in columns if column in given]
@@ -332,10 +282,10 @@ class RunningCircuit:
 
     def _of_heads(self, layer: int, kind: str, heads: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
         """Some heads' share of weights; kept, as one trial after the other reaches the same heads."""
-        known = self._weights.get((layer, kind))
+        known = self._chosen.get((layer, kind))
         if known is None or known[0] != heads:
             known = list(heads), tuple(weight[list(heads)] for weight in weights)
-            self._weights[layer, kind] = known
+            self._chosen[layer, kind] = known
         return known[1]
 
     def _projections(
@@ -356,9 +306,11 @@ class RunningCircuit:
     ) -> Float[Tensor, "reader row trial d_head"]:
         """Queries, keys or values of some readers of a layer, given in the graph's order."""
         attention = self.wiring.blocks[layer].attention
-        normed, parts, done = attention.norm(x), [], 0
+        scale, parts, done = attention.norm.scale(x), [], 0
         for kind in "qkv":
-            weight, bias = attention.weights(kind)
+            if (layer, kind) not in self._folded:
+                self._folded[layer, kind] = attention.norm.folded(*attention.weights(kind))
+            weight, bias = self._folded[layer, kind]
             readers = self.graph.reader_columns(layer, kind)
             own = [
                 (column - readers.start) * weight.shape[0] // (readers.stop - readers.start)
@@ -366,8 +318,9 @@ class RunningCircuit:
                 if readers.start <= column < readers.stop
             ]
             if own:
+                here = slice(done, done + len(own))
                 W, b = self._of_heads(layer, kind, own, weight, bias)
-                parts.append(torch.einsum("vrkd,vdh->vrkh", normed[done : done + len(own)], W) + b[:, None, None])
+                parts.append(scale[here] * torch.einsum("vrkd,vdh->vrkh", x[here], W) + b[:, None, None])
                 done += len(own)
         return torch.cat(parts)
 

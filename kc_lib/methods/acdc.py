@@ -220,9 +220,9 @@ class _Tests:
         expected = {writer: (predicted[writer], 1.0) for writer in writers}
         remaining = list(writers)
         while remaining:
-            chances = self._chances([expected[writer] for writer in remaining], misses)
+            chances = _chances([expected[writer] for writer in remaining], misses, self.tau, self.absolute)
             stands = [chance > 0.5 for chance in chances]
-            together = remaining[: self._how_many(chances)]
+            together = remaining[: _how_many(chances[: self.widest])]
             removed = torch.zeros(len(together), len(self.running.graph.writers), dtype=torch.bool)
             for place, writer in enumerate(together):
                 removed[place, writer] = True
@@ -267,23 +267,6 @@ class _Tests:
             if place > last:
                 expected[writer] = (rise, REPEATED)
 
-    def _chances(self, expected: Sequence[tuple[float, float]], misses: Sequence[float]) -> list[float]:
-        """How likely each removal is to stand, if it misses what is expected of it as the last ones did."""
-        rises, unsure = torch.tensor(expected, dtype=torch.float64).T
-        outcomes = rises[:, None] + unsure[:, None] * torch.tensor(misses, dtype=torch.float64)
-        stand = (outcomes.abs() if self.absolute else outcomes) < self.tau
-        return ((stand.sum(-1) + 0.5) / (len(misses) + 1)).tolist()
-
-    def _how_many(self, chances: Sequence[float]) -> int:
-        """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted."""
-        best, n_best, sure, counting = 0.0, 1, 1.0, 0.0
-        for n, chance in enumerate(chances[: self.widest], start=1):
-            counting += sure
-            if counting / (CALL + n) > best:
-                best, n_best = counting / (CALL + n), n
-            sure *= max(chance, 1 - chance)
-        return n_best
-
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
         if not self.running.post_norm:
@@ -299,6 +282,28 @@ class _Tests:
         if not math.isfinite(loss):
             raise MethodError("the loss is not finite: the model overflows; load it with dtype='float32'")
         return loss
+
+
+def _chances(expected: Sequence[tuple[float, float]], misses: Sequence[float], tau: float, absolute: bool) -> list[float]:
+    """How likely each removal is to stand, if it misses what is expected of it as the last ones did.
+
+    Of each the expected rise, and how far it may miss it as a share of how far a gradient's expectation does.
+    """
+    rises, shares = torch.tensor(expected, dtype=torch.float64).T
+    outcomes = rises[:, None] + shares[:, None] * torch.tensor(misses, dtype=torch.float64)
+    stand = (outcomes.abs() if absolute else outcomes) < tau
+    return ((stand.sum(-1) + 0.5) / (len(misses) + 1)).tolist()
+
+
+def _how_many(chances: Sequence[float]) -> int:
+    """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted."""
+    best, n_best, sure, counting = 0.0, 1, 1.0, 0.0
+    for n, chance in enumerate(chances, start=1):
+        counting += sure
+        if counting / (CALL + n) > best:
+            best, n_best = counting / (CALL + n), n
+        sure *= max(chance, 1 - chance)
+    return n_best
 
 
 def _unread(graph: Graph, mask: Bool[Tensor, "writer reader"], column: int) -> bool:

@@ -43,6 +43,15 @@ class Norm:
     def weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
 
+    def folded(
+        self, weight: Float[Tensor, "*many d_model d_out"], bias: Float[Tensor, "*many d_out"]
+    ) -> tuple[Float[Tensor, "*many d_model d_out"], Float[Tensor, "*many d_out"]]:
+        """``(M, c)`` with which the normed x times weight, plus bias, is ``scale(x) * (x M) + c``."""
+        inner = weight if self.weight is None else self.weight[:, None] * weight
+        if self.kind == "layer":
+            inner = inner - inner.mean(-2, keepdim=True)
+        return inner, bias if self.bias is None else bias + torch.einsum("d,...do->...o", self.bias, weight)
+
     def vjp(
         self, x: Float[Tensor, "... d_model"], gradient: Float[Tensor, "... d_model"], rules: BackwardRules = NATIVE
     ) -> Tensor:
