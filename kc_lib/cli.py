@@ -166,7 +166,7 @@ def run_notebook(notebook: str, parameters: dict[str, str], out: Path | None) ->
     Raises:
         KnowledgeCircuitsError: bad input, here or inside the notebook; nothing half-written stays in sight.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine tenfold
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long slow a shared machine tenfold
     source = notebook_path(notebook)
     values = parse_parameters(source, parameters)
     root = runs.output_root(out)
