@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from kc_lib.evaluation import emergence, training_measures
+from kc_lib.evaluation.training_rows import metric_of
 from kc_lib.methods.heads import SCORES
 from kc_lib.methods.training import TrainingResult, over_training
 from kc_lib.models import checkpoints_of, load_checkpoint
@@ -24,7 +25,6 @@ from kc_lib.models.nano import CAUSAL
 from kc_lib.tasks import draw_tasks
 
 TASKS = ("agreement", "greater_than", "pronoun", "country_capital", "ioi")
-METRICS = {"country_capital": "logit_difference", "ioi": "logit_difference"}  # of the others, whose answers are sets
 
 
 def main(
@@ -34,23 +34,24 @@ def main(
     """Measure every training, and print the table."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     measures = training_measures(["behaviour", "heads"])
-    results = []
+    results, metrics = [], {}
     for folder in folders:
         checkpoints = checkpoints_of(str(folder / CAUSAL))
         drawn = draw_tasks(TASKS, load_checkpoint(checkpoints[-1], device="cpu"), seeds=seeds)
+        metrics |= {draw.name: metric_of(draw, None) for draw in drawn.draws}
         results.append(over_training(checkpoints, drawn, measures, device="cpu", progress=True))
     console.print(f"| | {' | '.join(map(str, folders))} |")
     console.print(f"|---|{'---|' * len(folders)}")
     for task in TASKS:
-        console.print(f"| {task} | {' | '.join(behaviour_step(result, task) for result in results)} |")
+        console.print(f"| {task} | {' | '.join(behaviour_step(result, task, metrics[task]) for result in results)} |")
     for score in SCORES:
         console.print(f"| `{score}` heads | {' | '.join(head_steps(result, score) for result in results)} |")
 
 
-def behaviour_step(result: TrainingResult, task: str) -> str:
+def behaviour_step(result: TrainingResult, task: str, metric: str) -> str:
     """The first step at which the behaviour reaches 33% of its maximum."""
     rows = emergence(result)
-    own = rows[(rows["task"] == task) & (rows["quantity"] == METRICS.get(task, "probability_difference"))]
+    own = rows[(rows["task"] == task) & (rows["quantity"] == metric)]
     (step,) = own[own["measure"] == "behaviour"]["step"]
     return f"{step:.0f}"
 

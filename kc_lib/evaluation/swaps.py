@@ -26,7 +26,7 @@ from kc_lib.evaluation.training import direct_rows
 from kc_lib.evaluation.training_rows import measured_row, measured_rows, metric_of
 from kc_lib.graph import Graph
 from kc_lib.kernels.runs import full_logits
-from kc_lib.kernels.swaps import swapped_logits
+from kc_lib.kernels.swaps import Swap, swapped_logits
 from kc_lib.methods.training import Measure, TrainingResult
 from kc_lib.metrics import get_metric, is_right
 from kc_lib.models import model_name
@@ -38,7 +38,6 @@ SWAPPED = 6  # components, where none are named
 N_NULL = 3
 ACCURACY = "accuracy"
 NO_NULL = "the donor has no other component of the kind to put there"
-Swap = tuple[str, str]  # a component, and the donor's component that takes its place
 
 
 def swap_measure(

@@ -163,9 +163,9 @@ def training_conclusion(result: TrainingResult) -> str:
             "latest of the draws)."
         )
     if not result.of("circuit").empty:
-        similar = similarities(result)
+        similar, growing = similarities(result), size_over_time(result)
         for task in result.of("circuit")["task"].unique():
-            parts.append(_circuit_sentence(result, similar, str(task)))
+            parts.append(_circuit_sentence(result, similar, growing, str(task)))
     direct = appeared[appeared["measure"] == "direct"]
     for task in direct["task"].unique().tolist():
         strongest = direct[direct["task"] == task].sort_values("maximum", ascending=False).head(NAMED)
@@ -211,7 +211,7 @@ def shown(name: object) -> str:
     return str(name).replace("_", " ")
 
 
-def _circuit_sentence(result: TrainingResult, similar: pd.DataFrame, task: str) -> str:
+def _circuit_sentence(result: TrainingResult, similar: pd.DataFrame, growing: pd.DataFrame, task: str) -> str:
     rows = result.of("circuit")
     found = over_draws(rows[rows["task"] == task])
     sizes = found[(found["quantity"] == "n_edges") & (found["n"] > 0)]
@@ -225,8 +225,7 @@ def _circuit_sentence(result: TrainingResult, similar: pd.DataFrame, task: str) 
         f" The last one has {last.loc['n_edges', 'value']:.0f} edges and a held-out faithfulness of "
         f"{_band(last.loc['faithfulness'])}, random ones of that size {_band(last.loc['null_faithfulness'])}."
     )
-    over_time = size_over_time(result)
-    (growth,) = over_time[(over_time["task"] == task) & (over_time["quantity"] == "n_edges")].to_dict("records")
+    (growth,) = growing[(growing["task"] == task) & (growing["quantity"] == "n_edges")].to_dict("records")
     if pd.notna(growth["value"]):
         sentence += f" Its size goes with time at a rank correlation of {_band(growth)} (n = {growth['n']})."
     own = similar[(similar["task"] == task) & (similar["quantity"] == "edge_jaccard") & similar["value"].notna()]

@@ -121,6 +121,14 @@ def number(value: float, digits: int = 2) -> str:
     return "undefined" if pd.isna(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"
 
 
+def short_number(number: float) -> str:
+    """A count at a tick of an axis: 512, 1.25k, 2M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
 def figure_text(row: Row, name: str, digits: int = 2) -> str:
     """A figure of a table with its interval (columns name, name_low, name_high), where there is one."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from kc_lib.evaluation.swaps import ACCURACY, swap_changes
 from kc_lib.evaluation.training_summary import shown
-from kc_lib.figures.style import DARK, ENDS, POSITIVE, SIGNED_SCALE, Row, number, titled
+from kc_lib.figures.style import DARK, ENDS, POSITIVE, SIGNED_SCALE, Row, number, short_number, titled
 from kc_lib.methods.training import TrainingResult
 from kc_lib.metrics import METRICS
 
@@ -50,7 +50,7 @@ def swap_grid(result: TrainingResult, accuracy: bool = False, title: str | None 
         _add_grids(figure, own, f"change ({unit})", -95 / sum(heights), column)
         steps = sorted(own["step"].unique().tolist())
         shown_ticks = range(0, len(steps), -(-len(steps) // MOST_TICKS))
-        ticks = {"tickvals": list(shown_ticks), "ticktext": [_short(steps[i]) for i in shown_ticks]}
+        ticks = {"tickvals": list(shown_ticks), "ticktext": [short_number(steps[i]) for i in shown_ticks]}
         figure.update_xaxes(range=[-0.5, len(steps) - 0.5], showgrid=False, tickangle=0, **ticks, col=column)
         figure.update_xaxes(title_text="step of the host", row=3, col=column)
     n_draws = int(found["n"].max())
@@ -116,7 +116,3 @@ def _hover(cell: Row, value: str) -> str:
 def _donor(result: TrainingResult) -> str:
     """The donor's name, where the result knows it."""
     return str(result.provenance.get("measures", {}).get("swap", {}).get("donor", ["a later checkpoint"])[0])
-
-
-def _short(step: int) -> str:
-    return f"{step / 1000:g}k" if step >= 1000 else str(step)

@@ -20,7 +20,7 @@ from kc_lib.errors import MethodError
 from kc_lib.evaluation.behaviour import BEHAVIOURS
 from kc_lib.evaluation.consistency import STEPS as ALGORITHM
 from kc_lib.evaluation.training_summary import SHARE, SIMILARITIES, emergence, over_draws, shown, similarities
-from kc_lib.figures.style import DARK, NEUTRAL, OKABE_ITO, SYMBOLS, titled
+from kc_lib.figures.style import DARK, NEUTRAL, OKABE_ITO, SYMBOLS, short_number, titled
 from kc_lib.methods.training import TrainingResult
 
 SHOWN_BEHAVIOURS = ("logit_difference", "probability_difference", "accuracy", "mrr")
@@ -243,7 +243,7 @@ class _Time:
         low = np.log10(self.zero if self.has_zero else 2 * self.zero)
         places = [10.0**power for power in range(int(np.ceil(low - 1e-9)), int(np.log10(self.last)) + 1)]
         ticks = [self.zero, *places] if self.has_zero else places
-        text = ["0", *map(_short, places)] if self.has_zero else list(map(_short, places))
+        text = ["0", *map(short_number, places)] if self.has_zero else list(map(short_number, places))
         span = [low - 0.1, np.log10(self.last) + np.log10(room)]
         figure.update_xaxes(type="log", range=span, tickvals=ticks, ticktext=text)
         figure.update_xaxes(title_text="tokens read" if self.column == "tokens" else "training step", row=n_rows)
@@ -251,13 +251,6 @@ class _Time:
     def about(self) -> list[str]:
         bands = f"mean and range of {self.n_draws} draws of prompts" if self.n_draws > 1 else "one draw of prompts"
         return [f"{self.n_checkpoints} checkpoints", f"n = {self.n_pairs} pairs" if self.n_pairs else "", bands]
-
-
-def _short(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return f"{number:g}"
 
 
 def _averaged(result: TrainingResult, measure: str, quantities: Sequence[str]) -> pd.DataFrame:

@@ -33,13 +33,25 @@ def stream_losses(
         reference: the full model's logits, ``[batch, answer, vocab]``.
     """
     if metric.target is not None and wiring.logit_soft_cap is None and can_pack(wiring.W_U):
-        return _cross_entropies(wiring, metric, metric.target(batch, reference), batch, reference, weights)
-    judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
+        losses_of_some = _cross_entropies(wiring, metric, metric.target(batch, reference), batch, reference, weights)
+    else:
+        losses_of_some = _of_logits(wiring, metric, batch, reference, weights)
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
         for some in streams.split(max(1, ROWS_AT_ONCE // batch.answers.numel())):
-            for logits in wiring.unembed(some, tokens=tokens).float():
-                yield (metric.loss(logits, judged, reference) * weights).mean()
+            yield from losses_of_some(some)
+
+    return losses
+
+
+def _of_logits(
+    wiring: Wiring, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
+) -> StreamLosses:
+    judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
+
+    def losses(streams: Tensor) -> Iterator[Tensor]:
+        for logits in wiring.unembed(streams, tokens=tokens).float():
+            yield (metric.loss(logits, judged, reference) * weights).mean()
 
     return losses
 
@@ -64,10 +76,9 @@ def _cross_entropies(
     ]
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
-        for some in streams.split(max(1, ROWS_AT_ONCE // batch.answers.numel())):
-            normed = wiring.final_norm(some)
-            each = torch.stack([part(normed).logsumexp(-1) for part in parts], -1).logsumexp(-1)
-            each = each - (normed * direction).sum(-1) - offset
-            yield from (each * share).sum((-2, -1)) + constant
+        normed = wiring.final_norm(streams)
+        each = torch.stack([part(normed).logsumexp(-1) for part in parts], -1).logsumexp(-1)
+        each = each - (normed * direction).sum(-1) - offset
+        yield from (each * share).sum((-2, -1)) + constant
 
     return losses

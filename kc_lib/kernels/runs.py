@@ -20,6 +20,13 @@ from kc_lib.wiring import Wiring
 def full_logits(wiring: Wiring, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
     """The whole model's logits at the answer positions of the clean prompts, in float32."""
     final = wiring.run(wiring.embed(batch.clean)[:, context.start :], past=context.past)
+    return logits_at_answers(wiring, final, batch, context)
+
+
+def logits_at_answers(
+    wiring: Wiring, final: Float[Tensor, "batch pos d_model"], batch: Batch, context: Context = EMPTY
+) -> Float[Tensor, "batch answer vocab"]:
+    """The logits at the answer positions, in float32, from the final residual stream after the context."""
     rows = torch.arange(len(batch), device=final.device)[:, None]
     return wiring.unembed(final[rows, batch.answer_positions - context.start]).float()
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.kernels.runs import logits_at_answers
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, component_place, swapped
 
@@ -28,12 +29,7 @@ def swapped_logits(
         if layer in layers:
             streams[layer] = resid
         resid = host.run_block(layer, resid)
-    yield _at_answers(host, resid, batch)
+    yield logits_at_answers(host, resid, batch)
     for layer, (component, source) in zip(layers, swaps, strict=True):
         other = swapped(host, donor, component, source)
-        yield _at_answers(other, other.run(streams[layer], layer), batch)
-
-
-def _at_answers(wiring: Wiring, final: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
-    rows = torch.arange(len(batch), device=final.device)[:, None]
-    return wiring.unembed(final[rows, batch.answer_positions]).float()
+        yield logits_at_answers(other, other.run(streams[layer], layer), batch)

@@ -90,7 +90,7 @@ def write_manifest(manifest: Mapping[str, Any], models: Path) -> None:
 def merged(made: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest of one model trained again and of the other as it was."""
     others = known["figures"].keys() - made["figures"].keys()
-    files = {path: at for path, at in known["files"].items() if path.split("/")[0] in others}
+    files = _files_of(known, others)
     found = {key: {name: known[key][name] for name in others} | made[key] for key in PER_MODEL}
     steps = made["steps"] or known["steps"]
     return {**made, **found, "steps": steps, "files": dict(sorted((files | made["files"]).items()))}
@@ -123,8 +123,7 @@ def made_on() -> dict[str, str]:
 
 def comparison(known: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
     """Lines that say whether the files of a manifest are those of a known one and, where not, how far figures lie apart."""
-    trained = made["figures"].keys()
-    theirs = {path: at for path, at in known["files"].items() if path.split("/")[0] in trained}
+    theirs = _files_of(known, made["figures"].keys())
     paths = sorted(theirs.keys() | made["files"].keys())
     other = [path for path in paths if theirs.get(path) != made["files"].get(path)]
     if not other:
@@ -141,6 +140,10 @@ def comparison(known: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
             mine, other_figures = mine[last], other_figures.get(last, {})
         lines += [f"{name}, {key}: {other_figures.get(key)} in the manifest, {value} here" for key, value in mine.items()]
     return lines
+
+
+def _files_of(manifest: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+    return {path: digest for path, digest in manifest["files"].items() if path.split("/")[0] in names}
 
 
 def in_one_line(figures: Mapping[str, float]) -> str:

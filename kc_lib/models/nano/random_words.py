@@ -23,9 +23,16 @@ Maker = Callable[[random.Random], Example]
 
 def repeated(words: Sequence[int], generator: random.Random, longest: int = LONGEST_REPEAT) -> Example:
     """Random tokens twice over, or more often if they are few; short ones are more frequent, as long ones cost more."""
-    n = round(SHORTEST_REPEAT * (longest / SHORTEST_REPEAT) ** (generator.random() ** 2))
-    once = tuple(generator.sample(words, n))
-    return Example(once * max(2, LEAST_REPEATED // n))
+    return Example(_again(generator.sample(words, _length(longest, 2, generator))))
+
+
+def _length(longest: int, power: float, generator: random.Random) -> int:
+    """How many words are read before they are read again; short ones the more often, the higher the power."""
+    return round(SHORTEST_REPEAT * (longest / SHORTEST_REPEAT) ** (generator.random() ** power))
+
+
+def _again(once: Sequence[int]) -> tuple[int, ...]:
+    return tuple(once) * max(2, LEAST_REPEATED // len(once))
 
 
 def random_words(words: Sequence[int], few: Sequence[int]) -> dict[str, Maker]:
@@ -40,13 +47,13 @@ def random_words(words: Sequence[int], few: Sequence[int]) -> dict[str, Maker]:
         return few if n <= len(few) and generator.random() < SHARE_OF_FEW else words
 
     def some(generator: random.Random) -> list[int]:
-        n = round(SHORTEST_REPEAT * (LONGEST_REPEAT / SHORTEST_REPEAT) ** (generator.random() ** 2.5))
+        n = _length(LONGEST_REPEAT, 2.5, generator)
         return generator.sample(source(n, generator), n)
 
     def repeats(generator: random.Random) -> Example:
         once = some(generator)
         before = generator.sample(words, generator.randint(0, MOST_BEFORE))
-        return Example((*before, *once * max(2, LEAST_REPEATED // len(once))))
+        return Example((*before, *_again(once)))
 
     def pairs(generator: random.Random) -> Example:
         n = generator.randint(2, MOST_PAIRS)
