@@ -416,11 +416,11 @@ def test_no_pairs_are_refused(small_model: SmallModel) -> None:
 # --- predictions, which may cost time and change nothing ------------------------------------------------------------
 
 
-def test_chances_are_shares_of_past_misses() -> None:
-    misses = (-0.01, 0.0, 0.01)
-    found = _chances([(0.005, 1.0), (0.005, 0.2), (0.5, 1.0), (-0.5, 1.0)], misses, 0.01, False)
+def test_chances_are_shares_of_past_effects() -> None:
+    ratios = (-0.01, 0.0, 0.01)
+    found = _chances([(0.005, 1.0), (0.005, 0.2), (0.5, 1.0), (-0.5, 1.0)], ratios, 0.01, False)
     assert found == pytest.approx([2.5 / 4, 3.5 / 4, 0.5 / 4, 3.5 / 4])
-    assert _chances([(-0.5, 1.0)], misses, 0.01, True) == pytest.approx([0.5 / 4])
+    assert _chances([(-0.5, 1.0)], ratios, 0.01, True) == pytest.approx([0.5 / 4])
 
 
 def test_as_many_tests_are_batched_as_pay() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_gates import SmallModel, random_pairs
 
-from kc_lib.kernels.changes import Changes
+from kc_lib.kernels.changes import Changes, edge_sums
 from kc_lib.kernels.losses import stream_losses
 from kc_lib.kernels.packed import packed_linear, packed_mlp
 from kc_lib.metrics import METRICS, Metric
@@ -92,10 +92,10 @@ def test_an_mlp_with_a_hook_runs_as_the_module(small_model: SmallModel) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.9])  # below and above what is summed one by one
 def test_changes_are_summed_over_edges(share: float) -> None:
-    changes = Changes(3, torch.zeros(20, 7, 3, 5))
-    changes.add(list(range(12)), drawn(12, 7, 3, 5))
+    changes = Changes(torch.zeros(20, 7, 3, 5))
+    changes.add(list(range(12)), torch.zeros(12, 7, 5)).copy_(drawn(12, 7, 3, 5))
     edges = torch.rand(12, 6, generator=torch.Generator().manual_seed(0)) < share
     edges[torch.arange(6), torch.arange(6)] = True  # every reader sees something
     assert (edges.float().mean() > 0.2) == (share > 0.5)
     expected = torch.einsum("vr,vnkd->rnkd", edges.float(), drawn(12, 7, 3, 5))[:, :4]
-    torch.testing.assert_close(changes.summed(edges, 4), expected)
+    torch.testing.assert_close(changes.summed(edge_sums(edges, 4, changes.buffer)), expected)

@@ -13,27 +13,41 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from transformers.activations import SiLUActivation
 
 from kc_lib.errors import ModelError
 from kc_lib.wiring.parts import Block, Mlp
 
 ROWS_AT_ONCE = 256
 Linear = Callable[[Float[Tensor, "*batch d_in"]], Float[Tensor, "*batch d_out"]]
+Activation = Callable[[Tensor], Tensor]
 
 
-def packed_linear(weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None) -> Linear:
-    """``x weight^T + bias`` as a function of x; a second copy of the weights is kept. A bias of zeros is left out."""
+def packed_linear(
+    weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None, activation: Activation | None = None
+) -> Linear:
+    """``activation(x weight^T + bias)`` as a function of x; a second copy of the weights is kept.
+
+    A bias of zeros is left out; SiLU, the activation of most gated MLPs, is part of the product.
+    """
     if bias is not None and not bias.any():
         bias = None
+
+    def plain(x: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)
+        return y if activation is None else activation(y)
+
     if not can_pack(weight):
-        return lambda x: F.linear(x, weight, bias)
+        return plain
     # these two operators are what torch's own compiler lowers a frozen linear layer to
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    fused = isinstance(activation, (SiLUActivation, torch.nn.SiLU))
 
     def product(x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            return F.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            return plain(x)
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish" if fused else "none", [], "")
+        return y if activation is None or fused else activation(y)
 
     return product
 
@@ -53,18 +67,18 @@ def packed_mlp(block: Block) -> Callable[[Float[Tensor, "*batch d_model"]], Floa
 
 
 def _packed_parts(mlp: Mlp) -> Callable[[Tensor], Tensor]:
-    """Gate and input in one product, so many rows at a time that the neurons stay in the processor's cache."""
-    if mlp.W_gate is None:
-        into = packed_linear(mlp.W_in.T, mlp.b_in)
-    else:
-        into = packed_linear(torch.cat([mlp.W_gate, mlp.W_in], 1).T, torch.cat([mlp.b_gate, mlp.b_in]))
+    """So many rows at a time that the neurons stay in the processor's cache."""
+    first = mlp.W_in if mlp.W_gate is None else mlp.W_gate
+    into = packed_linear(first.T, mlp.b_in if mlp.W_gate is None else mlp.b_gate, mlp.activation)
+    up = None if mlp.W_gate is None else packed_linear(mlp.W_in.T, mlp.b_in)
     out = packed_linear(mlp.W_out.T, mlp.b_out)
 
     def run(rows: Tensor) -> Tensor:
         neurons = into(rows)
-        if mlp.W_gate is None:
-            return out(mlp.activation(neurons))
-        gate, up = neurons.chunk(2, -1)
-        return out(mlp.activation(gate) * up)
+        return out(neurons if up is None else neurons.mul_(up(rows)))
 
-    return lambda normed: torch.cat([run(rows) for rows in normed.flatten(0, -2).split(ROWS_AT_ONCE)]).view_as(normed)
+    def mlp_of(normed: Tensor) -> Tensor:
+        parts = [run(rows) for rows in normed.flatten(0, -2).split(ROWS_AT_ONCE)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(normed)
+
+    return mlp_of

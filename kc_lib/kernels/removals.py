@@ -12,6 +12,7 @@ Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kc_lib.graph import Graph
-from kc_lib.kernels.changes import Changes
+from kc_lib.kernels.changes import Changes, EdgeSums, edge_sums
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
@@ -28,6 +29,17 @@ from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """Which of some readers see what some writers change, and how it is summed; kept, as trial after trial asks the same."""
+
+    writers: list[int]
+    columns: list[int]
+    n_rows: int
+    seen: list[int]
+    sums: EdgeSums | None  # nothing where no reader sees any of it
 
 
 class RunningCircuit:
@@ -55,11 +67,13 @@ class RunningCircuit:
         self.post_norm = wiring.blocks[0].attention.post_norm is not None
         self.last = len(graph.readers) - 1
         self.n_answer_rows = int(self.rows.answers.max()) + 1
+        self._ablated_to_something = bool(self.ablated.any())
         self._base = self._sum_ablated()
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
         self._folded: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # projections, with the norm before them
         self._chosen: dict[tuple[int, str], tuple[list[int], tuple[Tensor, ...]]] = {}
+        self._reached: dict[int, _Reached] = {}
         self.build()
 
     # --- the circuit as it stands ------------------------------------------------------------------------------------
@@ -68,6 +82,7 @@ class RunningCircuit:
     def build(self) -> None:
         """Run the circuit of the present mask afresh: what follows depends on the mask alone, not on how it came about."""
         graph, wiring = self.graph, self.wiring
+        self._reached = {}
         self.needs = Needs(graph, self.rows, self.post_norm)
         for layer in reversed(range(graph.n_layers)):
             self.needs.find(layer, self.mask)
@@ -81,10 +96,10 @@ class RunningCircuit:
             heads, needs = graph.head_writers(layer), self.needs.layers[layer]
             if needs.heads:
                 self._freshen(layer, needs.columns)
-                raw = self._attend(layer, needs.heads, [], self._projected[:0], 1)
+                raw = torch.bmm(*self._attend(layer, needs.heads, [], self._projected[:0], 1))
                 if self.post_norm:
-                    self._raw[layer] = raw[:, :, 0]
-                written = wiring.blocks[layer].attention.contributions(raw)[:, :, 0]
+                    self._raw[layer] = raw
+                written = wiring.blocks[layer].attention.contributions(raw)
                 rows = [heads.start + head for head in needs.heads]
                 self.differences[rows, : raw.shape[1]] = written - self.ablated[rows, : raw.shape[1]]
             if needs.mlp_rows:
@@ -108,10 +123,11 @@ class RunningCircuit:
         self.needs.find(self.graph.readers[column].layer, self.mask)
         # what stays is summed, not the rest subtracted: a reader that loses every edge must see exactly nothing, because
         # norms blow up what rounding leaves of it
-        edges = self.mask[:, column].nonzero()[:, 0]
-        stay = (~removed[:, edges]).to(self.differences) @ self.differences[edges].flatten(1)
+        edges = self.mask[:, column] & ~removed
+        n_below = self.graph.readers[column].n_writers
+        stay = edges[:, :n_below].to(self.differences) @ self.differences[:n_below].flatten(1)
         x = rearrange(stay, "trial (row d) -> row trial d", row=len(self.rows)) + self._base[column][:, None]
-        run = Changes(len(removed), self._buffer_for(len(removed)))
+        run = Changes(self._buffer_for(len(removed)))
         final = self._propagate({column: x}, run)
         self._trial = (column, removed, run, final)
         yield from map(float, self._losses(final))
@@ -126,11 +142,10 @@ class RunningCircuit:
     def accept(self, trial: int) -> None:
         """Make a trial of the last call the circuit."""
         column, removed, run, _ = self._trial
-        self.mask[removed[trial], column] = False
-        self._stale[column] = True
+        self.drop(column, removed[trial])
         if not run.writers:
             return
-        self.differences[run.writers] += torch.as_tensor(run.buffer)[: len(run.writers), :, trial]
+        self.differences[run.writers] += run.buffer[: len(run.writers), :, trial]
         unchanged = torch.ones(len(self.mask), dtype=torch.bool)
         unchanged[run.writers] = False
         for columns, x, projected in run.inputs:
@@ -142,31 +157,19 @@ class RunningCircuit:
         for layer, raw in run.raw.items():
             self._raw[layer][:, : raw.shape[1]] = raw[:, :, trial]
 
-    def drop(self, column: int) -> None:
-        """Remove all edges into a reader whose nodes nothing reads."""
-        self.mask[:, column] = False
+    def drop(self, column: int, writers: Bool[Tensor, " writer"] | slice = slice(None)) -> None:
+        """Remove edges into a reader, by default all, where this changes nothing that is read."""
+        self.mask[writers, column] = False
         self._stale[column] = True
+        self._reached = {place: known for place, known in self._reached.items() if column not in known.columns}
 
-    def predicted_rises(self, columns: Sequence[int]) -> Float[Tensor, "writer reader"]:
-        """First-order estimate of how much the loss rises when one edge into one of some readers of a layer is removed.
-
-        The readers are the layer's MLP alone, the logits alone, or some of its queries, keys and values. The loss is taken
-        as linear in the logits' input, with its slope of the last ``build``: the unembedding, which can cost more than all
-        the rest, is not run.
-        """
-        layer = self.graph.readers[columns[0]].layer
-        self.needs.find(layer, self.mask)
-        with torch.no_grad():
-            given = {column: self._seen(column)[:, None].clone() for column in columns}
-        with frozen(self.wiring.model), torch.enable_grad():
-            for x in given.values():
-                x.requires_grad_()
-            final = self._propagate(given, Changes(1, None))
-            total = torch.einsum("nkd,nd->", final, self._slope)
-            if not total.requires_grad:  # nothing leads from here to an answer
-                return torch.zeros(len(self.mask), len(columns))
-            gradients = torch.autograd.grad(total, list(given.values()), allow_unused=True, materialize_grads=True)
-        return -(self.differences.flatten(1) @ torch.stack(gradients).flatten(1).T)
+    @torch.no_grad()
+    def shares(self, column: int) -> Float[Tensor, " writer"]:
+        """How much of what a reader sees each writer's edge carries: the norms' quotient, its mean over the rows."""
+        seen = torch.linalg.vector_norm(self._seen(column), dim=-1)
+        carried = torch.linalg.vector_norm(self.differences, dim=-1)
+        least = torch.finfo(seen.dtype).eps
+        return (carried / seen.clamp(min=least)).mean(-1).clamp(min=least)
 
     def _loss_slope(self) -> Float[Tensor, "answer_row d_model"]:
         """Gradient of the circuit's loss at the logits' input."""
@@ -207,16 +210,21 @@ class RunningCircuit:
         if not given:
             run.inputs.append((columns, x, projected))
         heads = [head for head in needs.heads if not set(self._columns_of(layer, head)).isdisjoint(columns)]
-        raw = self._attend(layer, heads, columns, projected, run.n_trials)
+        z, W_O = self._attend(layer, heads, columns, projected, run.n_trials)
         attention, start = self.wiring.blocks[layer].attention, self.graph.head_writers(layer).start
+        n_rows = needs.head_rows
         if self.post_norm:  # the norm on the layer's output ties its heads together: all of them change
-            rest = self._raw[layer][:, : raw.shape[1], None].repeat(1, 1, run.n_trials, 1)
+            raw = torch.bmm(z, W_O).view(len(heads), n_rows, run.n_trials, -1)
+            rest = self._raw[layer][:, :n_rows, None].repeat(1, 1, run.n_trials, 1)
             raw = rest.index_copy(0, torch.tensor([needs.heads.index(head) for head in heads], device=rest.device), raw)
-            heads, run.raw[layer] = needs.heads, raw
-        writers = [start + head for head in heads]
-        n_rows = raw.shape[1]
-        now = self.differences[writers, :n_rows] + self.ablated[writers, :n_rows]
-        run.add(writers, attention.contributions(raw) - now[:, :, None])
+            run.raw[layer] = raw
+            writers = [start + head for head in needs.heads]
+            room = run.add(writers, self._written(writers, n_rows))
+            torch.sub(attention.contributions(raw), room, out=room)
+        else:
+            writers = [start + head for head in heads]
+            room = run.add(writers, self._written(writers, n_rows))
+            room.view(len(heads), -1, room.shape[-1]).baddbmm_(z, W_O, beta=-1)
 
     def _run_mlp(self, layer: int, run: Changes, given: Mapping[int, Tensor]) -> None:
         writer = self.graph.head_writers(layer).stop
@@ -228,7 +236,14 @@ class RunningCircuit:
         if column not in given:
             run.inputs.append((*changed, None))
         written = self._mlp_output(layer, changed[1][0])
-        run.add([writer], (written - (self.differences[writer] + self.ablated[writer])[:n_rows, None])[None])
+        room = run.add([writer], self._written([writer], n_rows))[0]
+        torch.sub(written, room, out=room)
+
+    def _written(self, writers: Sequence[int], n_rows: int) -> Float[Tensor, "writer n_rows d_model"]:
+        """What some writers add to the stream in the circuit as it stands."""
+        differences, ablated = (x[writers[0] : writers[-1] + 1, :n_rows] for x in (self.differences, self.ablated))
+        written = differences + ablated if self._ablated_to_something else differences
+        return written if len(written) == len(writers) else written[[writer - writers[0] for writer in writers]]
 
     def _mlp_output(self, layer: int, x: Float[Tensor, "row *trial d_model"]) -> Float[Tensor, "row *trial d_model"]:
         """What a layer's MLP adds to the stream."""
@@ -246,13 +261,19 @@ class RunningCircuit:
             return fixed, torch.stack([given[column][:n_rows] for column in fixed])
         if not (run.writers and columns):
             return None
-        edges = self.mask[run.writers][:, columns]
-        any_edge = edges.any(0)
-        if not any_edge.any():
+        known = self._reached.get(columns[0])
+        if known is None or (known.writers, known.columns, known.n_rows) != (run.writers, columns, n_rows):
+            edges = self.mask[run.writers][:, columns]
+            some = edges.any(0)
+            seen = [column for column, any_edge in zip(columns, some.tolist(), strict=True) if any_edge]
+            sums = edge_sums(edges[:, some], n_rows, run.buffer) if seen else None
+            known = self._reached[columns[0]] = _Reached(list(run.writers), list(columns), n_rows, seen, sums)
+        if known.sums is None:
             return None
-        seen = [column for column, some in zip(columns, any_edge.tolist(), strict=True) if some]
-        self._freshen(self.graph.readers[seen[0]].layer, seen)
-        return seen, run.summed(edges[:, any_edge], n_rows) + self._inputs[seen, :n_rows][:, :, None]
+        self._freshen(self.graph.readers[known.seen[0]].layer, known.seen)
+        changed = run.summed(known.sums)
+        changed += self._inputs[known.seen, :n_rows][:, :, None]
+        return known.seen, changed
 
     def _attend(
         self,
@@ -261,24 +282,38 @@ class RunningCircuit:
         columns: Sequence[int],
         projected: Float[Tensor, "reader n_rows trial d_head"],
         n_trials: int,
-    ) -> Float[Tensor, "head n_rows trial d_model"]:
-        """Raw outputs of some heads, with new projections of some readers."""
+    ) -> tuple[Float[Tensor, "head n_rows_trial d_head"], Float[Tensor, "head d_head d_model"]]:
+        """Outputs z of some heads, with new projections of some readers, and the weights that bring them to the stream."""
         attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
         self._freshen(layer, needs.columns)
-        row_of = self.rows.row_of.clamp(max=needs.read_rows - 1)  # rows beyond are not needed, whatever stands there
         place = {column: i for i, column in enumerate(columns)}
         q, k, v = (
-            self._projections(list(of_kind), place, projected, needs.read_rows, n_trials)[:, row_of]
+            self._projections(list(of_kind), place, projected, needs.read_rows, n_trials)
             for of_kind in zip(*(self._columns_of(layer, head) for head in heads), strict=True)
         )
-        q, k, v = (rearrange(x, "h b p k d -> (k b) p h d") for x in (q, k, v))
+        if self.rows.tree is not None:
+            q, k, v = (rearrange(x, "h row k d -> k row h d") for x in (q[:, : needs.head_rows], k, v))
+            z = attention.attend(q, k, v, tree=self.rows.tree.first(needs.read_rows))
+            z = rearrange(z, "k row h d -> h (row k) d")
+        else:
+            z = self._attend_prompts(layer, heads, q, k, v)
+        (W_O,) = self._of_heads(layer, "o", heads, attention.W_O)
+        return z, W_O
+
+    def _attend_prompts(
+        self, layer: int, heads: Sequence[int], *projected: Float[Tensor, "head row trial d_head"]
+    ) -> Float[Tensor, "head row_trial d_head"]:
+        """The attention of some heads prompt by prompt, from and to rows."""
+        attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
+        row_of = self.rows.row_of.clamp(max=needs.read_rows - 1)  # rows beyond are not needed, whatever stands there
+        n_trials = projected[0].shape[2]
+        q, k, v = (rearrange(x[:, row_of], "h b p k d -> (k b) p h d") for x in projected)
         past = self.context.of_layer(layer)
         if past is not None:
             group = [head // attention.group_size for head in heads]
             past = (past[0][:, :, group], past[1][:, :, group])
         z = rearrange(attention.attend(q, k, v, past), "(k b) p h d -> (b p) k h d", k=n_trials)
-        (W_O,) = self._of_heads(layer, "o", heads, attention.W_O)
-        return torch.einsum("rkhd,hde->hrke", z[self.rows.first[: needs.head_rows]], W_O)
+        return rearrange(z[self.rows.first[: needs.head_rows]], "row k h d -> h (row k) d")
 
     def _of_heads(self, layer: int, kind: str, heads: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
         """Some heads' share of weights; kept, as one trial after the other reaches the same heads."""
@@ -339,13 +374,14 @@ class RunningCircuit:
     @torch.no_grad()
     def _freshen(self, layer: int, columns: Sequence[int]) -> None:
         """Sum the inputs of some readers anew, and project them, where what they read has changed since."""
-        stale = [column for column in columns if self._stale[column]]
-        if not stale:
+        of_columns = self._stale[columns]
+        if not of_columns.any():
             return
-        edges = self.mask[:, stale]
-        used = edges.any(1).nonzero()[:, 0]
-        summed = edges[used].T.to(self.differences) @ self.differences[used].flatten(1)
-        self._inputs[stale] = summed.view(-1, *self._base.shape[1:]) + self._base[stale]
+        stale = [column for column, is_stale in zip(columns, of_columns.tolist(), strict=True) if is_stale]
+        edges = self.mask[: self.graph.readers[stale[-1]].n_writers, stale]
+        differences = self.differences[: len(edges), :, None]
+        summed = edge_sums(edges, len(self.rows), differences).of(differences)
+        self._inputs[stale] = summed[:, :, 0] + self._base[stale]
         self._stale[stale] = False
         if self.graph.readers[stale[0]].kind in "qkv":
             self._projected[stale] = self._project(layer, stale, self._inputs[stale][:, :, None])[:, :, 0]

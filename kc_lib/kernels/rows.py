@@ -2,7 +2,7 @@
 
 Prompts that start alike ("The capital city of ...") hold the same activations at the positions they share, under any
 circuit and any ablation that depends on the prompt to the left only. A run over rows computes each such position once for
-all prompts, and pads not at all; attention alone goes back to prompts.
+all prompts, and pads not at all. Attention runs over the rows too where prompts share enough of them, else prompt by prompt.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.tasks.batches import Batch
+from kc_lib.wiring import Tree
+
+PAIRS = 2  # how many times the pairs of positions in prompts the pairs of rows may be, for attention over rows to pay
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class Rows:
 
     ``row_of`` gives the row of every position after the context (pads: any row), ``first`` one flat position (example times
     positions plus position) of every row, ``sees`` the rows that each row may attend to, ``answers`` the answers' rows.
+    ``tree`` holds the rows for attention, or nothing: a context before them, or so many that all pairs are too many.
     """
 
     row_of: Int[Tensor, "batch pos"]
     first: Int[Tensor, " row"]
     sees: Bool[Tensor, "row row"]
     answers: Int[Tensor, "batch answer"]
+    tree: Tree | None
 
     def __len__(self) -> int:
         return self.first.shape[0]
@@ -65,4 +70,7 @@ def rows_of(batch: Batch, intervention: str, context: Context = EMPTY) -> Rows:
         sees[row_of[i, p - start], row_of[i, : p - start + 1]] = True
     at = (batch.answer_positions - start).cpu()
     device = batch.clean.device
-    return Rows(row_of.to(device), torch.tensor(first, device=device), sees, row_of.gather(1, at).to(device))
+    tree = None
+    if not start and len(first) ** 2 <= PAIRS * row_of.numel() * width:
+        tree = Tree(torch.tensor(first, device=device) % width, sees.to(device), width)
+    return Rows(row_of.to(device), torch.tensor(first, device=device), sees, row_of.gather(1, at).to(device), tree)

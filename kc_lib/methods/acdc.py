@@ -9,9 +9,9 @@ The edge set is the one that testing every edge with a full run gives, and the e
 
 1. when a reader of layer l is tested, nothing below l has changed, and above l only what the present circuit reaches from
    the reader is run (``kernels/removals.py``);
-2. many tests run as one batch. Test j is the circuit that stands if tests 1 to j-1 turn out as *predicted*, by the
-   gradient at the reader; the results count up to the first outcome that was not as predicted, and the rest is run again.
-   A prediction can cost time, never change a result.
+2. many tests run as one batch. Test j is the circuit that stands if tests 1 to j-1 turn out as *predicted*, by how much of
+   what the reader sees the edge carries; the results count up to the first outcome that was not as predicted, and the rest
+   is run again. A prediction can cost time, never change a result.
 
 Every few readers the activations are computed afresh from the mask and, if asked, the state is written to a file. Work
 resumed from that file gives the identical result.
@@ -54,8 +54,8 @@ from kc_lib.wiring import wiring_of
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 16
-CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
-REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far a gradient does
+CALL = 2.0  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
+REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
 REMEMBERED = 128  # outcomes from which the next ones' chances are told
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
@@ -210,17 +210,18 @@ class _Tests:
     def __init__(self, running: RunningCircuit, effects: Tensor, tau: float, absolute: bool, widest: int) -> None:
         self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
         self.loss = self._finite(running.full_loss())
-        # by kind of reader, how far the last effects lay from what was expected: gradients are often off to one side
-        self.misses: dict[str, deque[float]] = defaultdict(lambda: deque((-tau, 0.0, tau), maxlen=REMEMBERED))
-        self.predicted: dict[int, list[float]] = {}
+        # by kind of reader, the last effects per square of what their edges carried: in a pruned circuit that tells better
+        # what will stand than a gradient does, whose sign is hardly more than chance (norms bend what they see)
+        self.ratios: dict[str, deque[float]] = defaultdict(lambda: deque((0.0,), maxlen=REMEMBERED))
 
     def test(self, column: int, writers: Sequence[int]) -> None:
         """Test every edge from ``writers`` into one reader, in that order; the circuit is what stands afterwards."""
-        predicted, misses = self._predicted(column), self.misses[self.running.graph.readers[column].kind]
-        expected = {writer: (predicted[writer], 1.0) for writer in writers}
+        ratios = self.ratios[self.running.graph.readers[column].kind]
+        sizes = self.running.shares(column).square().tolist()
+        expected = {writer: (0.0, sizes[writer]) for writer in writers}
         remaining = list(writers)
         while remaining:
-            chances = _chances([expected[writer] for writer in remaining], misses, self.tau, self.absolute)
+            chances = _chances([expected[writer] for writer in remaining], ratios, self.tau, self.absolute)
             stands = [chance > 0.5 for chance in chances]
             together = remaining[: _how_many(chances[: self.widest])]
             removed = torch.zeros(len(together), len(self.running.graph.writers), dtype=torch.bool)
@@ -231,31 +232,25 @@ class _Tests:
             accepted = None
             losses = self.running.trial_losses(column, removed)
             for place, (writer, loss) in enumerate(zip(together, losses, strict=True)):
-                effect, (rise, unsure) = self._finite(loss) - self.loss, expected[writer]
+                effect = self._finite(loss) - self.loss
                 self.effects[writer, column] = effect
-                if unsure == 1:
-                    misses.append(effect - rise)
+                ratios.append(effect / sizes[writer])
                 remaining.pop(0)
                 if self._stands(effect):
                     accepted, self.loss = place, loss
                 if self._stands(effect) != stands[place]:
                     break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, stands, expected)
+            self._expect_anew(together, place, stands, sizes, expected)
             if accepted is not None:
                 self.running.accept(accepted)
 
-    def _predicted(self, column: int) -> list[float]:
-        """Expected rise for every writer, by one gradient for all readers of a layer that stand side by side."""
-        if column not in self.predicted:
-            readers = self.running.graph.readers
-            beside = [i for i in range(column + 1) if readers[i].n_writers == readers[column].n_writers]
-            beside = [i for i in beside if readers[i].layer == readers[column].layer and readers[i].kind != "mlp"]
-            columns = beside if column in beside else [column]
-            self.predicted = dict(zip(columns, self.running.predicted_rises(columns).T.tolist(), strict=True))
-        return self.predicted[column]
-
     def _expect_anew(
-        self, together: Sequence[int], last: int, stands: Sequence[bool], expected: dict[int, tuple[float, float]]
+        self,
+        together: Sequence[int],
+        last: int,
+        stands: Sequence[bool],
+        sizes: Sequence[float],
+        expected: dict[int, tuple[float, float]],
     ) -> None:
         """Better expectations for tests that were run under a wrong assumption: what they showed there."""
         rises = self.running.estimated_rises()
@@ -265,7 +260,7 @@ class _Tests:
             if stands[place]:
                 before = rises[place]
             if place > last:
-                expected[writer] = (rise, REPEATED)
+                expected[writer] = (rise, REPEATED * sizes[writer])
 
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
@@ -284,15 +279,15 @@ class _Tests:
         return loss
 
 
-def _chances(expected: Sequence[tuple[float, float]], misses: Sequence[float], tau: float, absolute: bool) -> list[float]:
-    """How likely each removal is to stand, if it misses what is expected of it as the last ones did.
+def _chances(expected: Sequence[tuple[float, float]], ratios: Sequence[float], tau: float, absolute: bool) -> list[float]:
+    """How likely each removal is to stand, if its effect is to its size as the last ones' were.
 
-    Of each the expected rise, and how far it may miss it as a share of how far a gradient's expectation does.
+    Of each the rise that was expected before, and the size on which the rest depends.
     """
-    rises, shares = torch.tensor(expected, dtype=torch.float64).T
-    outcomes = rises[:, None] + shares[:, None] * torch.tensor(misses, dtype=torch.float64)
+    rises, sizes = torch.tensor(expected, dtype=torch.float64).T
+    outcomes = rises[:, None] + sizes[:, None] * torch.tensor(ratios, dtype=torch.float64)
     stand = (outcomes.abs() if absolute else outcomes) < tau
-    return ((stand.sum(-1) + 0.5) / (len(misses) + 1)).tolist()
+    return ((stand.sum(-1) + 0.5) / (len(ratios) + 1)).tolist()
 
 
 def _how_many(chances: Sequence[float]) -> int:

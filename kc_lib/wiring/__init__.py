@@ -22,7 +22,7 @@ from kc_lib.wiring.backward import GIM, NATIVE, RELP, BackwardRules
 from kc_lib.wiring.boot import is_causal, mlp_wiring_of, wiring_of
 from kc_lib.wiring.decoder import Wiring, frozen
 from kc_lib.wiring.encoder import EncoderWiring, MlpWiring
-from kc_lib.wiring.parts import Attention, Block, Mlp, Norm
+from kc_lib.wiring.parts import Attention, Block, Mlp, Norm, Tree
 from kc_lib.wiring.swap import check_exchangeable, component_place, swapped
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Mlp",
     "MlpWiring",
     "Norm",
+    "Tree",
     "Wiring",
     "check_exchangeable",
     "component_place",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -261,7 +261,7 @@ def _rope(model: TransformerBridge, layer: int, inner: Any) -> tuple[Callable[[i
             half = cos.shape[-1] // 2
             return cos[0, :, :half], sin[0, :, :half]
 
-        return from_module, bool(getattr(cfg, "rotary_adjacent_pairs", False))
+        return lru_cache(from_module), bool(getattr(cfg, "rotary_adjacent_pairs", False))
     rotary_dim = int(getattr(inner, "rotary_dim", 0) or 0)
     if not rotary_dim:
         raise ModelError(f"{cfg.architecture}: layer {layer} has rotary positions of an unknown kind")

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.errors import ModelError
@@ -71,6 +71,28 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """Positions of prompts as one list, those that prompts share once: what stands before ``"batch pos"`` elsewhere.
+
+    ``depth`` is each one's position in its prompts, of ``n_pos`` at most; ``sees`` are the ones at or before it in them.
+    """
+
+    depth: Int[Tensor, " node"]
+    sees: Bool[Tensor, "node node"]
+    n_pos: int
+
+    def visible(self, n_queries: int, window: int | None) -> Bool[Tensor, "query node"]:
+        """What the first nodes may attend to."""
+        if window is None:
+            return self.sees[:n_queries]
+        return self.sees[:n_queries] & (self.depth[:n_queries, None] - self.depth < window)
+
+    def first(self, n: int) -> Tree:
+        """The tree of the first n nodes."""
+        return Tree(self.depth[:n], self.sees[:n, :n], self.n_pos)
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention layer: weights per head (W_K, W_V per key-value head) and what lies between them."""
 
@@ -117,12 +139,14 @@ class Attention:
         v: Float[Tensor, "batch pos kv d_head"],
         past: tuple[Float[Tensor, "rows past kv d_head"], Float[Tensor, "rows past kv d_head"]] | None = None,
         rules: BackwardRules = NATIVE,
+        tree: Tree | None = None,
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs z from queries, keys and values; keys and values may come per group or per query head.
 
         ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
+        With a ``tree`` the positions are its nodes, of which queries may come for the first only; it has no past.
         """
-        pattern = self.pattern(q, k, None if past is None else past[0], rules)
+        pattern = self.pattern(q, k, None if past is None else past[0], rules, tree)
         v = shared(v, rules.v_share)
         return self.mix(pattern, v if past is None else _after(past[1], v))
 
@@ -132,6 +156,7 @@ class Attention:
         k: Float[Tensor, "batch pos kv d_head"],
         past_keys: Float[Tensor, "rows past kv d_head"] | None = None,
         rules: BackwardRules = NATIVE,
+        tree: Tree | None = None,
     ) -> Float[Tensor, "batch head pos key"]:
         """Every head's attention from these positions to all keys; arguments as in ``attend``."""
         n_new = q.shape[1]
@@ -142,8 +167,9 @@ class Attention:
         q = _head_norm(self.q_norm, self.q_norm_parts, q, rules)
         k = _head_norm(self.k_norm, self.k_norm_parts, k, rules)
         if self.rope is not None:
-            cos, sin = self.rope(n_pos)
-            q = _rotate(q, cos[-n_new:], sin[-n_new:], self.adjacent_pairs)
+            cos, sin = self.rope(n_pos) if tree is None else (of_pos[tree.depth] for of_pos in self.rope(tree.n_pos))
+            new = slice(n_pos - n_new, n_pos) if tree is None else slice(n_new)
+            q = _rotate(q, cos[new], sin[new], self.adjacent_pairs)
             k = _rotate(k, cos, sin, self.adjacent_pairs)
         # query heads that share keys and values are one matrix product with them, not one each with a copy
         q = rearrange(q, "b q (kv group) d -> b q kv group d", kv=k.shape[2])
@@ -151,7 +177,11 @@ class Attention:
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         if self.causal:
-            scores = scores.masked_fill(~_causal_mask(n_pos, self.window, q.device)[-n_new:], float("-inf"))
+            if tree is None:
+                visible = _causal_mask(n_pos, self.window, q.device)[-n_new:]
+            else:
+                visible = tree.visible(n_new, self.window)
+            scores = scores.masked_fill(~visible, float("-inf"))
         return rules.softmax(scores).to(q.dtype).flatten(1, 2)
 
     def mix(
