@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, TaskError
 from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
+from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import ablation
 from kc_lib.methods.acdc import CALL, _chances, _how_many, acdc
 from kc_lib.methods.attribution import attribute_edges
@@ -101,6 +102,23 @@ def assert_same(circuit: Circuit, expected: Found) -> None:
     assert circuit.provenance["n_tested"] == expected.n_tests
     assert circuit.provenance["loss_full"] == pytest.approx(expected.loss_full, abs=1e-4)
     assert circuit.provenance["loss"] == pytest.approx(expected.loss, abs=1e-4)
+
+
+def sharing_pairs() -> list[TokenPair]:
+    """Prompts that start alike and part at different places, as those of a relation do; one is the start of another."""
+    prompts = ((1, 7, 9, 4, 20, 5), (1, 7, 9, 4, 30, 31, 5), (1, 7, 9, 8, 6), (1, 7, 9, 4, 30), (1, 7, 9, 4, 20, 40, 41, 42))
+    return [TokenPair(clean, (*clean[:-1], 99), (100 + i,), 110 + i, {}, {}) for i, clean in enumerate(prompts)]
+
+
+@views
+def test_prompts_that_start_alike_run_as_a_tree(
+    small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool
+) -> None:
+    model, hf, pairs = small_model(kind), hf_model(small_folder(kind)), sharing_pairs()
+    assert rows_of(make_batch(pairs), "zero").tree is not None
+    expected = oracle(hf, pairs, 0.05, intervention="zero", grouped=grouped)
+    assert 0 < expected.mask.sum() < expected.n_tests
+    assert_same(acdc(model, pairs, tau=0.05, intervention="zero", grouped=grouped), expected)
 
 
 @views
