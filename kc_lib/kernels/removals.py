@@ -26,7 +26,7 @@ from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
 from kc_lib.kernels.packed import packed_mlp
 from kc_lib.kernels.rows import rows_of
-from kc_lib.kernels.writers import Ablation
+from kc_lib.kernels.writers import Ablation, ablated_inputs
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
 
@@ -68,7 +68,7 @@ class RunningCircuit:
         self.last = len(graph.readers) - 1
         self.n_answer_rows = int(self.rows.answers.max()) + 1
         self._ablated_to_something = bool(self.ablated.any())
-        self._base = self._sum_ablated()
+        self._base = ablated_inputs(wiring, graph, self.ablated)
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
         self._folded: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # projections, with the norm before them
@@ -393,19 +393,6 @@ class RunningCircuit:
 
     def _final(self) -> Float[Tensor, "answer_row d_model"]:
         return self._seen(self.last)[: self.n_answer_rows]
-
-    def _sum_ablated(self) -> Float[Tensor, "reader row d_model"]:
-        """What each reader sees without any edge: the ablated stream and the attention biases below it."""
-        streams, biases = [], self.wiring.bias_before
-        total = self.ablated[0]
-        for layer in range(self.graph.n_layers):
-            heads = self.graph.head_writers(layer)
-            with_heads = total + self.ablated[heads].sum(0)
-            below_mlp = total + biases[layer] if self.graph.parallel else with_heads + biases[layer + 1]
-            n_columns = self.graph.reader_columns(layer, "mlp").stop - self.graph.reader_columns(layer, "q").start
-            streams += [(total + biases[layer]).expand(n_columns - 1, -1, -1), below_mlp[None]]
-            total = with_heads + self.ablated[heads.stop]
-        return torch.cat([*streams, (total + biases[-1])[None]])
 
     def _buffer_for(self, n_trials: int) -> Tensor:
         """Room for what a call can change; one allocation serves all calls of up to so many trials."""

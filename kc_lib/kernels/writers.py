@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kc_lib.checks import checked
 from kc_lib.errors import MethodError
+from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring
@@ -141,6 +142,22 @@ def ablation(
             "with prompts as long, or intervention 'mean'"
         )
     return Ablation(kind, means.outputs[:, :, :n_pos])
+
+
+def ablated_inputs(
+    wiring: Wiring, graph: Graph, ablated: Float[Tensor, "writer row d_model"]
+) -> Float[Tensor, "reader row d_model"]:
+    """What each reader sees without any edge: the ablated stream and the attention biases below it."""
+    streams, biases = [], wiring.bias_before
+    total = ablated[0]
+    for layer in range(graph.n_layers):
+        heads = graph.head_writers(layer)
+        with_heads = total + ablated[heads].sum(0)
+        below_mlp = total + biases[layer] if graph.parallel else with_heads + biases[layer + 1]
+        n_columns = graph.reader_columns(layer, "mlp").stop - graph.reader_columns(layer, "q").start
+        streams += [(total + biases[layer]).expand(n_columns - 1, -1, -1), below_mlp[None]]
+        total = with_heads + ablated[heads.stop]
+    return torch.cat([*streams, (total + biases[-1])[None]])
 
 
 def _widen(x: Tensor, width: int, dim: int) -> Tensor:
