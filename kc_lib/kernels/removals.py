@@ -33,7 +33,10 @@ from kc_lib.wiring import Wiring, frozen
 
 @dataclass(frozen=True)
 class _Reached:
-    """Which of some readers see what some writers change, and how it is summed; kept, as trial after trial asks the same."""
+    """Which of some readers see what some writers change, and how it is summed.
+
+    Kept for the next trials: the edges into readers above the one under trial are settled.
+    """
 
     writers: list[int]
     columns: list[int]
@@ -161,7 +164,6 @@ class RunningCircuit:
         """Remove edges into a reader, by default all, where this changes nothing that is read."""
         self.mask[writers, column] = False
         self._stale[column] = True
-        self._reached = {place: known for place, known in self._reached.items() if column not in known.columns}
 
     @torch.no_grad()
     def shares(self, column: int) -> Float[Tensor, " writer"]:
