@@ -68,14 +68,13 @@ def packed_mlp(block: Block) -> Callable[[Float[Tensor, "*batch d_model"]], Floa
 
 def _packed_parts(mlp: Mlp) -> Callable[[Tensor], Tensor]:
     """So many rows at a time that the neurons stay in the processor's cache."""
-    first = mlp.W_in if mlp.W_gate is None else mlp.W_gate
-    into = packed_linear(first.T, mlp.b_in if mlp.W_gate is None else mlp.b_gate, mlp.activation)
-    up = None if mlp.W_gate is None else packed_linear(mlp.W_in.T, mlp.b_in)
+    into = packed_linear(mlp.W_in.T, mlp.b_in, mlp.activation if mlp.W_gate is None else None)
+    gate = None if mlp.W_gate is None else packed_linear(mlp.W_gate.T, mlp.b_gate, mlp.activation)
     out = packed_linear(mlp.W_out.T, mlp.b_out)
 
     def run(rows: Tensor) -> Tensor:
         neurons = into(rows)
-        return out(neurons if up is None else neurons.mul_(up(rows)))
+        return out(neurons if gate is None else neurons.mul_(gate(rows)))
 
     def mlp_of(normed: Tensor) -> Tensor:
         parts = [run(rows) for rows in normed.flatten(0, -2).split(ROWS_AT_ONCE)]

@@ -32,6 +32,7 @@ from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.gradients import edge_scores
 from kc_lib.kernels.restart import clean_run
+from kc_lib.kernels.runs import logits_at_answers
 from kc_lib.kernels.writers import Ablation
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
@@ -115,8 +116,7 @@ def _clean_heads(
             resid = after_attention + block.mlp_output(block.mlp_norm(mlp_input))
             projections.append({"q": q.detach(), "k": k.detach(), "v": v.detach()})
             outputs.append(z)
-        rows = torch.arange(len(batch), device=resid.device)[:, None]
-        logits = wiring.unembed(resid[rows, batch.answer_positions - context.start]).float()
+        logits = logits_at_answers(wiring, resid, batch, context)
         gradients = torch.autograd.grad(metric.loss(logits, batch, reference).sum(), outputs)
     for layer, gradient in enumerate(gradients):
         yield _Heads(projections[layer], outputs[layer].detach(), gradient)

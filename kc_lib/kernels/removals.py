@@ -70,7 +70,6 @@ class RunningCircuit:
         self.post_norm = wiring.blocks[0].attention.post_norm is not None
         self.last = len(graph.readers) - 1
         self.n_answer_rows = int(self.rows.answers.max()) + 1
-        self._ablated_to_something = bool(self.ablated.any())
         self._base = ablated_inputs(wiring, graph, self.ablated)
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
@@ -145,7 +144,8 @@ class RunningCircuit:
     def accept(self, trial: int) -> None:
         """Make a trial of the last call the circuit."""
         column, removed, run, _ = self._trial
-        self.drop(column, removed[trial])
+        self.mask[removed[trial], column] = False
+        self._stale[column] = True
         if not run.writers:
             return
         self.differences[run.writers] += run.buffer[: len(run.writers), :, trial]
@@ -160,9 +160,9 @@ class RunningCircuit:
         for layer, raw in run.raw.items():
             self._raw[layer][:, : raw.shape[1]] = raw[:, :, trial]
 
-    def drop(self, column: int, writers: Bool[Tensor, " writer"] | slice = slice(None)) -> None:
-        """Remove edges into a reader, by default all, where this changes nothing that is read."""
-        self.mask[writers, column] = False
+    def drop(self, column: int) -> None:
+        """Remove all edges into a reader whose nodes nothing reads."""
+        self.mask[:, column] = False
         self._stale[column] = True
 
     @torch.no_grad()
@@ -226,6 +226,7 @@ class RunningCircuit:
         else:
             writers = [start + head for head in heads]
             room = run.add(writers, self._written(writers, n_rows))
+            # what is written now minus what the room holds, without another tensor of that size
             room.view(len(heads), -1, room.shape[-1]).baddbmm_(z, W_O, beta=-1)
 
     def _run_mlp(self, layer: int, run: Changes, given: Mapping[int, Tensor]) -> None:
@@ -243,9 +244,9 @@ class RunningCircuit:
 
     def _written(self, writers: Sequence[int], n_rows: int) -> Float[Tensor, "writer n_rows d_model"]:
         """What some writers add to the stream in the circuit as it stands."""
-        differences, ablated = (x[writers[0] : writers[-1] + 1, :n_rows] for x in (self.differences, self.ablated))
-        written = differences + ablated if self._ablated_to_something else differences
-        return written if len(written) == len(writers) else written[[writer - writers[0] for writer in writers]]
+        first, end = writers[0], writers[-1] + 1
+        written = self.differences[first:end, :n_rows] + self.ablated[first:end, :n_rows]
+        return written if len(written) == len(writers) else written[[writer - first for writer in writers]]
 
     def _mlp_output(self, layer: int, x: Float[Tensor, "row *trial d_model"]) -> Float[Tensor, "row *trial d_model"]:
         """What a layer's MLP adds to the stream."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from kc_lib.checks import checked
 from kc_lib.graph import Graph, Reader
 from kc_lib.kernels.context import EMPTY, Context
+from kc_lib.kernels.runs import logits_at_answers
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring
@@ -110,8 +111,7 @@ def patch_writers(
             after_attention = after_attention - (written - change[own]).sum(0)
         out = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
         resid = after_attention + (change[heads.stop] if heads.stop in chosen else out)
-    rows = torch.arange(len(batch), device=resid.device)[:, None]
-    return wiring.unembed(resid[rows, batch.answer_positions - run.context.start]).float()
+    return logits_at_answers(wiring, resid, batch, run.context)
 
 
 def _attention_with(

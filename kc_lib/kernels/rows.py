@@ -70,7 +70,7 @@ def rows_of(batch: Batch, intervention: str, context: Context = EMPTY) -> Rows:
         sees[row_of[i, p - start], row_of[i, : p - start + 1]] = True
     at = (batch.answer_positions - start).cpu()
     device = batch.clean.device
-    tree = None
-    if not start and len(first) ** 2 <= PAIRS * row_of.numel() * width:
-        tree = Tree(torch.tensor(first, device=device) % width, sees.to(device), width)
-    return Rows(row_of.to(device), torch.tensor(first, device=device), sees, row_of.gather(1, at).to(device), tree)
+    firsts = torch.tensor(first, device=device)
+    few = not start and len(first) ** 2 <= PAIRS * row_of.numel() * width
+    tree = Tree(firsts % width, sees.to(device), width) if few else None
+    return Rows(row_of.to(device), firsts, sees, row_of.gather(1, at).to(device), tree)
