@@ -20,7 +20,7 @@ from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import ablation
-from kc_lib.methods.acdc import CALL, _chances, _how_many, acdc
+from kc_lib.methods.acdc import CALL, _chance, _how_many, acdc
 from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.selection import top_edges
 from kc_lib.metrics import METRICS, Metric
@@ -436,9 +436,9 @@ def test_no_pairs_are_refused(small_model: SmallModel) -> None:
 
 def test_chances_are_shares_of_past_effects() -> None:
     ratios = (-0.01, 0.0, 0.01)
-    found = _chances([(0.005, 1.0), (0.005, 0.2), (0.5, 1.0), (-0.5, 1.0)], ratios, 0.01, False)
-    assert found == pytest.approx([2.5 / 4, 3.5 / 4, 0.5 / 4, 3.5 / 4])
-    assert _chances([(-0.5, 1.0)], ratios, 0.01, True) == pytest.approx([0.5 / 4])
+    for expected, stand in (((0.005, 1.0), 2), ((0.005, 0.2), 3), ((0.5, 1.0), 0), ((-0.5, 1.0), 3)):
+        assert _chance(expected, ratios, 0.01, False) == pytest.approx((stand + 0.5) / 4)
+    assert _chance((-0.5, 1.0), ratios, 0.01, True) == pytest.approx(0.5 / 4)
 
 
 def test_as_many_tests_are_batched_as_pay() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_gates import SmallModel, random_pairs
 
-from kc_lib.kernels.changes import Changes, edge_sums
+from kc_lib.kernels.edge_sums import edge_sums
 from kc_lib.kernels.losses import stream_losses
 from kc_lib.kernels.packed import packed_linear, packed_mlp
 from kc_lib.metrics import METRICS, Metric
@@ -78,24 +78,30 @@ def test_packed_mlps_are_the_models(small_model: SmallModel, kind: str) -> None:
     block = wiring_of(small_model(kind)).blocks[1]
     x = drawn(7, 50, small_model(kind).cfg.d_model)  # more rows than are run together
     with torch.no_grad():
-        torch.testing.assert_close(packed_mlp(block)(x), block.mlp(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed_mlp(block)(x), block.mlp(block.mlp_norm(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_an_mlp_with_a_hook_runs_as_the_module(small_model: SmallModel) -> None:
     model = small_model("gpt2")
     x = drawn(2, 3, model.cfg.d_model)
-    plain = model.blocks[0].mlp(x)
+    block = wiring_of(model).blocks[0]
+    plain = block.mlp(block.mlp_norm(x))
     with model.hooks([("blocks.0.mlp.hook_out", lambda value, hook: 2 * value)]), torch.no_grad():
-        hooked = packed_mlp(wiring_of(model).blocks[0])(x)
+        hooked = packed_mlp(block)(x)
     torch.testing.assert_close(hooked, 2 * plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])  # below and above what is summed one by one
-def test_changes_are_summed_over_edges(share: float) -> None:
-    changes = Changes(torch.zeros(20, 7, 3, 5))
-    changes.add(list(range(12)), torch.zeros(12, 7, 5)).copy_(drawn(12, 7, 3, 5))
-    edges = torch.rand(12, 6, generator=torch.Generator().manual_seed(0)) < share
-    edges[torch.arange(6), torch.arange(6)] = True  # every reader sees something
-    assert (edges.float().mean() > 0.2) == (share > 0.5)
-    expected = torch.einsum("vr,vnkd->rnkd", edges.float(), drawn(12, 7, 3, 5))[:, :4]
-    torch.testing.assert_close(changes.summed(edge_sums(edges, 4, changes.buffer)), expected)
+def test_outputs_are_summed_over_edges(share: float) -> None:
+    outputs = drawn(20, 7, 3, 5)
+    edges = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)) < share
+    edges[:3] = edges[17:] = edges[:, 4] = False  # a product reads from the first writer with an edge; one reader has none
+    sums = edge_sums(edges, 4, outputs)
+    assert (sums.bags is None) == (share > 0.5)
+    torch.testing.assert_close(sums.of(outputs), torch.einsum("vr,vnkd->rnkd", edges.float(), outputs)[:, :4])
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_no_edges_sum_to_nothing(readers: int) -> None:
+    outputs = drawn(20, 7, 3, 5)
+    assert not edge_sums(torch.zeros(20, readers, dtype=torch.bool), 4, outputs).of(outputs).any()

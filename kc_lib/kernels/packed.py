@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.activations import SiLUActivation
 
 from kc_lib.errors import ModelError
-from kc_lib.wiring.parts import Block, Mlp
+from kc_lib.wiring.parts import Block, Mlp, Norm
 
 ROWS_AT_ONCE = 256
 Linear = Callable[[Float[Tensor, "*batch d_in"]], Float[Tensor, "*batch d_out"]]
@@ -59,25 +59,35 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def packed_mlp(block: Block) -> Callable[[Float[Tensor, "*batch d_model"]], Float[Tensor, "*batch d_model"]]:
-    """A block's MLP from its normed input; where it is not of the form that ``Mlp`` describes, the model's own module."""
+    """A block's MLP from the stream, the norm before it folded into its weights.
+
+    Where it is not of the form that ``Mlp`` describes, the norm and the model's own module.
+    """
     try:
-        return _packed_parts(block.mlp_parts)
+        return _packed_parts(block.mlp_parts, block.mlp_norm)
     except ModelError:
-        return block.mlp
+        return lambda x: block.mlp(block.mlp_norm(x))
 
 
-def _packed_parts(mlp: Mlp) -> Callable[[Tensor], Tensor]:
+def _packed_parts(mlp: Mlp, norm: Norm) -> Callable[[Tensor], Tensor]:
     """So many rows at a time that the neurons stay in the processor's cache."""
-    into = packed_linear(mlp.W_in.T, mlp.b_in, mlp.activation if mlp.W_gate is None else None)
-    gate = None if mlp.W_gate is None else packed_linear(mlp.W_gate.T, mlp.b_gate, mlp.activation)
+    into = _after_norm(norm, mlp.W_in, mlp.b_in, mlp.activation if mlp.W_gate is None else None)
+    gate = None if mlp.W_gate is None else _after_norm(norm, mlp.W_gate, mlp.b_gate, mlp.activation)
     out = packed_linear(mlp.W_out.T, mlp.b_out)
 
     def run(rows: Tensor) -> Tensor:
-        neurons = into(rows)
-        return out(neurons if gate is None else neurons.mul_(gate(rows)))
+        scaled = rows * norm.scale(rows)
+        neurons = into(scaled)
+        return out(neurons if gate is None else neurons.mul_(gate(scaled)))
 
-    def mlp_of(normed: Tensor) -> Tensor:
-        parts = [run(rows) for rows in normed.flatten(0, -2).split(ROWS_AT_ONCE)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(normed)
+    def mlp_of(x: Tensor) -> Tensor:
+        parts = [run(rows) for rows in x.flatten(0, -2).split(ROWS_AT_ONCE)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x)
 
     return mlp_of
+
+
+def _after_norm(norm: Norm, weight: Tensor, bias: Tensor, activation: Activation | None) -> Linear:
+    """A layer that reads what a norm gives, from the stream times the norm's scale."""
+    folded, offset = norm.folded(weight, bias)
+    return packed_linear(folded.T, offset, activation)

@@ -11,8 +11,7 @@ Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -20,36 +19,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kc_lib.graph import Graph
-from kc_lib.kernels.changes import Changes, EdgeSums, edge_sums
 from kc_lib.kernels.context import EMPTY, Context
+from kc_lib.kernels.edge_sums import edge_sums
 from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
 from kc_lib.kernels.packed import packed_mlp
+from kc_lib.kernels.plans import Heads, Plan, Projection, Run, columns_of, layer_projection
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation, ablated_inputs
 from kc_lib.tasks.batches import Batch
 from kc_lib.wiring import Wiring, frozen
 
 
-@dataclass(frozen=True)
-class _Reached:
-    """Which of some readers see what some writers change, and how it is summed.
-
-    Kept for the next trials: the edges into readers above the one under trial are settled.
-    """
-
-    writers: list[int]
-    columns: list[int]
-    n_rows: int
-    seen: list[int]
-    sums: EdgeSums | None  # nothing where no reader sees any of it
-
-
 class RunningCircuit:
-    """A circuit's activations on one batch, and trial removals at one of its readers; see the head of this file.
+    """A circuit's activations on one batch, and trial removals at some of its readers; see the head of this file.
 
-    Writers below the reader under trial must not depend on it, so readers are tried from the logits down. ``losses`` gives
-    the loss of runs from their final streams at the answers (``losses.py``).
+    Readers are tried from the logits down, those of one layer's attention together or one by one: writers below the readers
+    under trial must not depend on them. ``losses`` gives the loss of runs from their final streams at the answers
+    (``losses.py``).
     """
 
     def __init__(
@@ -73,9 +60,7 @@ class RunningCircuit:
         self._base = ablated_inputs(wiring, graph, self.ablated)
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
-        self._folded: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # projections, with the norm before them
-        self._chosen: dict[tuple[int, str], tuple[list[int], tuple[Tensor, ...]]] = {}
-        self._reached: dict[int, _Reached] = {}
+        self._projections: dict[int, Projection] = {}
         self.build()
 
     # --- the circuit as it stands ------------------------------------------------------------------------------------
@@ -83,323 +68,265 @@ class RunningCircuit:
     @torch.no_grad()
     def build(self) -> None:
         """Run the circuit of the present mask afresh: what follows depends on the mask alone, not on how it came about."""
-        graph, wiring = self.graph, self.wiring
-        self._reached = {}
+        graph = self.graph
+        self._plans: dict[tuple[int, str], Plan] = {}
+        self._feeding: dict[tuple[int, str], set[int]] = {}
         self.needs = Needs(graph, self.rows, self.post_norm)
         for layer in reversed(range(graph.n_layers)):
             self.needs.find(layer, self.mask)
         self.differences = torch.zeros_like(self.ablated)
         self.differences[0] = self.embedded - self.ablated[0]
-        self._inputs = self._base.clone()
-        self._projected = self._base.new_zeros(*self._base.shape[:2], wiring.blocks[0].attention.W_Q.shape[-1])
-        self._stale = torch.ones(len(graph.readers), dtype=torch.bool)
-        self._raw: dict[int, Tensor] = {}
         for layer in range(graph.n_layers):
-            heads, needs = graph.head_writers(layer), self.needs.layers[layer]
+            needs, mlp = self.needs.layers[layer], graph.reader_columns(layer, "mlp").start
             if needs.heads:
-                self._freshen(layer, needs.columns)
-                raw = torch.bmm(*self._attend(layer, needs.heads, [], self._projected[:0], 1))
-                if self.post_norm:
-                    self._raw[layer] = raw
-                written = wiring.blocks[layer].attention.contributions(raw)
-                rows = [heads.start + head for head in needs.heads]
-                self.differences[rows, : raw.shape[1]] = written - self.ablated[rows, : raw.shape[1]]
+                run = Run(self._buffer_for(1))
+                heads = self._heads(layer, needs.columns)
+                self._run_heads(layer, heads, self._inputs(needs.columns, needs.read_rows)[:, :, None], run)
+                self._take(run, 0)
             if needs.mlp_rows:
-                x = self._seen(graph.reader_columns(layer, "mlp").start)[: needs.mlp_rows]
-                written = self._mlp_output(layer, x)
-                self.differences[heads.stop, : needs.mlp_rows] = written - self.ablated[heads.stop, : needs.mlp_rows]
+                run = Run(self._buffer_for(1))
+                self._run_mlp(layer, self._inputs([mlp], needs.mlp_rows)[0, :, None], run)
+                self._take(run, 0)
+        self.final = self._inputs([self.last], self.n_answer_rows)[0]
         self._slope = self._loss_slope()
 
     def full_loss(self) -> float:
         """The circuit's loss."""
-        return float(next(self._losses(self._final()[:, None])))
+        return float(next(self._losses(self.final[:, None])))
 
     # --- trials ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def trial_losses(self, column: int, removed: Bool[Tensor, "trial writer"]) -> Iterator[float]:
-        """Loss of the circuit without the ``removed`` edges into one reader, trial by trial; ``accept`` makes one real.
+    def trial_losses(self, removed: Mapping[int, Bool[Tensor, "trial writer"]]) -> Iterator[float]:
+        """Loss of the circuit without the ``removed`` edges into some readers, trial by trial; ``accept`` makes one real.
 
-        All trials run to the logits' input together; the unembedding, often the larger part, as losses are asked for.
+        The readers are one, or some of one layer's attention. All trials run to the logits' input together; the unembedding,
+        often the larger part, as losses are asked for.
         """
-        self.needs.find(self.graph.readers[column].layer, self.mask)
-        # what stays is summed, not the rest subtracted: a reader that loses every edge must see exactly nothing, because
-        # norms blow up what rounding leaves of it
-        edges = self.mask[:, column] & ~removed
-        n_below = self.graph.readers[column].n_writers
-        stay = edges[:, :n_below].to(self.differences) @ self.differences[:n_below].flatten(1)
-        x = rearrange(stay, "trial (row d) -> row trial d", row=len(self.rows)) + self._base[column][:, None]
-        run = Changes(self._buffer_for(len(removed)))
-        final = self._propagate({column: x}, run)
-        self._trial = (column, removed, run, final)
+        layer = self.graph.readers[next(iter(removed))].layer
+        self.needs.find(layer, self.mask)
+        n_trials = len(next(iter(removed.values())))
+        run = Run(self._buffer_for(n_trials))
+        given = {column: self._without(column, some) for column, some in sorted(removed.items())}
+        final = self._propagate(given, run)
+        self._trial = (removed, run, final)
         yield from map(float, self._losses(final))
 
     @torch.no_grad()
     def estimated_rises(self) -> list[float]:
         """How much the loss of each trial of the last call lies above the circuit's, the loss taken as linear."""
-        change = self._trial[3] - self._final()[:, None]
+        change = self._trial[2] - self.final[:, None]
         return torch.einsum("nkd,nd->k", change, self._slope).tolist()
 
     @torch.no_grad()
     def accept(self, trial: int) -> None:
         """Make a trial of the last call the circuit."""
-        column, removed, run, _ = self._trial
-        self.mask[removed[trial], column] = False
-        self._stale[column] = True
-        if not run.writers:
-            return
-        self.differences[run.writers] += run.buffer[: len(run.writers), :, trial]
-        unchanged = torch.ones(len(self.mask), dtype=torch.bool)
-        unchanged[run.writers] = False
-        for columns, x, projected in run.inputs:
-            self._inputs[columns, : x.shape[1]] = x[:, :, trial]
-            if projected is not None:
-                self._projected[columns, : x.shape[1]] = projected[:, :, trial]
-            # rounding must not be all that is left of an input: it is summed anew if all of it changed
-            self._stale[columns] |= ~(self.mask[:, columns] & unchanged[:, None]).any(0)
-        for layer, raw in run.raw.items():
-            self._raw[layer][:, : raw.shape[1]] = raw[:, :, trial]
+        removed, run, final = self._trial
+        for column, some in removed.items():
+            self.mask[some[trial], column] = False
+        self._take(run, trial)
+        self.final = final[:, trial].clone()
+        self._plans = run.plans  # what others hold as settled may have changed
 
     def drop(self, column: int) -> None:
         """Remove all edges into a reader whose nodes nothing reads."""
         self.mask[:, column] = False
-        self._stale[column] = True
 
     @torch.no_grad()
     def shares(self, column: int) -> Float[Tensor, " writer"]:
         """How much of what a reader sees each writer's edge carries: the norms' quotient, its mean over the rows."""
-        seen = torch.linalg.vector_norm(self._seen(column), dim=-1)
+        seen = torch.linalg.vector_norm(self._inputs([column], len(self.rows))[0], dim=-1)
         carried = torch.linalg.vector_norm(self.differences, dim=-1)
         least = torch.finfo(seen.dtype).eps
         return (carried / seen.clamp(min=least)).mean(-1).clamp(min=least)
 
     def _loss_slope(self) -> Float[Tensor, "answer_row d_model"]:
         """Gradient of the circuit's loss at the logits' input."""
-        with torch.no_grad():
-            x = self._final()[:, None].clone()
+        x = self.final[:, None].clone()
         with frozen(self.wiring.model), torch.enable_grad():
             x.requires_grad_()
             (slope,) = torch.autograd.grad(next(self._losses(x)), x)
         return slope[:, 0]
 
-    # --- parts -------------------------------------------------------------------------------------------------------
+    # --- runs --------------------------------------------------------------------------------------------------------
 
-    def _propagate(self, given: Mapping[int, Float[Tensor, "row trial d_model"]], run: Changes) -> Tensor:
+    def _propagate(self, given: Mapping[int, Float[Tensor, "row trial d_model"]], run: Run) -> Tensor:
         """The logits' input when some readers of a layer see what is given: all nodes above that this reaches run again."""
         graph = self.graph
         reader = graph.readers[next(iter(given))]
         if reader.kind == "logits":
             return given[self.last][: self.n_answer_rows]
         for layer in range(reader.layer, graph.n_layers):
-            here = given if layer == reader.layer else {}
+            here, needs = given if layer == reader.layer else {}, self.needs.layers[layer]
             if not (here and reader.kind == "mlp"):
-                self._run_heads(layer, run, here)
+                plan = self._plan(layer, "heads", needs.columns, needs.read_rows, run, here)
+                if plan.heads is not None:
+                    self._run_heads(layer, plan.heads, self._new_inputs(plan, needs.read_rows, run, here), run)
             if not (here and reader.kind != "mlp" and graph.parallel):
-                self._run_mlp(layer, run, here)
-        changed = self._changed_inputs([self.last], run, {}, self.n_answer_rows)
-        if changed is None:
-            return self._final()[:, None].expand(-1, run.n_trials, -1)
-        run.inputs.append((*changed, None))
-        return changed[1][0]
+                mlps = [graph.reader_columns(layer, "mlp").start] if needs.mlp_rows else []
+                plan = self._plan(layer, "mlp", mlps, needs.mlp_rows, run, here)
+                if plan.columns:
+                    self._run_mlp(layer, self._new_inputs(plan, needs.mlp_rows, run, here)[0], run)
+        plan = self._plan(graph.n_layers, "logits", [self.last], self.n_answer_rows, run, {})
+        if not plan.columns:
+            return self.final[:, None].expand(-1, run.n_trials, -1)
+        return plan.inputs(run.buffer)[0]
 
-    def _run_heads(self, layer: int, run: Changes, given: Mapping[int, Tensor]) -> None:
-        needs = self.needs.layers[layer]
-        changed = self._changed_inputs(needs.columns, run, given, needs.read_rows)
-        if changed is None:
-            return
-        columns, x = changed
-        projected = self._project(layer, columns, x)
-        if not given:
-            run.inputs.append((columns, x, projected))
-        heads = [head for head in needs.heads if not set(self._columns_of(layer, head)).isdisjoint(columns)]
-        z, W_O = self._attend(layer, heads, columns, projected, run.n_trials)
-        attention, start = self.wiring.blocks[layer].attention, self.graph.head_writers(layer).start
-        n_rows = needs.head_rows
-        if self.post_norm:  # the norm on the layer's output ties its heads together: all of them change
-            raw = torch.bmm(z, W_O).view(len(heads), n_rows, run.n_trials, -1)
-            rest = self._raw[layer][:, :n_rows, None].repeat(1, 1, run.n_trials, 1)
-            raw = rest.index_copy(0, torch.tensor([needs.heads.index(head) for head in heads], device=rest.device), raw)
-            run.raw[layer] = raw
-            writers = [start + head for head in needs.heads]
-            room = run.add(writers, self._written(writers, n_rows))
-            torch.sub(attention.contributions(raw), room, out=room)
+    def _run_heads(self, layer: int, heads: Heads, x: Float[Tensor, "reader n_rows trial d_model"], run: Run) -> None:
+        """Run some heads of a layer again: what they add to the stream goes to the run's buffer."""
+        attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
+        start, n_rows = self.graph.head_writers(layer).start, needs.head_rows
+        writers = [start + head for head in heads.heads]
+        z = self._attend(layer, heads, heads.projected(x))
+        if self.post_norm:
+            raw = torch.bmm(z, attention.W_O[heads.heads]).view(len(writers), n_rows, run.n_trials, -1)
+            run.buffer[writers, :n_rows] = attention.contributions(raw)
         else:
-            writers = [start + head for head in heads]
-            room = run.add(writers, self._written(writers, n_rows))
-            # what is written now minus what the room holds, without another tensor of that size
-            room.view(len(heads), -1, room.shape[-1]).baddbmm_(z, W_O, beta=-1)
+            done = 0
+            for some in heads.neighbours():
+                n = some.stop - some.start
+                room = run.buffer[start + some.start : start + some.stop, :n_rows].view(n, -1, run.buffer.shape[-1])
+                torch.bmm(z[done : done + n], attention.W_O[some], out=room)
+                done += n
+        self._wrote(run, writers, n_rows)
 
-    def _run_mlp(self, layer: int, run: Changes, given: Mapping[int, Tensor]) -> None:
-        writer = self.graph.head_writers(layer).stop
-        n_rows = self.needs.layers[layer].mlp_rows
-        column = self.graph.reader_columns(layer, "mlp").start
-        changed = self._changed_inputs([column], run, given, n_rows) if n_rows else None
-        if changed is None:
-            return
-        if column not in given:
-            run.inputs.append((*changed, None))
-        written = self._mlp_output(layer, changed[1][0])
-        room = run.add([writer], self._written([writer], n_rows))[0]
-        torch.sub(written, room, out=room)
-
-    def _written(self, writers: Sequence[int], n_rows: int) -> Float[Tensor, "writer n_rows d_model"]:
-        """What some writers add to the stream in the circuit as it stands."""
-        first, end = writers[0], writers[-1] + 1
-        written = self.differences[first:end, :n_rows] + self.ablated[first:end, :n_rows]
-        return written if len(written) == len(writers) else written[[writer - first for writer in writers]]
-
-    def _mlp_output(self, layer: int, x: Float[Tensor, "row *trial d_model"]) -> Float[Tensor, "row *trial d_model"]:
-        """What a layer's MLP adds to the stream."""
-        block = self.wiring.blocks[layer]
+    def _run_mlp(self, layer: int, x: Float[Tensor, "n_rows trial d_model"], run: Run) -> None:
+        """Run a layer's MLP again; as ``_run_heads``."""
+        block, writer = self.wiring.blocks[layer], self.graph.head_writers(layer).stop
         if layer not in self._mlps:
             self._mlps[layer] = packed_mlp(block)
-        return block.mlp_contribution(self._mlps[layer](block.mlp_norm(x)))
+        run.buffer[writer, : len(x)] = block.mlp_contribution(self._mlps[layer](x))
+        self._wrote(run, [writer], len(x))
 
-    def _changed_inputs(
-        self, columns: Sequence[int], run: Changes, given: Mapping[int, Tensor], n_rows: int
-    ) -> tuple[list[int], Float[Tensor, "changed n_rows trial d_model"]] | None:
-        """Which of these readers see something new, and what they see."""
-        fixed = [column for column in columns if column in given]
-        if fixed:  # the readers under trial; their neighbours read only what lies below them
-            return fixed, torch.stack([given[column][:n_rows] for column in fixed])
-        if not (run.writers and columns):
-            return None
-        known = self._reached.get(columns[0])
-        if known is None or (known.writers, known.columns, known.n_rows) != (run.writers, columns, n_rows):
-            edges = self.mask[run.writers][:, columns]
-            some = edges.any(0)
-            seen = [column for column, any_edge in zip(columns, some.tolist(), strict=True) if any_edge]
-            sums = edge_sums(edges[:, some], n_rows, run.buffer) if seen else None
-            known = self._reached[columns[0]] = _Reached(list(run.writers), list(columns), n_rows, seen, sums)
-        if known.sums is None:
-            return None
-        self._freshen(self.graph.readers[known.seen[0]].layer, known.seen)
-        changed = run.summed(known.sums)
-        changed += self._inputs[known.seen, :n_rows][:, :, None]
-        return known.seen, changed
+    def _wrote(self, run: Run, writers: Sequence[int], n_rows: int) -> None:
+        """Writers of a run have written at so many rows; at the others, which nothing needs, they are worth nothing."""
+        if n_rows < len(self.rows):
+            run.buffer[writers, n_rows:] = self.ablated[writers, n_rows:, None]
+        run.writers += writers
+
+    def _take(self, run: Run, trial: int) -> None:
+        """Keep what a run's writers wrote in one trial."""
+        self.differences[run.writers] = run.buffer[run.writers, :, trial] - self.ablated[run.writers]
 
     def _attend(
-        self,
-        layer: int,
-        heads: Sequence[int],
-        columns: Sequence[int],
-        projected: Float[Tensor, "reader n_rows trial d_head"],
-        n_trials: int,
-    ) -> tuple[Float[Tensor, "head n_rows_trial d_head"], Float[Tensor, "head d_head d_model"]]:
-        """Outputs z of some heads, with new projections of some readers, and the weights that bring them to the stream."""
+        self, layer: int, heads: Heads, projected: Sequence[Float[Tensor, "head n_rows trial d_head"]]
+    ) -> Float[Tensor, "head n_rows_trial d_head"]:
+        """Outputs z of some heads from their queries, keys and values: from and to rows, or prompt by prompt."""
         attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
-        self._freshen(layer, needs.columns)
-        place = {column: i for i, column in enumerate(columns)}
-        q, k, v = (
-            self._projections(list(of_kind), place, projected, needs.read_rows, n_trials)
-            for of_kind in zip(*(self._columns_of(layer, head) for head in heads), strict=True)
-        )
         if self.rows.tree is not None:
-            q, k, v = (rearrange(x, "h row k d -> k row h d") for x in (q[:, : needs.head_rows], k, v))
-            z = attention.attend(q, k, v, tree=self.rows.tree.first(needs.read_rows))
-            z = rearrange(z, "k row h d -> h (row k) d")
-        else:
-            z = self._attend_prompts(layer, heads, q, k, v)
-        (W_O,) = self._of_heads(layer, "o", heads, attention.W_O)
-        return z, W_O
-
-    def _attend_prompts(
-        self, layer: int, heads: Sequence[int], *projected: Float[Tensor, "head row trial d_head"]
-    ) -> Float[Tensor, "head row_trial d_head"]:
-        """The attention of some heads prompt by prompt, from and to rows."""
-        attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
+            q, k, v = (rearrange(x, "h row k d -> k row h d") for x in projected)
+            z = attention.attend(q[:, : needs.head_rows], k, v, tree=self.rows.tree.first(needs.read_rows))
+            return rearrange(z, "k row h d -> h (row k) d")
         row_of = self.rows.row_of.clamp(max=needs.read_rows - 1)  # rows beyond are not needed, whatever stands there
-        n_trials = projected[0].shape[2]
         q, k, v = (rearrange(x[:, row_of], "h b p k d -> (k b) p h d") for x in projected)
         past = self.context.of_layer(layer)
         if past is not None:
-            group = [head // attention.group_size for head in heads]
+            group = [head // attention.group_size for head in heads.heads]
             past = (past[0][:, :, group], past[1][:, :, group])
-        z = rearrange(attention.attend(q, k, v, past), "(k b) p h d -> (b p) k h d", k=n_trials)
+        z = rearrange(attention.attend(q, k, v, past), "(k b) p h d -> (b p) k h d", k=projected[0].shape[2])
         return rearrange(z[self.rows.first[: needs.head_rows]], "row k h d -> h (row k) d")
-
-    def _of_heads(self, layer: int, kind: str, heads: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
-        """Some heads' share of weights; kept, as one trial after the other reaches the same heads."""
-        known = self._chosen.get((layer, kind))
-        if known is None or known[0] != heads:
-            known = list(heads), tuple(weight[list(heads)] for weight in weights)
-            self._chosen[layer, kind] = known
-        return known[1]
-
-    def _projections(
-        self, columns: Sequence[int], place: Mapping[int, int], projected: Tensor, n_rows: int, n_trials: int
-    ) -> Float[Tensor, "reader n_rows trial d_head"]:
-        """What some readers project in a run: anew where there is something new, else as the circuit stands."""
-        new = [place.get(column, -1) for column in columns]
-        if min(new) >= 0:
-            return projected[new]
-        stacked = self._projected[columns, :n_rows][:, :, None].repeat(1, 1, n_trials, 1)
-        changed = [i for i, at in enumerate(new) if at >= 0]
-        if not changed:
-            return stacked
-        return stacked.index_copy(0, torch.tensor(changed, device=stacked.device), projected[[new[i] for i in changed]])
-
-    def _project(
-        self, layer: int, columns: Sequence[int], x: Float[Tensor, "reader row trial d_model"]
-    ) -> Float[Tensor, "reader row trial d_head"]:
-        """Queries, keys or values of some readers of a layer, given in the graph's order."""
-        attention = self.wiring.blocks[layer].attention
-        scale, parts, done = attention.norm.scale(x), [], 0
-        for kind in "qkv":
-            if (layer, kind) not in self._folded:
-                self._folded[layer, kind] = attention.norm.folded(*attention.weights(kind))
-            weight, bias = self._folded[layer, kind]
-            readers = self.graph.reader_columns(layer, kind)
-            own = [
-                (column - readers.start) * weight.shape[0] // (readers.stop - readers.start)
-                for column in columns
-                if readers.start <= column < readers.stop
-            ]
-            if own:
-                here = slice(done, done + len(own))
-                W, b = self._of_heads(layer, kind, own, weight, bias)
-                parts.append(scale[here] * torch.einsum("vrkd,vdh->vrkh", x[here], W) + b[:, None, None])
-                done += len(own)
-        return torch.cat(parts)
 
     def _losses(self, x: Float[Tensor, "row trial d_model"]) -> Iterator[Float[Tensor, ""]]:
         """Loss of one trial after the other from the logits' input."""
         yield from self.losses(rearrange(x[self.rows.answers], "b a k d -> k b a d").contiguous())
 
+    # --- plans of runs -----------------------------------------------------------------------------------------------
+
+    def _plan(
+        self, layer: int, part: str, columns: Sequence[int], n_rows: int, run: Run, given: Mapping[int, Tensor]
+    ) -> Plan:
+        """Which of these readers, all those that matter of a part of the model, see something new in a run, and how.
+
+        Kept while the same writers change: the edges into readers above those under trial are settled.
+        """
+        fixed = [column for column in columns if column in given]  # their neighbours read only what lies below them
+        if not fixed and (layer, part) not in self._feeding:
+            self._feeding[layer, part] = set(self.mask[:, columns].any(1).nonzero()[:, 0].tolist())
+        writers = [] if fixed else [writer for writer in run.writers if writer in self._feeding[layer, part]]
+        plan, key = self._plans.get((layer, part)), (tuple(fixed), tuple(writers))
+        if plan is None or plan.key != key:
+            plan = self._new_plan(layer, part, columns, n_rows, fixed, writers, key)
+            self._plans[layer, part] = plan
+        run.plans[layer, part] = plan
+        return plan
+
+    def _new_plan(
+        self,
+        layer: int,
+        part: str,
+        columns: Sequence[int],
+        n_rows: int,
+        fixed: list[int],
+        writers: Sequence[int],
+        key: Hashable,
+    ) -> Plan:
+        if fixed:
+            return Plan(key, fixed, heads=self._heads(layer, fixed) if part == "heads" else None)
+        reached = self.mask[writers][:, columns].any(0).tolist()
+        seen = [column for column, is_reached in zip(columns, reached, strict=True) if is_reached]
+        if not seen:
+            return Plan(key, seen)
+        changed = torch.zeros(len(self.mask), 1, dtype=torch.bool)
+        changed[list(writers)] = True
+        edges = edge_sums(self.mask[:, seen] & changed, n_rows, self.ablated[:, :, None])
+        # writers that run again give what they write, not how that differs from what ablation puts in its place
+        settled = self._sums(self.mask[:, seen] & ~changed, seen, n_rows) - edges.of(self.ablated[:, :, None])[:, :, 0]
+        return Plan(key, seen, settled, edges, self._heads(layer, seen) if part == "heads" else None)
+
+    def _new_inputs(
+        self, plan: Plan, n_rows: int, run: Run, given: Mapping[int, Float[Tensor, "row trial d_model"]]
+    ) -> Float[Tensor, "reader n_rows trial d_model"]:
+        """What the readers of a plan see in a run."""
+        if plan.edges is None:
+            return torch.stack([given[column][:n_rows] for column in plan.columns])
+        return plan.inputs(run.buffer)
+
+    def _heads(self, layer: int, changed: Sequence[int]) -> Heads:
+        """The heads that run again when these readers of a layer see something new; a norm on its output ties them all."""
+        graph, needs = self.graph, self.needs.layers[layer]
+        if layer not in self._projections:
+            self._projections[layer] = layer_projection(self.wiring.blocks[layer].attention, graph, layer)
+        start = graph.reader_columns(layer, "q").start
+        serving = {head: columns_of(graph, layer, head) for head in needs.heads}
+        heads = [head for head in needs.heads if self.post_norm or not set(serving[head]).isdisjoint(changed)]
+        others = sorted({column for head in heads for column in serving[head]} - set(changed))
+        place = {column: i for i, column in enumerate([*changed, *others])}
+        projection = self._projections[layer]
+        unchanged = self._base.new_zeros(0, needs.read_rows, projection.weight.shape[-1])
+        if others:
+            x = self._inputs(others, needs.read_rows)[:, :, None]
+            unchanged = projection.some([column - start for column in others]).of(x)[:, :, 0]
+        served = tuple(
+            torch.tensor([place[column] for column in of_kind], device=unchanged.device)
+            for of_kind in zip(*(serving[head] for head in heads), strict=True)
+        )
+        return Heads(heads, projection.some([column - start for column in changed]), unchanged, served)
+
     # --- what readers see --------------------------------------------------------------------------------------------
 
-    def _columns_of(self, layer: int, head: int) -> tuple[int, int, int]:
-        """The query, key and value reader that serve a head."""
-        group = head * self.graph.n_kv_readers // self.graph.n_heads
-        q, k, v = (self.graph.reader_columns(layer, kind).start for kind in "qkv")
-        return q + head, k + group, v + group
+    def _inputs(self, columns: Sequence[int], n_rows: int) -> Float[Tensor, "reader n_rows d_model"]:
+        """What some readers see in the circuit as it stands."""
+        return self._sums(self.mask[:, list(columns)], columns, n_rows)
 
-    @torch.no_grad()
-    def _freshen(self, layer: int, columns: Sequence[int]) -> None:
-        """Sum the inputs of some readers anew, and project them, where what they read has changed since."""
-        of_columns = self._stale[columns]
-        if not of_columns.any():
-            return
-        stale = [column for column, is_stale in zip(columns, of_columns.tolist(), strict=True) if is_stale]
-        edges = self.mask[: self.graph.readers[stale[-1]].n_writers, stale]
-        differences = self.differences[: len(edges), :, None]
-        summed = edge_sums(edges, len(self.rows), differences).of(differences)
-        self._inputs[stale] = summed[:, :, 0] + self._base[stale]
-        self._stale[stale] = False
-        if self.graph.readers[stale[0]].kind in "qkv":
-            self._projected[stale] = self._project(layer, stale, self._inputs[stale][:, :, None])[:, :, 0]
+    def _sums(
+        self, edges: Bool[Tensor, "writer reader"], columns: Sequence[int], n_rows: int
+    ) -> Float[Tensor, "reader n_rows d_model"]:
+        """What some readers see by some of their edges."""
+        differences = self.differences[:, :, None]
+        return edge_sums(edges, n_rows, differences).of(differences)[:, :, 0] + self._base[list(columns), :n_rows]
 
-    def _seen(self, column: int) -> Float[Tensor, "row d_model"]:
-        """What a reader sees in the circuit."""
-        self._freshen(self.graph.readers[column].layer, [column])
-        return self._inputs[column]
-
-    def _final(self) -> Float[Tensor, "answer_row d_model"]:
-        return self._seen(self.last)[: self.n_answer_rows]
+    def _without(self, column: int, removed: Bool[Tensor, "trial writer"]) -> Float[Tensor, "row trial d_model"]:
+        """What a reader sees without some of its edges."""
+        # what stays is summed, not the rest subtracted: a reader that loses every edge must see exactly nothing, because
+        # norms blow up what rounding leaves of it
+        n_below = self.graph.readers[column].n_writers
+        edges = (self.mask[:n_below, column] & ~removed[:, :n_below]).to(self.differences)
+        stay = rearrange(edges @ self.differences[:n_below].flatten(1), "k (row d) -> row k d", row=len(self.rows))
+        return stay + self._base[column][:, None]
 
     def _buffer_for(self, n_trials: int) -> Tensor:
         """Room for what a call can change; one allocation serves all calls of up to so many trials."""
         n = self.ablated.numel() * n_trials
         if self._buffer.numel() < n:
-            self._buffer = self.ablated.new_empty(n)
+            self._buffer = self.ablated.new_zeros(n)  # a sum over edges may read what is not set, times zero
         return self._buffer[:n].view(*self.ablated.shape[:2], n_trials, -1)

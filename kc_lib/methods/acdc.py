@@ -22,11 +22,13 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
@@ -51,6 +53,7 @@ from kc_lib.tasks import Batch, TokenPair
 from kc_lib.tasks.batches import make_batch
 from kc_lib.wiring import wiring_of
 
+Edge = tuple[int, int]  # writer, reader: row and column of the graph
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 16
@@ -148,23 +151,28 @@ def acdc(
     running = RunningCircuit(wiring, graph, mask, batch, ablated, losses, context)
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
     tests = _Tests(running, effects, tau, absolute, widest)
-    columns = list(reversed(range(len(graph.readers))))
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
-        for place, column in enumerate(columns[first:], start=first):
+        for place, together in _groups(graph, first):
             if place % READERS_PER_CHECKPOINT == 0 and place > first:
                 if file is not None:
                     file.write(place, running.mask, effects)
                 running.build()
                 tests = _Tests(running, effects, tau, absolute, widest)
-            writers = running.mask[:, column].nonzero()[:, 0].tolist()
-            if not writers:
-                continue
-            if _unread(graph, running.mask, column):
-                tests.remove_untested(column)
-            elif column not in skipped:
-                tests.test(column, _ordered(writers, order, f"{seed} {graph.readers[column].name}"))
-            bar.update(len(writers))
-            bar.set_postfix(reader=graph.readers[column].name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
+            n_before = int(running.mask[:, together].sum())
+            waiting: list[Edge] = []
+            for column in together:
+                if _unread(graph, running.mask, column):
+                    if running.post_norm:  # what is removed then changes the loss, and comes in its turn
+                        tests.test(waiting)
+                        waiting = []
+                    tests.remove_untested(column)
+                elif column not in skipped:
+                    writers = running.mask[:, column].nonzero()[:, 0].tolist()
+                    waiting += [(writer, column) for writer in _ordered(writers, order, f"{seed} {graph.readers[column].name}")]
+            tests.test(waiting)
+            bar.update(n_before)
+            name = graph.readers[together[-1]].name
+            bar.set_postfix(reader=name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
     loss_full = float((metric.loss(whole, batch, whole) * weights).mean())
     settings |= {"n_tested": int(effects.isfinite().sum()), "loss_full": loss_full, "loss": tests.loss}
     return Circuit(graph, running.mask, effects, settings)
@@ -214,27 +222,25 @@ class _Tests:
         # what will stand than a gradient does, whose sign is hardly more than chance (norms bend what they see)
         self.ratios: dict[str, deque[float]] = defaultdict(lambda: deque((0.0,), maxlen=REMEMBERED))
 
-    def test(self, column: int, writers: Sequence[int]) -> None:
-        """Test every edge from ``writers`` into one reader, in that order; the circuit is what stands afterwards."""
-        ratios = self.ratios[self.running.graph.readers[column].kind]
-        sizes = self.running.shares(column).square().tolist()
-        expected = {writer: (0.0, sizes[writer]) for writer in writers}
-        remaining = list(writers)
+    def test(self, edges: Sequence[Edge]) -> None:
+        """Test edges into one reader, or into the readers of one layer's attention, in that order.
+
+        The circuit is what stands afterwards.
+        """
+        sizes = self._sizes(edges)
+        expected = {edge: (0.0, sizes[edge]) for edge in edges}
+        remaining = list(edges)
         while remaining:
-            chances = _chances([expected[writer] for writer in remaining], ratios, self.tau, self.absolute)
+            next_ones = remaining[: self.widest]
+            chances = [self._chance(column, expected[writer, column]) for writer, column in next_ones]
             stands = [chance > 0.5 for chance in chances]
-            together = remaining[: _how_many(chances[: self.widest])]
-            removed = torch.zeros(len(together), len(self.running.graph.writers), dtype=torch.bool)
-            for place, writer in enumerate(together):
-                removed[place, writer] = True
-                if stands[place]:
-                    removed[place + 1 :, writer] = True
+            together = next_ones[: _how_many(chances)]
             accepted = None
-            losses = self.running.trial_losses(column, removed)
-            for place, (writer, loss) in enumerate(zip(together, losses, strict=True)):
+            losses = self.running.trial_losses(self._removals(together, stands))
+            for place, (edge, loss) in enumerate(zip(together, losses, strict=True)):
                 effect = self._finite(loss) - self.loss
-                self.effects[writer, column] = effect
-                ratios.append(effect / sizes[writer])
+                self.effects[edge] = effect
+                self._ratios(edge[1]).append(effect / sizes[edge])
                 remaining.pop(0)
                 if self._stands(effect):
                     accepted, self.loss = place, loss
@@ -244,30 +250,51 @@ class _Tests:
             if accepted is not None:
                 self.running.accept(accepted)
 
+    def _removals(self, together: Sequence[Edge], stands: Sequence[bool]) -> dict[int, Bool[Tensor, "trial writer"]]:
+        """For each reader, what each test removes: its own edge and those before it that are to stand removed."""
+        n_writers = len(self.running.graph.writers)
+        removed = {column: torch.zeros(len(together), n_writers, dtype=torch.bool) for _, column in together}
+        for place, (writer, column) in enumerate(together):
+            removed[column][place, writer] = True
+            if stands[place]:
+                removed[column][place + 1 :, writer] = True
+        return removed
+
+    def _sizes(self, edges: Sequence[Edge]) -> dict[Edge, float]:
+        """The square of what each edge carries of what its reader sees."""
+        squares = {column: self.running.shares(column).square().tolist() for _, column in edges}
+        return {(writer, column): squares[column][writer] for writer, column in edges}
+
+    def _ratios(self, column: int) -> deque[float]:
+        return self.ratios[self.running.graph.readers[column].kind]
+
+    def _chance(self, column: int, expected: tuple[float, float]) -> float:
+        return _chance(expected, self._ratios(column), self.tau, self.absolute)
+
     def _expect_anew(
         self,
-        together: Sequence[int],
+        together: Sequence[Edge],
         last: int,
         stands: Sequence[bool],
-        sizes: Sequence[float],
-        expected: dict[int, tuple[float, float]],
+        sizes: Mapping[Edge, float],
+        expected: dict[Edge, tuple[float, float]],
     ) -> None:
         """Better expectations for tests that were run under a wrong assumption: what they showed there."""
         rises = self.running.estimated_rises()
         before = 0.0
-        for place, writer in enumerate(together):
+        for place, edge in enumerate(together):
             rise = rises[place] - before
             if stands[place]:
                 before = rises[place]
             if place > last:
-                expected[writer] = (rise, REPEATED * sizes[writer])
+                expected[edge] = (rise, REPEATED * sizes[edge])
 
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
         if not self.running.post_norm:
             self.running.drop(column)
             return
-        self.loss = self._finite(next(self.running.trial_losses(column, self.running.mask[:, column][None])))
+        self.loss = self._finite(next(self.running.trial_losses({column: self.running.mask[:, column][None]})))
         self.running.accept(0)
 
     def _stands(self, rise: float) -> bool:
@@ -279,15 +306,15 @@ class _Tests:
         return loss
 
 
-def _chances(expected: Sequence[tuple[float, float]], ratios: Sequence[float], tau: float, absolute: bool) -> list[float]:
-    """How likely each removal is to stand, if its effect is to its size as the last ones' were.
+def _chance(expected: tuple[float, float], ratios: Sequence[float], tau: float, absolute: bool) -> float:
+    """How likely a removal is to stand, if its effect is to its size as the last ones' were.
 
-    Of each the rise that was expected before, and the size on which the rest depends.
+    Expected is the rise that was told before, and the size on which the rest depends.
     """
-    rises, sizes = torch.tensor(expected, dtype=torch.float64).T
-    outcomes = rises[:, None] + sizes[:, None] * torch.tensor(ratios, dtype=torch.float64)
-    stand = (outcomes.abs() if absolute else outcomes) < tau
-    return ((stand.sum(-1) + 0.5) / (len(ratios) + 1)).tolist()
+    rise, size = expected
+    outcomes = rise + size * np.array(ratios)
+    stand = (np.abs(outcomes) if absolute else outcomes) < tau
+    return float(stand.sum() + 0.5) / (len(ratios) + 1)
 
 
 def _how_many(chances: Sequence[float]) -> int:
@@ -299,6 +326,18 @@ def _how_many(chances: Sequence[float]) -> int:
             best, n_best = counting / (CALL + n), n
         sure *= max(chance, 1 - chance)
     return n_best
+
+
+def _groups(graph: Graph, first: int) -> Iterator[tuple[int, list[int]]]:
+    """Places, from the first on, and the readers there: from the logits down, those of a layer's attention together."""
+
+    def together(place: int) -> tuple[int, bool, int]:
+        reader = graph.readers[-1 - place]
+        return reader.layer, reader.kind in "qkv", place // READERS_PER_CHECKPOINT
+
+    for _, places in groupby(range(first, len(graph.readers)), together):
+        some = list(places)
+        yield some[0], [len(graph.readers) - 1 - place for place in some]
 
 
 def _unread(graph: Graph, mask: Bool[Tensor, "writer reader"], column: int) -> bool:
