@@ -94,7 +94,7 @@ def test_an_mlp_with_a_hook_runs_as_the_module(small_model: SmallModel) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.9])  # below and above what is summed one by one
 def test_outputs_are_summed_over_edges(share: float) -> None:
     outputs = drawn(20, 7, 3, 5)
-    edges = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)) < share
+    edges = torch.rand(20, 12, generator=torch.Generator().manual_seed(0)) < share
     edges[:3] = edges[17:] = edges[:, 4] = False  # a product reads from the first writer with an edge; one reader has none
     sums = edge_sums(edges, 4, outputs)
     assert (sums.bags is None) == (share > 0.5)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-DENSE = 2.0  # edges per writer from which a product, which reads every writer once, is faster than edge after edge
+DENSE = 8.0  # edges per writer from which a product, which reads every writer once, is faster than edge after edge
 
 
 @dataclass(frozen=True)

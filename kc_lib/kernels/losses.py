@@ -22,6 +22,7 @@ from kc_lib.wiring import Wiring
 StreamLosses = Callable[[Float[Tensor, "run batch answer d_model"]], Iterator[Float[Tensor, ""]]]
 ROWS_AT_ONCE = 80  # vectors unembedded together: enough for a fast product, few enough to stop early
 TOKENS_AT_ONCE = 4096
+SMALLEST_SUM = 1e-30  # of exponentials, below which they lose digits
 
 
 def stream_losses(
@@ -77,7 +78,12 @@ def _cross_entropies(
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
         normed = wiring.final_norm(streams)
-        each = torch.stack([part(normed).logsumexp(-1) for part in parts], -1).logsumexp(-1)
+        # float32 holds the exponentials of the logits that models give; else the largest is taken out first
+        total = torch.stack([part(normed).exp_().sum(-1) for part in parts]).sum(0)
+        if bool(((total > SMALLEST_SUM) & total.isfinite()).all()):
+            each = total.log()
+        else:
+            each = torch.stack([part(normed).logsumexp(-1) for part in parts]).logsumexp(0)
         each = each - (normed * direction).sum(-1) - offset
         yield from (each * share).sum((-2, -1)) + constant
 

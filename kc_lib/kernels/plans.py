@@ -61,11 +61,6 @@ class Heads:
             known = torch.cat([known, self.unchanged[:, :, None].expand(-1, -1, x.shape[2], -1)])
         return [known[places] for places in self.served]
 
-    def neighbours(self) -> list[slice]:
-        """The heads as slices, as long as they can be."""
-        ends = [i for i, (a, b) in enumerate(pairwise(self.heads), start=1) if b != a + 1]
-        return [slice(self.heads[i], self.heads[j - 1] + 1) for i, j in pairwise([0, *ends, len(self.heads)])]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -119,3 +114,9 @@ def columns_of(graph: Graph, layer: int, head: int) -> tuple[int, int, int]:
     group = head * graph.n_kv_readers // graph.n_heads
     q, k, v = (graph.reader_columns(layer, kind).start for kind in "qkv")
     return q + head, k + group, v + group
+
+
+def slices(places: Sequence[int]) -> list[slice]:
+    """Ascending places as slices, as long as they can be."""
+    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
+    return [slice(places[i], places[j - 1] + 1) for i, j in pairwise([*starts, len(places)])]

@@ -24,7 +24,7 @@ from kc_lib.kernels.edge_sums import edge_sums
 from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
 from kc_lib.kernels.packed import packed_mlp
-from kc_lib.kernels.plans import Heads, Plan, Projection, Run, columns_of, layer_projection
+from kc_lib.kernels.plans import Heads, Plan, Projection, Run, columns_of, layer_projection, slices
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation, ablated_inputs
 from kc_lib.tasks.batches import Batch
@@ -183,7 +183,7 @@ class RunningCircuit:
             run.buffer[writers, :n_rows] = attention.contributions(raw)
         else:
             done = 0
-            for some in heads.neighbours():
+            for some in slices(heads.heads):
                 n = some.stop - some.start
                 room = run.buffer[start + some.start : start + some.stop, :n_rows].view(n, -1, run.buffer.shape[-1])
                 torch.bmm(z[done : done + n], attention.W_O[some], out=room)
@@ -206,7 +206,8 @@ class RunningCircuit:
 
     def _take(self, run: Run, trial: int) -> None:
         """Keep what a run's writers wrote in one trial."""
-        self.differences[run.writers] = run.buffer[run.writers, :, trial] - self.ablated[run.writers]
+        for some in slices(run.writers):
+            torch.sub(run.buffer[some, :, trial], self.ablated[some], out=self.differences[some])
 
     def _attend(
         self, layer: int, heads: Heads, projected: Sequence[Float[Tensor, "head n_rows trial d_head"]]

@@ -57,8 +57,9 @@ Edge = tuple[int, int]  # writer, reader: row and column of the graph
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 16
-CALL = 2.0  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
+CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
 REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
+POWER = 1.5  # of the share that an edge carries, to which the effects of past removals are in proportion
 REMEMBERED = 128  # outcomes from which the next ones' chances are told
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
@@ -261,9 +262,9 @@ class _Tests:
         return removed
 
     def _sizes(self, edges: Sequence[Edge]) -> dict[Edge, float]:
-        """The square of what each edge carries of what its reader sees."""
-        squares = {column: self.running.shares(column).square().tolist() for _, column in edges}
-        return {(writer, column): squares[column][writer] for writer, column in edges}
+        """What each edge carries of what its reader sees, to the power that effects follow."""
+        shares = {column: self.running.shares(column).pow(POWER).tolist() for column in {column for _, column in edges}}
+        return {(writer, column): shares[column][writer] for writer, column in edges}
 
     def _ratios(self, column: int) -> deque[float]:
         return self.ratios[self.running.graph.readers[column].kind]

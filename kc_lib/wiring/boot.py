@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
@@ -242,7 +243,7 @@ def _norm(bridge: nn.Module | None, cfg: Any) -> Norm:
 
 
 def _rope(model: TransformerBridge, layer: int, inner: Any) -> tuple[Callable[[int], tuple[Tensor, Tensor]] | None, bool]:
-    """A function from length to the rotation's ``(cos, sin)``, one column per rotated pair, and the pairing."""
+    """A function from length to the rotation's ``(cos, sin)`` for ``Attention``, and the pairing."""
     cfg = model.cfg
     if getattr(cfg, "positional_embedding_type", "") != "rotary":
         return None, False
@@ -250,18 +251,18 @@ def _rope(model: TransformerBridge, layer: int, inner: Any) -> tuple[Callable[[i
         module = model.rotary_emb.original_component
         by_type = getattr(inner, "layer_type", None) if _takes_layer_type(module) else None
         reference = torch.zeros(1, device=model.unembed.W_U.device)  # the module reads its device and dtype only
+        adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
 
         def from_module(n_pos: int) -> tuple[Tensor, Tensor]:
             positions = torch.arange(n_pos, device=reference.device)[None]
             extra = () if by_type is None else (by_type,)
             with torch.no_grad():
                 cos, sin = module(reference, positions, *extra)
-            if getattr(cfg, "rotary_interleaved_cos_sin", False):
-                return cos[0, :, ::2], sin[0, :, ::2]
-            half = cos.shape[-1] // 2
-            return cos[0, :, :half], sin[0, :, :half]
+            interleaved = getattr(cfg, "rotary_interleaved_cos_sin", False)
+            of_pairs = slice(None, None, 2) if interleaved else slice(cos.shape[-1] // 2)
+            return _of_coordinates(cos[0, :, of_pairs], sin[0, :, of_pairs], adjacent)
 
-        return lru_cache(from_module), bool(getattr(cfg, "rotary_adjacent_pairs", False))
+        return lru_cache(from_module), adjacent
     rotary_dim = int(getattr(inner, "rotary_dim", 0) or 0)
     if not rotary_dim:
         raise ModelError(f"{cfg.architecture}: layer {layer} has rotary positions of an unknown kind")
@@ -270,9 +271,17 @@ def _rope(model: TransformerBridge, layer: int, inner: Any) -> tuple[Callable[[i
         device = model.unembed.W_U.device
         rates = 10000.0 ** (-torch.arange(0, rotary_dim, 2, device=device) / rotary_dim)
         angles = torch.arange(n_pos, device=device)[:, None] * rates
-        return angles.cos(), angles.sin()
+        return _of_coordinates(angles.cos(), angles.sin(), adjacent=True)
 
     return from_formula, True
+
+
+def _of_coordinates(
+    cos: Float[Tensor, "pos pair"], sin: Float[Tensor, "pos pair"], adjacent: bool
+) -> tuple[Float[Tensor, "pos turned"], Float[Tensor, "pos turned"]]:
+    """The rotation of each coordinate, not each pair: what it keeps of itself, and what it takes of its partner."""
+    dim = -1 if adjacent else -2
+    return torch.stack([cos, cos], dim).flatten(-2), torch.stack([-sin, sin], dim).flatten(-2)
 
 
 def _takes_layer_type(module: nn.Module) -> bool:

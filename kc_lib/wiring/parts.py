@@ -31,7 +31,7 @@ class Norm:
             return torch.ones_like(x[..., :1])
         wide = torch.promote_types(x.dtype, torch.float32)
         size = torch.linalg.vector_norm(self.centre(x), dim=-1, keepdim=True, dtype=wide)
-        return (size.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
+        return torch.addcmul(size.new_full((), self.eps), size, size, value=1 / x.shape[-1]).rsqrt().to(x.dtype)
 
     def centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
@@ -107,7 +107,7 @@ class Attention:
     b_O: Float[Tensor, " d_model"]
     q_norm: Callable[[Tensor], Tensor] | None
     k_norm: Callable[[Tensor], Tensor] | None
-    rope: Callable[[int], tuple[Tensor, Tensor]] | None
+    rope: Callable[[int], tuple[Tensor, Tensor]] | None  # from length to cos and sin, see ``_rotate``
     adjacent_pairs: bool
     scale: float
     soft_cap: float | None
@@ -146,6 +146,11 @@ class Attention:
         ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
         With a ``tree`` the positions are its nodes, of which queries may come for the first only; it has no past.
         """
+        if self.soft_cap is None and not torch.is_grad_enabled():  # no gradient to bend: scores and mixing in one
+            q, k, visible = self._placed(q, k, None if past is None else past[0], rules, tree)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v if past is None else _after(past[1], v)))
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale, enable_gqa=True)
+            return z.transpose(1, 2)
         pattern = self.pattern(q, k, None if past is None else past[0], rules, tree)
         v = shared(v, rules.v_share)
         return self.mix(pattern, v if past is None else _after(past[1], v))
@@ -159,6 +164,25 @@ class Attention:
         tree: Tree | None = None,
     ) -> Float[Tensor, "batch head pos key"]:
         """Every head's attention from these positions to all keys; arguments as in ``attend``."""
+        q, k, visible = self._placed(q, k, past_keys, rules, tree)
+        # query heads that share keys and values are one matrix product with them, not one each with a copy
+        q = rearrange(q, "b q (kv group) d -> b q kv group d", kv=k.shape[2])
+        scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        return rules.softmax(scores).to(q.dtype).flatten(1, 2)
+
+    def _placed(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv d_head"],
+        past_keys: Float[Tensor, "rows past kv d_head"] | None,
+        rules: BackwardRules,
+        tree: Tree | None,
+    ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch key kv d_head"], Bool[Tensor, "pos key"] | None]:
+        """Queries and keys of all positions as scores are made of them, normed and rotated, and what may attend to what."""
         n_new = q.shape[1]
         q, k = shared(q, rules.qk_share), shared(k, rules.qk_share)
         if past_keys is not None:
@@ -171,18 +195,11 @@ class Attention:
             new = slice(n_pos - n_new, n_pos) if tree is None else slice(n_new)
             q = _rotate(q, cos[new], sin[new], self.adjacent_pairs)
             k = _rotate(k, cos, sin, self.adjacent_pairs)
-        # query heads that share keys and values are one matrix product with them, not one each with a copy
-        q = rearrange(q, "b q (kv group) d -> b q kv group d", kv=k.shape[2])
-        scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * self.scale
-        if self.soft_cap is not None:
-            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        if self.causal:
-            if tree is None:
-                visible = _causal_mask(n_pos, self.window, q.device)[-n_new:]
-            else:
-                visible = tree.visible(n_new, self.window)
-            scores = scores.masked_fill(~visible, float("-inf"))
-        return rules.softmax(scores).to(q.dtype).flatten(1, 2)
+        if not self.causal:
+            return q, k, None
+        if tree is not None:
+            return q, k, tree.visible(n_new, self.window)
+        return q, k, _causal_mask(n_pos, self.window, q.device)[-n_new:]
 
     def mix(
         self, pattern: Float[Tensor, "batch head pos key"], v: Float[Tensor, "batch key kv d_head"]
@@ -299,20 +316,19 @@ def _head_norm(norm: Callable[[Tensor], Tensor] | None, parts: Norm | None, x: T
 
 def _rotate(
     x: Float[Tensor, "batch pos head d_head"],
-    cos: Float[Tensor, "pos pair"],
-    sin: Float[Tensor, "pos pair"],
+    cos: Float[Tensor, "pos turned"],
+    sin: Float[Tensor, "pos turned"],
     adjacent: bool,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotate pairs of coordinates by position: pairs (i, i + n/2) or, adjacent, (2i, 2i + 1) of the first n."""
-    n = 2 * cos.shape[-1]
+    """Rotate pairs of coordinates by position: pairs (i, i + n/2) or, adjacent, (2i, 2i + 1) of the first n.
+
+    ``cos`` is what each coordinate keeps of itself, ``sin``, with its sign, what it takes of its partner.
+    """
+    n = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     turned, passed = x[..., :n], x[..., n:]
-    if adjacent:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    pairs, partner = ((n // 2, 2), -1) if adjacent else ((2, n // 2), -2)
+    turned = torch.addcmul(turned * cos, turned.unflatten(-1, pairs).flip(partner).flatten(-2), sin)
     return torch.cat([turned, passed], -1) if passed.shape[-1] else turned
 
 
