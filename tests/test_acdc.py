@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,14 @@ def test_a_prefilter_takes_the_metric_of_the_run(small_model: SmallModel) -> Non
 
 
 # --- resume ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_models_are_written_often_too() -> Iterator[None]:
+    """A checkpoint every few readers, also between readers of one layer that would be tested together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("kc_lib.methods.acdc"), "READERS_PER_CHECKPOINT", 7)
+        yield
 
 
 class Interrupted(Exception):

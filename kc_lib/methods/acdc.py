@@ -19,10 +19,11 @@ resumed from that file gives the identical result.
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -53,10 +54,11 @@ from kc_lib.tasks import Batch, TokenPair
 from kc_lib.tasks.batches import make_batch
 from kc_lib.wiring import wiring_of
 
+READER_KINDS = ("q", "k", "v", "mlp", "logits")
 Edge = tuple[int, int]  # writer, reader: row and column of the graph
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
-READERS_PER_CHECKPOINT = 16
+READERS_PER_CHECKPOINT = 32
 CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
 REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
 POWER = 1.5  # of the share that an edge carries, to which the effects of past removals are in proportion
@@ -146,19 +148,19 @@ def acdc(
     kept = None if file is None else file.read()
     if kept is None:
         start = graph.edges if prefilter is None else _prefiltered(model, pairs, graph, prefilter, metric, settings)
-        kept = 0, start, torch.full(start.shape, math.nan)
-    first, mask, effects = kept
+        kept = 0, start, torch.full(start.shape, math.nan), {}
+    first, mask, effects, ratios = kept
     ablated = ablation(wiring, intervention, batch, means, context)
     running = RunningCircuit(wiring, graph, mask, batch, ablated, losses, context)
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
-    tests = _Tests(running, effects, tau, absolute, widest)
+    tests = _Tests(running, effects, ratios, tau, absolute, widest)
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
         for place, together in _groups(graph, first):
             if place % READERS_PER_CHECKPOINT == 0 and place > first:
                 if file is not None:
-                    file.write(place, running.mask, effects)
+                    file.write(place, running.mask, effects, tests.ratios)
                 running.build()
-                tests = _Tests(running, effects, tau, absolute, widest)
+                tests = _Tests(running, effects, tests.ratios, tau, absolute, widest)
             n_before = int(running.mask[:, together].sum())
             waiting: list[Edge] = []
             for column in together:
@@ -216,12 +218,20 @@ def check_acdc(
 class _Tests:
     """Tests of edges on a running circuit, with its loss as it stands."""
 
-    def __init__(self, running: RunningCircuit, effects: Tensor, tau: float, absolute: bool, widest: int) -> None:
+    def __init__(
+        self,
+        running: RunningCircuit,
+        effects: Tensor,
+        ratios: Mapping[str, Sequence[float]],
+        tau: float,
+        absolute: bool,
+        widest: int,
+    ) -> None:
         self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
         self.loss = self._finite(running.full_loss())
-        # by kind of reader, the last effects per square of what their edges carried: in a pruned circuit that tells better
+        # by kind of reader, the last effects in proportion to what their edges carried: in a pruned circuit that tells better
         # what will stand than a gradient does, whose sign is hardly more than chance (norms bend what they see)
-        self.ratios: dict[str, deque[float]] = defaultdict(lambda: deque((0.0,), maxlen=REMEMBERED))
+        self.ratios = {kind: deque(ratios.get(kind, (0.0,)), maxlen=REMEMBERED) for kind in READER_KINDS}
 
     def test(self, edges: Sequence[Edge]) -> None:
         """Test edges into one reader, or into the readers of one layer's attention, in that order.
@@ -399,12 +409,12 @@ def _identity(model: TransformerBridge, graph: Graph, pairs: Sequence[TokenPair]
 
 
 class _Checkpoint:
-    """A file with the mask, the effects and the next reader, valid for one model, one task and one set of parameters."""
+    """A file with the mask, the effects, the next reader and what its tests are predicted by, valid for one model, one task and one set of parameters."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
 
-    def read(self) -> tuple[int, Tensor, Tensor] | None:
+    def read(self) -> tuple[int, Tensor, Tensor, dict[str, list[float]]] | None:
         if not self.path.exists():
             return None
         try:
@@ -417,10 +427,11 @@ class _Checkpoint:
             raise MethodError(
                 f"{self.path}: is a checkpoint of another model, task or set of parameters; delete it or name another file"
             )
-        return int(about["next_reader"]), mask, effects
+        return int(about["next_reader"]), mask, effects, json.loads(about["ratios"])
 
-    def write(self, next_reader: int, mask: Tensor, effects: Tensor) -> None:
+    def write(self, next_reader: int, mask: Tensor, effects: Tensor, ratios: Mapping[str, Iterable[float]]) -> None:
         partial = self.path.with_name(self.path.name + ".partial")
-        about = {"identity": self.identity, "next_reader": str(next_reader)}
+        of_kinds = json.dumps({kind: list(some) for kind, some in ratios.items()})
+        about = {"identity": self.identity, "next_reader": str(next_reader), "ratios": of_kinds}
         save_file({"mask": mask.to(torch.uint8), "effects": effects}, partial, about)
         partial.replace(self.path)
