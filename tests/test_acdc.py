@@ -21,8 +21,9 @@ from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import ablation
-from kc_lib.methods.acdc import CALL, _chance, _how_many, acdc
+from kc_lib.methods.acdc import acdc
 from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.edge_tests import CALL, chance_to_stand, how_many
 from kc_lib.methods.selection import top_edges
 from kc_lib.metrics import METRICS, Metric
 from kc_lib.models import cached_smollm2, load_model
@@ -446,17 +447,17 @@ def test_no_pairs_are_refused(small_model: SmallModel) -> None:
 def test_chances_are_shares_of_past_effects() -> None:
     ratios = (-0.01, 0.0, 0.01)
     for expected, stand in (((0.005, 1.0), 2), ((0.005, 0.2), 3), ((0.5, 1.0), 0), ((-0.5, 1.0), 3)):
-        assert _chance(expected, ratios, 0.01, False) == pytest.approx((stand + 0.5) / 4)
-    assert _chance((-0.5, 1.0), ratios, 0.01, True) == pytest.approx(0.5 / 4)
+        assert chance_to_stand(expected, ratios, 0.01, False) == pytest.approx((stand + 0.5) / 4)
+    assert chance_to_stand((-0.5, 1.0), ratios, 0.01, True) == pytest.approx(0.5 / 4)
 
 
 def test_as_many_tests_are_batched_as_pay() -> None:
-    assert _how_many([0.5] * 20) == 2  # 1 of 1, 1.5 of 2, 1.75 of 3 expected to count
-    assert _how_many([0.999] * 20) == _how_many([0.001] * 20) == 20  # kept for sure is as good as removed for sure
+    assert how_many([0.5] * 20) == 2  # 1 of 1, 1.5 of 2, 1.75 of 3 expected to count
+    assert how_many([0.999] * 20) == how_many([0.001] * 20) == 20  # kept for sure is as good as removed for sure
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         chances = torch.rand(12, generator=generator).tolist()
         likely = [max(chance, 1 - chance) for chance in chances]
         counting = [sum(math.prod(likely[:place]) for place in range(n)) for n in range(1, 13)]
         worth = [count / (CALL + n) for n, count in enumerate(counting, start=1)]
-        assert _how_many(chances) == 1 + worth.index(max(worth))
+        assert how_many(chances) == 1 + worth.index(max(worth))

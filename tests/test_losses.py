@@ -35,6 +35,18 @@ def test_losses_are_the_metric_of_the_logits(small_model: SmallModel, kind: str,
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [-200.0, 200.0])  # of all logits: their exponentials are no float32
+def test_losses_do_not_depend_on_the_level_of_the_logits(small_model: SmallModel, offset: float) -> None:
+    wiring, batch, of = wiring_of(small_model("llama")), make_batch(random_pairs()), METRICS["match_nll"]
+    streams = drawn(2, 4, 1, wiring.W_U.shape[0], seed=1)
+    found = {}
+    for level in (0.0, offset):
+        raised = replace(wiring, b_U=wiring.b_U + level)
+        reference = raised.unembed(drawn(4, 1, wiring.W_U.shape[0]))
+        found[level] = torch.stack(list(stream_losses(raised, of, batch, reference, torch.ones(4))(streams)))
+    torch.testing.assert_close(found[offset], found[0.0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("metric", [metric for metric in METRICS.values() if metric.target], ids=lambda metric: metric.name)
 @pytest.mark.parametrize("full_answer", [False, True])
 def test_a_target_gives_the_loss_but_for_a_constant(metric: Metric, full_answer: bool) -> None:

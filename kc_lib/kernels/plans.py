@@ -8,7 +8,7 @@ Shapes: ``[row, trial, d_model]``, as in ``removals.py``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -63,24 +63,29 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What of a layer's heads, its MLP or the logits runs again when the writers, or readers under trial, of ``key`` change.
+class Sums:
+    """What some readers see: the ``edges`` from writers that change, on top of what is ``settled``."""
 
-    ``columns`` are the readers that see something new: the ``edges`` from those writers, on top of what is ``settled``; of
-    readers under trial a run is told what they see.
+    settled: Float[Tensor, "reader row d_model"]
+    edges: EdgeSums
+
+    def of(self, outputs: Float[Tensor, "writer row trial d_model"]) -> Float[Tensor, "reader row trial d_model"]:
+        """What the readers see when the writers write this."""
+        return self.edges.of(outputs).add_(self.settled[:, :, None])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a layer's heads, its MLP or the logits runs again when the readers under trial, or writers, of ``key`` change.
+
+    ``columns`` are the readers that see something new. What readers under trial see is given with a run; for others there
+    are ``sums``.
     """
 
-    key: Hashable
+    key: tuple[list[int], list[int]]
     columns: list[int]
-    settled: Float[Tensor, "reader row d_model"] | None = None
-    edges: EdgeSums | None = None
+    sums: Sums | None = None
     heads: Heads | None = None
-
-    def inputs(self, outputs: Float[Tensor, "writer row trial d_model"]) -> Float[Tensor, "reader row trial d_model"]:
-        """What the readers see when the writers write this."""
-        if self.edges is None or self.settled is None:
-            raise ValueError("what readers under trial see is given, not summed")
-        return self.edges.of(outputs).add_(self.settled[:, :, None])
 
 
 @dataclass

@@ -11,7 +11,7 @@ Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -24,7 +24,7 @@ from kc_lib.kernels.edge_sums import edge_sums
 from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
 from kc_lib.kernels.packed import packed_mlp
-from kc_lib.kernels.plans import Heads, Plan, Projection, Run, columns_of, layer_projection, slices
+from kc_lib.kernels.plans import Heads, Plan, Projection, Run, Sums, columns_of, layer_projection, slices
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation, ablated_inputs
 from kc_lib.tasks.batches import Batch
@@ -170,7 +170,7 @@ class RunningCircuit:
         plan = self._plan(graph.n_layers, "logits", [self.last], self.n_answer_rows, run, {})
         if not plan.columns:
             return self.final[:, None].expand(-1, run.n_trials, -1)
-        return plan.inputs(run.buffer)[0]
+        return self._new_inputs(plan, self.n_answer_rows, run, {})[0]
 
     def _run_heads(self, layer: int, heads: Heads, x: Float[Tensor, "reader n_rows trial d_model"], run: Run) -> None:
         """Run some heads of a layer again: what they add to the stream goes to the run's buffer."""
@@ -240,47 +240,41 @@ class RunningCircuit:
 
         Kept while the same writers change: the edges into readers above those under trial are settled.
         """
-        fixed = [column for column in columns if column in given]  # their neighbours read only what lies below them
-        if not fixed and (layer, part) not in self._feeding:
+        under_trial = [column for column in columns if column in given]  # their neighbours read only what lies below them
+        if not under_trial and (layer, part) not in self._feeding:
             self._feeding[layer, part] = set(self.mask[:, columns].any(1).nonzero()[:, 0].tolist())
-        writers = [] if fixed else [writer for writer in run.writers if writer in self._feeding[layer, part]]
-        plan, key = self._plans.get((layer, part)), (tuple(fixed), tuple(writers))
+        feeding = set() if under_trial else self._feeding[layer, part]
+        key = under_trial, [writer for writer in run.writers if writer in feeding]
+        plan = self._plans.get((layer, part))
         if plan is None or plan.key != key:
-            plan = self._new_plan(layer, part, columns, n_rows, fixed, writers, key)
-            self._plans[layer, part] = plan
+            plan = self._plans[layer, part] = self._new_plan(layer, part, columns, n_rows, key)
         run.plans[layer, part] = plan
         return plan
 
     def _new_plan(
-        self,
-        layer: int,
-        part: str,
-        columns: Sequence[int],
-        n_rows: int,
-        fixed: list[int],
-        writers: Sequence[int],
-        key: Hashable,
+        self, layer: int, part: str, columns: Sequence[int], n_rows: int, key: tuple[list[int], list[int]]
     ) -> Plan:
-        if fixed:
-            return Plan(key, fixed, heads=self._heads(layer, fixed) if part == "heads" else None)
+        under_trial, writers = key
+        if under_trial:
+            return Plan(key, under_trial, heads=self._heads(layer, under_trial) if part == "heads" else None)
         reached = self.mask[writers][:, columns].any(0).tolist()
         seen = [column for column, is_reached in zip(columns, reached, strict=True) if is_reached]
         if not seen:
             return Plan(key, seen)
         changed = torch.zeros(len(self.mask), 1, dtype=torch.bool)
-        changed[list(writers)] = True
+        changed[writers] = True
         edges = edge_sums(self.mask[:, seen] & changed, n_rows, self.ablated[:, :, None])
         # writers that run again give what they write, not how that differs from what ablation puts in its place
         settled = self._sums(self.mask[:, seen] & ~changed, seen, n_rows) - edges.of(self.ablated[:, :, None])[:, :, 0]
-        return Plan(key, seen, settled, edges, self._heads(layer, seen) if part == "heads" else None)
+        return Plan(key, seen, Sums(settled, edges), self._heads(layer, seen) if part == "heads" else None)
 
     def _new_inputs(
         self, plan: Plan, n_rows: int, run: Run, given: Mapping[int, Float[Tensor, "row trial d_model"]]
     ) -> Float[Tensor, "reader n_rows trial d_model"]:
         """What the readers of a plan see in a run."""
-        if plan.edges is None:
+        if plan.sums is None:
             return torch.stack([given[column][:n_rows] for column in plan.columns])
-        return plan.inputs(run.buffer)
+        return plan.sums.of(run.buffer)
 
     def _heads(self, layer: int, changed: Sequence[int]) -> Heads:
         """The heads that run again when these readers of a layer see something new; a norm on its output ties them all."""

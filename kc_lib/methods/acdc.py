@@ -9,9 +9,8 @@ The edge set is the one that testing every edge with a full run gives, and the e
 
 1. when a reader of layer l is tested, nothing below l has changed, and above l only what the present circuit reaches from
    the reader is run (``kernels/removals.py``);
-2. many tests run as one batch. Test j is the circuit that stands if tests 1 to j-1 turn out as *predicted*, by how much of
-   what the reader sees the edge carries; the results count up to the first outcome that was not as predicted, and the rest
-   is run again. A prediction can cost time, never change a result.
+2. many tests, into one reader or into those of a layer's attention, run as one batch, in which each assumes that those
+   before it turn out as *predicted* (``edge_tests.py``).
 
 Every few readers the activations are computed afresh from the mask and, if asked, the state is written to a file. Work
 resumed from that file gives the identical result.
@@ -22,14 +21,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
@@ -47,6 +44,7 @@ from kc_lib.kernels.removals import RunningCircuit
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import INTERVENTIONS, ablation
 from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.edge_tests import Edge, EdgeTests
 from kc_lib.methods.selection import select
 from kc_lib.metrics import Metric, get_metric
 from kc_lib.models import model_hash, model_name
@@ -54,15 +52,9 @@ from kc_lib.tasks import Batch, TokenPair
 from kc_lib.tasks.batches import make_batch
 from kc_lib.wiring import wiring_of
 
-READER_KINDS = ("q", "k", "v", "mlp", "logits")
-Edge = tuple[int, int]  # writer, reader: row and column of the graph
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
 READERS_PER_CHECKPOINT = 32
-CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
-REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
-POWER = 1.5  # of the share that an edge carries, to which the effects of past removals are in proportion
-REMEMBERED = 128  # outcomes from which the next ones' chances are told
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
@@ -153,17 +145,18 @@ def acdc(
     ablated = ablation(wiring, intervention, batch, means, context)
     running = RunningCircuit(wiring, graph, mask, batch, ablated, losses, context)
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
-    tests = _Tests(running, effects, ratios, tau, absolute, widest)
+    tests = EdgeTests(running, effects, ratios, tau, absolute, widest)
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
         for place, together in _groups(graph, first):
             if place % READERS_PER_CHECKPOINT == 0 and place > first:
                 if file is not None:
                     file.write(place, running.mask, effects, tests.ratios)
                 running.build()
-                tests = _Tests(running, effects, tests.ratios, tau, absolute, widest)
+                tests = EdgeTests(running, effects, tests.ratios, tau, absolute, widest)
             n_before = int(running.mask[:, together].sum())
             waiting: list[Edge] = []
             for column in together:
+                name = graph.readers[column].name
                 if _unread(graph, running.mask, column):
                     if running.post_norm:  # what is removed then changes the loss, and comes in its turn
                         tests.test(waiting)
@@ -171,10 +164,9 @@ def acdc(
                     tests.remove_untested(column)
                 elif column not in skipped:
                     writers = running.mask[:, column].nonzero()[:, 0].tolist()
-                    waiting += [(writer, column) for writer in _ordered(writers, order, f"{seed} {graph.readers[column].name}")]
+                    waiting += [(writer, column) for writer in _ordered(writers, order, f"{seed} {name}")]
             tests.test(waiting)
             bar.update(n_before)
-            name = graph.readers[together[-1]].name
             bar.set_postfix(reader=name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
     loss_full = float((metric.loss(whole, batch, whole) * weights).mean())
     settings |= {"n_tested": int(effects.isfinite().sum()), "loss_full": loss_full, "loss": tests.loss}
@@ -213,130 +205,6 @@ def check_acdc(
         raise MethodError(f"prefilter is {prefilter!r}; give the number of edges that ACDC starts from")
     if edges_at_once < 1:
         raise MethodError(f"edges_at_once is {edges_at_once}; it must be at least 1")
-
-
-class _Tests:
-    """Tests of edges on a running circuit, with its loss as it stands."""
-
-    def __init__(
-        self,
-        running: RunningCircuit,
-        effects: Tensor,
-        ratios: Mapping[str, Sequence[float]],
-        tau: float,
-        absolute: bool,
-        widest: int,
-    ) -> None:
-        self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
-        self.loss = self._finite(running.full_loss())
-        # by kind of reader, the last effects in proportion to what their edges carried: in a pruned circuit that tells better
-        # what will stand than a gradient does, whose sign is hardly more than chance (norms bend what they see)
-        self.ratios = {kind: deque(ratios.get(kind, (0.0,)), maxlen=REMEMBERED) for kind in READER_KINDS}
-
-    def test(self, edges: Sequence[Edge]) -> None:
-        """Test edges into one reader, or into the readers of one layer's attention, in that order.
-
-        The circuit is what stands afterwards.
-        """
-        sizes = self._sizes(edges)
-        expected = {edge: (0.0, sizes[edge]) for edge in edges}
-        remaining = list(edges)
-        while remaining:
-            next_ones = remaining[: self.widest]
-            chances = [self._chance(column, expected[writer, column]) for writer, column in next_ones]
-            stands = [chance > 0.5 for chance in chances]
-            together = next_ones[: _how_many(chances)]
-            accepted = None
-            losses = self.running.trial_losses(self._removals(together, stands))
-            for place, (edge, loss) in enumerate(zip(together, losses, strict=True)):
-                effect = self._finite(loss) - self.loss
-                self.effects[edge] = effect
-                self._ratios(edge[1]).append(effect / sizes[edge])
-                remaining.pop(0)
-                if self._stands(effect):
-                    accepted, self.loss = place, loss
-                if self._stands(effect) != stands[place]:
-                    break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, stands, sizes, expected)
-            if accepted is not None:
-                self.running.accept(accepted)
-
-    def _removals(self, together: Sequence[Edge], stands: Sequence[bool]) -> dict[int, Bool[Tensor, "trial writer"]]:
-        """For each reader, what each test removes: its own edge and those before it that are to stand removed."""
-        n_writers = len(self.running.graph.writers)
-        removed = {column: torch.zeros(len(together), n_writers, dtype=torch.bool) for _, column in together}
-        for place, (writer, column) in enumerate(together):
-            removed[column][place, writer] = True
-            if stands[place]:
-                removed[column][place + 1 :, writer] = True
-        return removed
-
-    def _sizes(self, edges: Sequence[Edge]) -> dict[Edge, float]:
-        """What each edge carries of what its reader sees, to the power that effects follow."""
-        shares = {column: self.running.shares(column).pow(POWER).tolist() for column in {column for _, column in edges}}
-        return {(writer, column): shares[column][writer] for writer, column in edges}
-
-    def _ratios(self, column: int) -> deque[float]:
-        return self.ratios[self.running.graph.readers[column].kind]
-
-    def _chance(self, column: int, expected: tuple[float, float]) -> float:
-        return _chance(expected, self._ratios(column), self.tau, self.absolute)
-
-    def _expect_anew(
-        self,
-        together: Sequence[Edge],
-        last: int,
-        stands: Sequence[bool],
-        sizes: Mapping[Edge, float],
-        expected: dict[Edge, tuple[float, float]],
-    ) -> None:
-        """Better expectations for tests that were run under a wrong assumption: what they showed there."""
-        rises = self.running.estimated_rises()
-        before = 0.0
-        for place, edge in enumerate(together):
-            rise = rises[place] - before
-            if stands[place]:
-                before = rises[place]
-            if place > last:
-                expected[edge] = (rise, REPEATED * sizes[edge])
-
-    def remove_untested(self, column: int) -> None:
-        """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
-        if not self.running.post_norm:
-            self.running.drop(column)
-            return
-        self.loss = self._finite(next(self.running.trial_losses({column: self.running.mask[:, column][None]})))
-        self.running.accept(0)
-
-    def _stands(self, rise: float) -> bool:
-        return (abs(rise) if self.absolute else rise) < self.tau
-
-    def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise MethodError("the loss is not finite: the model overflows; load it with dtype='float32'")
-        return loss
-
-
-def _chance(expected: tuple[float, float], ratios: Sequence[float], tau: float, absolute: bool) -> float:
-    """How likely a removal is to stand, if its effect is to its size as the last ones' were.
-
-    Expected is the rise that was told before, and the size on which the rest depends.
-    """
-    rise, size = expected
-    outcomes = rise + size * np.array(ratios)
-    stand = (np.abs(outcomes) if absolute else outcomes) < tau
-    return float(stand.sum() + 0.5) / (len(ratios) + 1)
-
-
-def _how_many(chances: Sequence[float]) -> int:
-    """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted."""
-    best, n_best, sure, counting = 0.0, 1, 1.0, 0.0
-    for n, chance in enumerate(chances, start=1):
-        counting += sure
-        if counting / (CALL + n) > best:
-            best, n_best = counting / (CALL + n), n
-        sure *= max(chance, 1 - chance)
-    return n_best
 
 
 def _groups(graph: Graph, first: int) -> Iterator[tuple[int, list[int]]]:
@@ -409,7 +277,10 @@ def _identity(model: TransformerBridge, graph: Graph, pairs: Sequence[TokenPair]
 
 
 class _Checkpoint:
-    """A file with the mask, the effects, the next reader and what its tests are predicted by, valid for one model, one task and one set of parameters."""
+    """A file with the mask, the effects, the next reader and what predicts its tests.
+
+    It is valid for one model, one task and one set of parameters.
+    """
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
