@@ -90,11 +90,10 @@ class Plan:
 
 @dataclass
 class Run:
-    """A run of some trials: what writers that ran again write, and the plans by which they ran."""
+    """A run of some trials: what writers that ran again write."""
 
     buffer: Float[Tensor, "writer row trial d_model"]
     writers: list[int] = field(default_factory=list)
-    plans: dict[tuple[int, str], Plan] = field(default_factory=dict)
 
     @property
     def n_trials(self) -> int:

@@ -126,7 +126,6 @@ class RunningCircuit:
             self.mask[some[trial], column] = False
         self._take(run, trial)
         self.final = final[:, trial].clone()
-        self._plans = run.plans  # what others hold as settled may have changed
 
     def drop(self, column: int) -> None:
         """Remove all edges into a reader whose nodes nothing reads."""
@@ -238,7 +237,8 @@ class RunningCircuit:
     ) -> Plan:
         """Which of these readers, all those that matter of a part of the model, see something new in a run, and how.
 
-        Kept while the same writers change: the edges into readers above those under trial are settled.
+        Kept while the same writers change. The edges into readers above those under trial are settled; and as every call
+        runs through all that is above, a plan is of the last call, which changed no writer that the plan takes as settled.
         """
         under_trial = [column for column in columns if column in given]  # their neighbours read only what lies below them
         if not under_trial and (layer, part) not in self._feeding:
@@ -248,7 +248,6 @@ class RunningCircuit:
         plan = self._plans.get((layer, part))
         if plan is None or plan.key != key:
             plan = self._plans[layer, part] = self._new_plan(layer, part, columns, n_rows, key)
-        run.plans[layer, part] = plan
         return plan
 
     def _new_plan(
