@@ -298,7 +298,7 @@ class _Checkpoint:
             raise MethodError(
                 f"{self.path}: is a checkpoint of another model, task or set of parameters; delete it or name another file"
             )
-        return int(about["next_reader"]), mask, effects, json.loads(about["ratios"])
+        return int(about["next_reader"]), mask, effects, json.loads(about.get("ratios", "{}"))
 
     def write(self, next_reader: int, mask: Tensor, effects: Tensor, ratios: Mapping[str, Iterable[float]]) -> None:
         partial = self.path.with_name(self.path.name + ".partial")
