@@ -34,12 +34,11 @@ class Projection:
         projected = torch.bmm(x.flatten(1, 2), self.weight).view(*x.shape[:3], -1).mul_(self.norm.scale(x))
         return projected if self.bias is None else projected.add_(self.bias)
 
-    def some(self, places: Sequence[int]) -> Projection:
+    def some(self, places: list[int]) -> Projection:
         """The same for some of the readers."""
-        if list(places) == list(range(len(self.weight))):
-            return self
-        chosen = list(places)
-        return Projection(self.norm, self.weight[chosen], None if self.bias is None else self.bias[chosen])
+        if places == list(range(len(self.weight))):
+            return self  # no copy of the weights
+        return Projection(self.norm, self.weight[places], None if self.bias is None else self.bias[places])
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,6 @@ def layer_projection(attention: Attention, graph: Graph, layer: int) -> Projecti
         biases.append(bias.repeat_interleave(n_readers // len(bias), 0))
     bias = torch.cat(biases)
     return Projection(attention.norm, torch.cat(weights), bias[:, None, None] if bias.any() else None)
-
-
-def columns_of(graph: Graph, layer: int, head: int) -> tuple[int, int, int]:
-    """The query, key and value reader that serve a head."""
-    group = head * graph.n_kv_readers // graph.n_heads
-    q, k, v = (graph.reader_columns(layer, kind).start for kind in "qkv")
-    return q + head, k + group, v + group
 
 
 def slices(places: Sequence[int]) -> list[slice]:

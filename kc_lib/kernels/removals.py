@@ -24,7 +24,7 @@ from kc_lib.kernels.edge_sums import edge_sums
 from kc_lib.kernels.losses import StreamLosses
 from kc_lib.kernels.needs import Needs
 from kc_lib.kernels.packed import packed_mlp
-from kc_lib.kernels.plans import Heads, Plan, Projection, Run, Sums, columns_of, layer_projection, slices
+from kc_lib.kernels.plans import Heads, Plan, Projection, Run, Sums, layer_projection, slices
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation, ablated_inputs
 from kc_lib.tasks.batches import Batch
@@ -281,7 +281,9 @@ class RunningCircuit:
         if layer not in self._projections:
             self._projections[layer] = layer_projection(self.wiring.blocks[layer].attention, graph, layer)
         start = graph.reader_columns(layer, "q").start
-        serving = {head: columns_of(graph, layer, head) for head in needs.heads}
+        writers = graph.head_writers(layer).start
+        # of each head its query, key and value reader
+        serving = {head: graph.serves[writers + head].nonzero()[:, 0].tolist() for head in needs.heads}
         heads = [head for head in needs.heads if self.post_norm or not set(serving[head]).isdisjoint(changed)]
         others = sorted({column for head in heads for column in serving[head]} - set(changed))
         place = {column: i for i, column in enumerate([*changed, *others])}
