@@ -21,9 +21,11 @@ def timed(call: Callable[[], Value]) -> tuple[Value, float]:
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of the call's matrix products, counted by torch; packed ones by us."""
-    packed = {torch.ops.mkldnn._linear_pointwise: _of_packed} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
-    with FlopCounterMode(display=False, custom_mapping=packed) as counter:
+    """Floating-point operations of the call's matrix products, counted by torch; packed and fused ones by us."""
+    ours = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        ours[torch.ops.mkldnn._linear_pointwise] = _of_packed
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         call()
     return int(counter.get_total_flops())
 
@@ -31,3 +33,8 @@ def flops(call: Callable[[], Any]) -> int:
 def _of_packed(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     """A product's operations from the shapes of its input ``[..., d_in]`` and weight ``[d_out, d_in]``."""
     return 2 * math.prod(x) * weight[0]
+
+
+def _of_attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    """Scores and mixing, from shapes ``[batch, head, pos, d_head]``."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
