@@ -161,6 +161,8 @@ class RunningCircuit:
                 plan = self._plan(layer, "heads", needs.columns, needs.read_rows, run, here)
                 if plan.heads is not None:
                     self._run_heads(layer, plan.heads, self._new_inputs(plan, needs.read_rows, run, here), run)
+                if here:
+                    self._write_other_heads(layer, run)
             if not (here and reader.kind != "mlp" and graph.parallel):
                 mlps = [graph.reader_columns(layer, "mlp").start] if needs.mlp_rows else []
                 plan = self._plan(layer, "mlp", mlps, needs.mlp_rows, run, here)
@@ -188,6 +190,17 @@ class RunningCircuit:
                 torch.bmm(z[done : done + n], attention.W_O[some], out=room)
                 done += n
         self._wrote(run, writers, n_rows)
+
+    def _write_other_heads(self, layer: int, run: Run) -> None:
+        """The heads of a layer that do not run again write what they wrote.
+
+        Edges from them are then no part of what plans above take as settled, and these last while the layer's readers are
+        under trial, whichever heads a call changes.
+        """
+        start = self.graph.head_writers(layer).start
+        others = [start + head for head in self.needs.layers[layer].heads if start + head not in run.writers]
+        run.buffer[others] = (self.ablated[others] + self.differences[others])[:, :, None]
+        run.writers = sorted([*run.writers, *others])
 
     def _run_mlp(self, layer: int, x: Float[Tensor, "n_rows trial d_model"], run: Run) -> None:
         """Run a layer's MLP again; as ``_run_heads``."""

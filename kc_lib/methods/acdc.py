@@ -147,8 +147,10 @@ def acdc(
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
     tests = EdgeTests(running, effects, ratios, tau, absolute, widest)
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
+        built = first
         for place, together in _groups(graph, first):
-            if place % READERS_PER_CHECKPOINT == 0 and place > first:
+            if place // READERS_PER_CHECKPOINT > built // READERS_PER_CHECKPOINT:
+                built = place
                 if file is not None:
                     file.write(place, running.mask, effects, tests.ratios)
                 running.build()
@@ -210,9 +212,9 @@ def check_acdc(
 def _groups(graph: Graph, first: int) -> Iterator[tuple[int, list[int]]]:
     """Places, from the first on, and the readers there: from the logits down, those of a layer's attention together."""
 
-    def together(place: int) -> tuple[int, bool, int]:
+    def together(place: int) -> tuple[int, bool]:
         reader = graph.readers[-1 - place]
-        return reader.layer, reader.kind in "qkv", place // READERS_PER_CHECKPOINT
+        return reader.layer, reader.kind in "qkv"
 
     for _, places in groupby(range(first, len(graph.readers)), together):
         some = list(places)
