@@ -310,9 +310,9 @@ def test_a_prefilter_takes_the_metric_of_the_run(small_model: SmallModel) -> Non
 
 @pytest.fixture(autouse=True, scope="module")
 def small_models_are_written_often_too() -> Iterator[None]:
-    """A checkpoint every few readers, also between readers of one layer that would be tested together."""
+    """Some layers begin with a checkpoint, some follow others without one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("kc_lib.methods.acdc"), "READERS_PER_CHECKPOINT", 7)
+        patch.setattr(importlib.import_module("kc_lib.methods.acdc"), "TESTS_PER_CHECKPOINT", 30)
         yield
 
 
@@ -371,9 +371,9 @@ CHANGES: dict[str, dict] = {
 
 @pytest.fixture(scope="module")
 def written_checkpoint(small_model: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What a run with tau = 0.2 leaves behind."""
+    """What a run with tau = 0.02 leaves behind."""
     path = tmp_path_factory.mktemp("acdc") / "checkpoint"
-    acdc(small_model("llama"), random_pairs(seed=2), tau=0.2, checkpoint=path)
+    acdc(small_model("llama"), random_pairs(seed=2), tau=0.02, checkpoint=path)
     return path.read_bytes()
 
 
@@ -383,7 +383,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.write_bytes(written_checkpoint)
-    options = {"kind": "llama", "pairs": random_pairs(seed=2), "tau": 0.2, "checkpoint": checkpoint} | CHANGES[change]
+    options = {"kind": "llama", "pairs": random_pairs(seed=2), "tau": 0.02, "checkpoint": checkpoint} | CHANGES[change]
     model, pairs = small_model(options.pop("kind")), options.pop("pairs")
     line = refusal(model, pairs, MethodError, **options)
     assert str(checkpoint) in line

@@ -12,8 +12,8 @@ The edge set is the one that testing every edge with a full run gives, and the e
 2. many tests, into one reader or into those of a layer's attention, run as one batch, in which each assumes that those
    before it turn out as *predicted* (``edge_tests.py``).
 
-Every few readers the activations are computed afresh from the mask and, if asked, the state is written to a file. Work
-resumed from that file gives the identical result.
+Every 512 tests, between layers, the activations are computed afresh from the mask and, if asked, the state is written
+to a file. Work resumed from that file gives the identical result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from kc_lib.wiring import wiring_of
 
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")
-READERS_PER_CHECKPOINT = 32
+TESTS_PER_CHECKPOINT = 512
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
@@ -147,10 +147,10 @@ def acdc(
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
     tests = EdgeTests(running, effects, ratios, tau, absolute, widest)
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
-        built = first
+        built = tests.n_done()
         for place, together in _groups(graph, first):
-            if place // READERS_PER_CHECKPOINT > built // READERS_PER_CHECKPOINT:
-                built = place
+            if tests.n_done() // TESTS_PER_CHECKPOINT > built // TESTS_PER_CHECKPOINT:
+                built = tests.n_done()
                 if file is not None:
                     file.write(place, running.mask, effects, tests.ratios)
                 running.build()
@@ -171,7 +171,7 @@ def acdc(
             bar.update(n_before)
             bar.set_postfix(reader=name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
     loss_full = float((metric.loss(whole, batch, whole) * weights).mean())
-    settings |= {"n_tested": int(effects.isfinite().sum()), "loss_full": loss_full, "loss": tests.loss}
+    settings |= {"n_tested": tests.n_done(), "loss_full": loss_full, "loss": tests.loss}
     return Circuit(graph, running.mask, effects, settings)
 
 

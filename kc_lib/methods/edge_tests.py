@@ -20,7 +20,7 @@ from kc_lib.errors import MethodError
 from kc_lib.kernels.removals import RunningCircuit
 
 Edge = tuple[int, int]  # writer, reader: row and column of the graph
-CALL = 1.5  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
+CALL = 1.2  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
 REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
 POWER = 1.5  # of the share that an edge carries, to which the effects of past removals are in proportion
 REMEMBERED = 128  # outcomes from which the next ones' chances are told
@@ -44,6 +44,10 @@ class EdgeTests:
         # better what will stand than a gradient does, whose sign is hardly more than chance (norms bend what they see)
         kinds = dict.fromkeys(reader.kind for reader in running.graph.readers)
         self.ratios = {kind: deque(ratios.get(kind, (0.0,)), maxlen=REMEMBERED) for kind in kinds}
+
+    def n_done(self) -> int:
+        """How many edges have been tested."""
+        return int(self.effects.isfinite().sum())
 
     def test(self, edges: Sequence[Edge]) -> None:
         """Test edges into one reader, or into the readers of one layer's attention, in that order.
