@@ -51,12 +51,7 @@ def neuron_outputs(
 
 def neuron_ablation(
     wiring: Wiring, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY
-) -> Float[
-    Tensor,
-    (
-        layer  # batch #pos #d_mlp
-    ),
-]:
+) -> Float[Tensor, "layer #batch #pos #d_mlp"]:
     """The ablated values of all neurons: those of the corrupted prompts, zeros, or the means of a reference set.
 
     Raises:
@@ -73,12 +68,7 @@ def neuron_scores(
     batch: Batch,
     metric: Metric,
     ablation: Ablation,
-    ablated_neurons: Float[
-        Tensor,
-        (
-            layer  # batch #pos #d_mlp
-        ),
-    ],
+    ablated_neurons: Float[Tensor, "layer #batch #pos #d_mlp"],
     alphas: Sequence[float],
     reference: Float[Tensor, "batch answer vocab"] | None = None,
     context: Context = EMPTY,

@@ -201,19 +201,9 @@ def _block(
 def _unless_held(
     compute: Callable[[slice | Tensor], Tensor],
     held: Bool[Tensor, " row"],
-    kept: Float[
-        Tensor,
-        (
-            pos  # sample d_model
-        ),
-    ],
+    kept: Float[Tensor, "pos #sample d_model"],
     rows: _Rows,
-) -> Float[
-    Tensor,
-    (
-        row  # sample d_model
-    ),
-]:
+) -> Float[Tensor, "row #sample d_model"]:
     """What ``compute`` gives for the rows that are not held, and what was kept at the positions of those that are."""
     if not held.any():
         return compute(slice(None))

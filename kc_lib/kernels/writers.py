@@ -57,12 +57,7 @@ class Ablation:
     """
 
     kind: str
-    outputs: Float[
-        Tensor,
-        (
-            writer  # batch #pos d_model
-        ),
-    ]
+    outputs: Float[Tensor, "writer #batch #pos d_model"]
 
     @property
     def reproducible(self) -> bool:
