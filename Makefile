@@ -62,7 +62,7 @@ lint: $(ENV_STAMP) ## check style and types (ruff, mypy)
 
 # On another kind of processor sums are rounded otherwise; the files then differ, and accuracies are compared.
 nano: $(ENV_STAMP) ## train the nano models again and compare them with data/models (ARGS="--out folder"; minutes)
-	@$(BIN)/python -m kc_lib.models.nano $(ARGS)
+	@$(BIN)/python -m tools.train_nano $(ARGS)
 
 bench: $(ENV_STAMP) $(MODEL_STAMP) ## time the attribution methods
 	@$(BIN)/python bench/attribution.py $(ARGS)

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from kc_lib.methods.acdc import acdc
 from kc_lib.metrics import get_metric
-from kc_lib.models import load_model
-from kc_lib.tasks import TokenPair, load_task
+from kc_lib.models.load import load_model
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.tasks.task import load_task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import save_tokenizer  # what the tests are made of lives with them

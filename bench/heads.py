@@ -23,19 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from kc_lib.kernels.suppression import mean_head_outputs, suppression_divergences
-from kc_lib.methods.heads import (
-    GeneralHeadScores,
-    HeadScores,
-    copy_scores,
-    copy_suppression_scores,
-    repeat_scores,
-    s_inhibition_scores,
-    successor_scores,
-)
-from kc_lib.methods.heads.suppression import SHARE, content_tokens, text_windows
-from kc_lib.models import load_model
+from kc_lib.methods.heads.copying import copy_scores
+from kc_lib.methods.heads.general import GeneralHeadScores
+from kc_lib.methods.heads.inhibition import s_inhibition_scores
+from kc_lib.methods.heads.repeats import repeat_scores
+from kc_lib.methods.heads.scores import HeadScores
+from kc_lib.methods.heads.successor import successor_scores
+from kc_lib.methods.heads.suppression import SHARE, content_tokens, copy_suppression_scores, text_windows
+from kc_lib.models.load import load_model
 from kc_lib.tasks.text import load_text
-from kc_lib.wiring import wiring_of
+from kc_lib.wiring.boot import wiring_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.heads import oracle_cspa  # the oracle lives with the tests

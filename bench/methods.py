@@ -21,15 +21,18 @@ from measure import timed
 from rich.console import Console
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.evaluation import areas, circuits_by_size, evaluate_circuits
-from kc_lib.figures import method_bars
+from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.circuits import circuits_by_size
+from kc_lib.evaluation.runs import evaluate_circuits
+from kc_lib.figures.comparison import method_bars
 from kc_lib.graph import Circuit
 from kc_lib.methods.acdc import acdc
-from kc_lib.methods.attribution import METHODS, attribute_edges
+from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.ensembles import ensemble
+from kc_lib.methods.options import METHODS
 from kc_lib.methods.scores import EdgeScores
-from kc_lib.models import load_model
-from kc_lib.tasks import Task, load_task
+from kc_lib.models.load import load_model
+from kc_lib.tasks.task import Task, load_task
 
 AT = 0.005  # the share of the edges at which faithfulness is shown
 ENSEMBLE = ("eap_ig", "qk_fix", "gim")

@@ -1,7 +1,7 @@
 """When behaviours and kinds of heads appear in several trainings of nano, which differ in their seed alone.
 
-    python -m kc_lib.models.nano --only nano --seed 1 --out outputs/nano_seed1
-    python -m kc_lib.models.nano --only nano --seed 2 --out outputs/nano_seed2
+    python -m tools.train_nano --only nano --seed 1 --out outputs/nano_seed1
+    python -m tools.train_nano --only nano --seed 2 --out outputs/nano_seed2
     python bench/nano_seeds.py data/models outputs/nano_seed1 outputs/nano_seed2
 
 Prints, as a Markdown table, for every training the first checkpoint at which a behaviour reaches 33% of its maximum, and for
@@ -16,19 +16,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kc_lib.evaluation import emergence, training_measures
+from kc_lib.evaluation.training import training_measures
 from kc_lib.evaluation.training_rows import metric_of
-from kc_lib.methods.heads import SCORES
+from kc_lib.evaluation.training_summary import emergence
+from kc_lib.methods.heads.general import SCORES
 from kc_lib.methods.training import TrainingResult, over_training
-from kc_lib.models import checkpoints_of, load_checkpoint
-from kc_lib.models.nano import CAUSAL
-from kc_lib.tasks import draw_tasks
+from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
+from kc_lib.models.shipped import CAUSAL
+from kc_lib.tasks.drawn import draw_tasks
 
 TASKS = ("agreement", "greater_than", "pronoun", "country_capital", "ioi")
 
 
 def main(
-    folders: Annotated[list[Path], typer.Argument(help="folders that 'python -m kc_lib.models.nano --out' wrote")],
+    folders: Annotated[list[Path], typer.Argument(help="folders that 'python -m tools.train_nano --out' wrote")],
     seeds: Annotated[int, typer.Option(help="draws of the prompts")] = 1,
 ) -> None:
     """Measure every training, and print the table."""

@@ -21,9 +21,10 @@ from kc_lib import figures
 from kc_lib.evaluation import tracing as judged
 from kc_lib.kernels.tracing import WINDOWED
 from kc_lib.methods.tracing import DEFAULT_MEDIATORS, TracingResult, trace
-from kc_lib.models import load_model
+from kc_lib.models.load import load_model
 from kc_lib.runs import OUTPUTS
-from kc_lib.tasks import FactPrompt, load_facts, load_relation, relation_files
+from kc_lib.tasks.facts import FactPrompt, load_facts
+from kc_lib.tasks.relations import load_relation, relation_files
 
 CLASSES = ("last subject token", "last token")
 

@@ -57,7 +57,7 @@ def _key_value(item: str) -> tuple[str, str]:
 @app.command()
 def models() -> None:
     """Models that need no hub, and what else can be loaded."""
-    from kc_lib.models import embedded_models
+    from kc_lib.models.load import embedded_models
 
     table = Table("model", "what it is", "here")
     for name, (what, here) in embedded_models().items():
@@ -74,9 +74,10 @@ def tasks(
     all_templates: Annotated[bool, typer.Option(help="also find the template under which most facts are known")] = False,
 ) -> None:
     """Tasks that come with the project; with --model, how many facts of each the model knows (takes minutes)."""
-    from kc_lib.models import load_model
-    from kc_lib.tasks import GENERATED, load_relation, relation_files
+    from kc_lib.models.load import load_model
+    from kc_lib.tasks.generated import GENERATED
     from kc_lib.tasks.known import known_facts
+    from kc_lib.tasks.relations import load_relation, relation_files
 
     relations = [load_relation(name) for name in relation_files()]
     table = Table()

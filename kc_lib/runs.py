@@ -35,7 +35,8 @@ from kc_lib.tables import Rows, Savable, save_whole
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from transformer_lens.model_bridge import TransformerBridge
 
-    from kc_lib.tasks import FactTask, Task
+    from kc_lib.tasks.facts import FactTask
+    from kc_lib.tasks.task import Task
 
 PROJECT = Path(__file__).resolve().parents[1]
 OUTPUTS = PROJECT / "outputs"
@@ -137,7 +138,7 @@ def open_run(
     Raises:
         RunError: the output folder cannot be written, or a found run's record cannot be read.
     """
-    from kc_lib.models import model_hash, model_name
+    from kc_lib.models.load import model_hash, model_name
 
     weights, code = model_hash(model), code_hash()
     determining = {key: value for key, value in sorted(parameters.items()) if key not in NOT_DETERMINING}

@@ -11,7 +11,7 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.models import load_model
+from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import wheel_file
 
 VOCAB = 200

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kc_lib.kernels.knowledge_neurons import answer_states
-from kc_lib.methods.knowledge_neurons import NeuronSets
+from kc_lib.methods.knowledge_neurons.refining import NeuronSets
 from kc_lib.tasks.cloze import Cloze, ClozeFact, ClozePrompt
-from kc_lib.wiring import MlpWiring
+from kc_lib.wiring.encoder import MlpWiring
 
 MASK = 3  # any token serves a random model
 ANSWERS = {"capital": (50, 51, 52), "colour": (60, 61, (62, 63))}  # the last of two tokens

@@ -26,9 +26,10 @@ from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.edge_tests import CALL, chance_to_stand, how_many
 from kc_lib.methods.selection import top_edges
 from kc_lib.metrics import METRICS, Metric
-from kc_lib.models import cached_smollm2, load_model
-from kc_lib.tasks import Batch, TokenPair, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.models.load import load_model
+from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.tasks.batches import Batch, TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 # --- the oracle --------------------------------------------------------------------------------------------------
 

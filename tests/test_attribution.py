@@ -22,18 +22,22 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from kc_lib.errors import GraphError, MethodError
-from kc_lib.evaluation import evaluate_circuits
+from kc_lib.evaluation.runs import evaluate_circuits
 from kc_lib.graph import Graph
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.gradients import edge_scores
 from kc_lib.kernels.runs import full_logits
 from kc_lib.kernels.writers import Ablation, ablation, writer_outputs
-from kc_lib.methods.attribution import EdgeScores, attribute_edges, patch_single_edges, path_points
+from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.exact import patch_single_edges
+from kc_lib.methods.options import path_points
+from kc_lib.methods.scores import EdgeScores
 from kc_lib.methods.selection import select
 from kc_lib.metrics import METRICS, Metric
-from kc_lib.models import cached_smollm2
-from kc_lib.tasks import TokenPair, load_task, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.tasks.task import load_task
+from kc_lib.wiring.boot import wiring_of
 
 METRIC_NAMES = ("logit_difference", "log_probability", "probability")
 

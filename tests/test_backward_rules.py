@@ -18,8 +18,9 @@ from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.gradients import edge_scores
 from kc_lib.kernels.writers import ablation
 from kc_lib.metrics import METRICS
-from kc_lib.tasks import TokenPair, make_batch
-from kc_lib.wiring import GIM, NATIVE, RELP, BackwardRules, wiring_of
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.wiring.backward import GIM, NATIVE, RELP, BackwardRules
+from kc_lib.wiring.boot import wiring_of
 
 RULES = {"relp": RELP, "relp_ah": replace(RELP, freeze_pattern=True), "gim": GIM}
 

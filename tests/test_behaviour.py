@@ -14,12 +14,13 @@ from oracles import eap
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import BEHAVIOURS, Behaviour, behaviour, evaluate_circuits
+from kc_lib.evaluation.behaviour import BEHAVIOURS, Behaviour, behaviour
+from kc_lib.evaluation.runs import evaluate_circuits
 from kc_lib.methods.attribution import attribute_edges
 from kc_lib.metrics import METRICS, is_right, right_rank
-from kc_lib.models import load_model
+from kc_lib.models.load import load_model
 from kc_lib.stats import RESAMPLES
-from kc_lib.tasks import TokenPair, make_batch
+from kc_lib.tasks.batches import TokenPair, make_batch
 
 
 def drawn_pairs(n: int = 9, seed: int = 0) -> list[TokenPair]:

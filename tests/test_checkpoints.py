@@ -21,18 +21,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError
 from kc_lib.methods.training import MEASURED, TrainingResult, over_training
-from kc_lib.models import (
-    SCHEDULES,
-    Checkpoint,
-    checkpoints_of,
-    load_checkpoint,
-    load_model,
-    model_hash,
-    model_name,
-    nano_steps,
-    schedule_steps,
-)
-from kc_lib.tasks import DrawnTask, DrawnTasks, Task, TokenPair
+from kc_lib.models.checkpoints import SCHEDULES, Checkpoint, checkpoints_of, load_checkpoint, schedule_steps
+from kc_lib.models.load import load_model, model_hash, model_name
+from kc_lib.models.shipped import nano_steps
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.tasks.drawn import DrawnTask, DrawnTasks
+from kc_lib.tasks.task import Task
 
 STEPS = (0, 1, 8, 512, 1000)
 PYTHIA = [0, *(2**i for i in range(10)), *range(1000, 143001, 1000)]

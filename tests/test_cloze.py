@@ -16,21 +16,11 @@ from tokenizers import models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.tasks import (
-    Cloze,
-    ClozePrompt,
-    ClozeTask,
-    Tokenizer,
-    cloze_prompt,
-    is_masked,
-    joined_clozes,
-    load_cloze,
-    load_facts,
-    load_relation,
-    read_patterns,
-    tokenizer_of,
-)
-from kc_lib.tasks.pararel import parse_pararel
+from kc_lib.tasks.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, joined_clozes, load_cloze
+from kc_lib.tasks.facts import load_facts
+from kc_lib.tasks.pararel import parse_pararel, read_patterns
+from kc_lib.tasks.relations import load_relation
+from kc_lib.tasks.tokens import Tokenizer, is_masked, tokenizer_of
 
 PARAREL = Path(__file__).resolve().parents[2] / "shared" / "data" / "pararel"
 PUBLISHED = PARAREL / "data_1-1.json"

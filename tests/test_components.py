@@ -15,15 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kc_lib.errors import MethodError, ModelError
-from kc_lib.evaluation import (
-    CircuitTable,
-    HeadAblation,
-    ablate_heads,
-    ablated_values,
-    circuit_table,
-    metric_values,
-    random_heads,
-)
+from kc_lib.evaluation.heads import HeadAblation, ablate_heads, random_heads
+from kc_lib.evaluation.nodes import ablated_values
+from kc_lib.evaluation.runs import metric_values
+from kc_lib.evaluation.table import CircuitTable, circuit_table
 from kc_lib.graph import Circuit
 from kc_lib.kernels.direct import constant_contribution
 from kc_lib.kernels.neurons import neuron_contributions
@@ -34,8 +29,8 @@ from kc_lib.methods.head_classes import HeadClasses
 from kc_lib.methods.lens import LayerLens, layer_lens
 from kc_lib.methods.neuron_readout import top_neurons
 from kc_lib.methods.selection import random_circuit, select
-from kc_lib.tasks import TokenPair, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 every_kind = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in NAMED else pytest.mark.slow) for kind in KINDS]

@@ -18,12 +18,13 @@ from kc_lib.kernels.groups import one_group
 from kc_lib.kernels.patterns import qk_fix_scores
 from kc_lib.kernels.runs import reference_means
 from kc_lib.kernels.writers import Ablation, ablation, writer_outputs
-from kc_lib.methods.attribution import attribute_edges, attribute_facts, patch_single_edges
+from kc_lib.methods.attribution import attribute_edges, attribute_facts
 from kc_lib.methods.ensembles import ensemble
+from kc_lib.methods.exact import patch_single_edges
 from kc_lib.methods.scores import EdgeScores
 from kc_lib.metrics import METRICS
-from kc_lib.tasks import TokenPair, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 NEW = ("eap_ig_activations", "qk_fix", "flow_routes")
 SHAPES = ["gpt2", "neox", "qwen2", "gemma2"]  # one kind of each wiring, for tests of arithmetic

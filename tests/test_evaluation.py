@@ -12,23 +12,18 @@ from conftest import NAMED
 from test_gates import SmallModel, native_logits, random_pairs
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import (
-    SHARES,
-    Evaluation,
-    circuits_by_size,
-    conclusion,
-    evaluate_circuits,
-    headline,
-    random_nulls,
-)
+from kc_lib.evaluation.circuits import SHARES, circuits_by_size, random_nulls
+from kc_lib.evaluation.conclusion import conclusion, headline
+from kc_lib.evaluation.runs import Evaluation, evaluate_circuits
 from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.writers import ablation
-from kc_lib.methods.attribution import EdgeScores, attribute_edges
+from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.scores import EdgeScores
 from kc_lib.methods.selection import profile_null, random_circuit, select
 from kc_lib.metrics import METRICS
-from kc_lib.tasks import TokenPair, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 FOUND, HELD_OUT = random_pairs(seed=11), random_pairs((6, 8, 7, 7, 5), seed=12)
 SPLITS = {"discovery": FOUND, "held_out": HELD_OUT}

@@ -11,7 +11,9 @@ from test_gates import SmallModel
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.tasks import POSITION_CLASSES, FactPrompt, load_facts, load_relation, load_task
+from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, load_facts
+from kc_lib.tasks.relations import load_relation
+from kc_lib.tasks.task import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ROOT.parent / "shared" / "data" / "known_1000.json"

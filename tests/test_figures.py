@@ -10,9 +10,9 @@ import torch
 
 from kc_lib import figures
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import Evaluation
+from kc_lib.evaluation.runs import Evaluation
 from kc_lib.graph import Circuit, Graph
-from kc_lib.methods.attribution import EdgeScores
+from kc_lib.methods.scores import EdgeScores
 from kc_lib.methods.selection import random_circuit, top_edges
 from kc_lib.metrics import METRICS
 

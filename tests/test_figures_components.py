@@ -24,7 +24,7 @@ from kc_lib.methods.direct import DirectAttribution, direct_attribution, promote
 from kc_lib.methods.head_classes import HeadClasses
 from kc_lib.methods.lens import LayerLens, layer_lens
 from kc_lib.methods.neuron_readout import top_neurons
-from kc_lib.tasks import TokenPair
+from kc_lib.tasks.batches import TokenPair
 
 HOSTILE = "</script><b>"  # a token that would end a script, or be taken for a tag
 

@@ -15,21 +15,12 @@ from test_judge_areas import FOUND, SPLITS
 
 from kc_lib import figures
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import (
-    Evaluation,
-    Minimality,
-    Stability,
-    areas,
-    circuits_by_size,
-    complements,
-    evaluate_circuits,
-    jaccard_matrix,
-    minimality,
-    random_nulls,
-    resampled_circuits,
-    stability,
-    verdict,
-)
+from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.circuits import circuits_by_size, complements, random_nulls
+from kc_lib.evaluation.minimality import Minimality, minimality
+from kc_lib.evaluation.runs import Evaluation, evaluate_circuits
+from kc_lib.evaluation.stability import Stability, jaccard_matrix, resampled_circuits, stability
+from kc_lib.evaluation.verdict import verdict
 from kc_lib.graph import Circuit
 from kc_lib.methods.attribution import attribute_facts
 from kc_lib.methods.scores import FactScores

@@ -22,9 +22,12 @@ from kc_lib.kernels.context import EMPTY, shared_context
 from kc_lib.kernels.restart import clean_run, patch_edges
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import INTERVENTIONS, ablation, writer_outputs
-from kc_lib.models import cached_smollm2, load_model
-from kc_lib.tasks import Batch, TokenPair, load_task, make_batch
-from kc_lib.wiring import Wiring, frozen, wiring_of
+from kc_lib.models.load import load_model
+from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.tasks.batches import Batch, TokenPair, make_batch
+from kc_lib.tasks.task import load_task
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring, frozen
 
 KINDS = (*NAMED, "gptj", "gemma3", "phi", "qwen3")
 SHARING = ("llama", "qwen2", "gemma2", "gemma3", "qwen3")  # kinds in which query heads share keys and values

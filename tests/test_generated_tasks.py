@@ -18,13 +18,16 @@ from tokenizers import Tokenizer as Inner
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.models import load_model
-from kc_lib.models.nano.train import vocabulary
-from kc_lib.models.nano.vocabulary import causal_tokenizer
-from kc_lib.tasks import GENERATED, TokenPair, generated_pairs, load_facts, load_task, make_batch
+from kc_lib.models.load import load_model
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.tasks.facts import load_facts
+from kc_lib.tasks.generated import GENERATED, generated_pairs
 from kc_lib.tasks.ioi import NAMES
 from kc_lib.tasks.known import best_ranks
+from kc_lib.tasks.task import load_task
 from kc_lib.tasks.tokens import Tokenizer
+from tools.train_nano.train import vocabulary
+from tools.train_nano.vocabulary import causal_tokenizer
 
 WOMEN = {"Mary", "Jennifer", "Linda", "Sarah", "Emily", "Alice", "Ruth", "Maria", "Karen", "Jane"}
 MEN = {"John", "James", "Robert", "David", "Paul", "Kevin", "Eric", "Adam", "Peter", "Henry"}

@@ -9,16 +9,18 @@ from itertools import combinations
 
 import pytest
 import torch
+from ground_truth.circuits import HAND_WIRED, HandWired, edge_set, hand_wired
+from ground_truth.wires import noisy_gpt2
 
 from kc_lib.errors import ModelError
-from kc_lib.evaluation import evaluate_circuits
+from kc_lib.evaluation.runs import evaluate_circuits
 from kc_lib.graph import Circuit
-from kc_lib.methods.attribution import attribute_edges, patch_single_edges
-from kc_lib.models import HAND_WIRED, HandWired, hand_wired, model_hash, model_name
-from kc_lib.models.handwired import edge_set
-from kc_lib.models.handwired.wires import noisy_gpt2
-from kc_lib.tasks import tokenizer_of
-from kc_lib.wiring import Norm, wiring_of
+from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.exact import patch_single_edges
+from kc_lib.models.load import model_hash, model_name
+from kc_lib.tasks.tokens import tokenizer_of
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.parts import Norm
 
 TOLERANCE = 0.03  # of the full effect: what the random heads and MLPs are worth together
 NAMES = tuple(HAND_WIRED)

@@ -10,18 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ground_truth.circuits import hand_wired
 from test_components import facts
 from test_gates import SmallFolder, SmallModel, hf_model
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import recurrence
+from kc_lib.evaluation.heads import recurrence
 from kc_lib.kernels.promotion import head_promotion
 from kc_lib.methods.attention import SOURCES, attention_sources
 from kc_lib.methods.head_classes import CLASSES, HeadClasses, check_enough, classify_heads, mover_null, range_null
-from kc_lib.models import hand_wired
-from kc_lib.tasks import TokenPair, answer_tokens, make_batch, tokenizer_of
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.answers import answer_tokens
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.tasks.tokens import tokenizer_of
+from kc_lib.wiring.boot import wiring_of
 
 LENGTHS = (5, 9, 7, 6, 8, 5, 6, 7)
 OTHERS = list(range(100, 190))

@@ -13,9 +13,11 @@ from test_cli import relation, run_cells, visible_runs
 
 from kc_lib import runs
 from kc_lib.errors import KnowledgeCircuitsError
-from kc_lib.evaluation import HeadAblation, head_conclusion, head_headline
+from kc_lib.evaluation.head_conclusion import head_conclusion, head_headline
+from kc_lib.evaluation.heads import HeadAblation
 from kc_lib.methods.head_classes import HeadClasses
-from kc_lib.methods.heads import GeneralHeadScores, HeadScores
+from kc_lib.methods.heads.general import GeneralHeadScores
+from kc_lib.methods.heads.scores import HeadScores
 
 NOTEBOOK = runs.NOTEBOOKS / "head_classification.ipynb"
 SmallFolder = Callable[[str], Path]
@@ -37,7 +39,7 @@ def test_the_notebook_leaves_small_relations_out_and_finds_its_run_again(
     usual: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the small model's words are no answers of the project's relations: ranges are drawn from its own
-    monkeypatch.setattr("kc_lib.tasks.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
+    monkeypatch.setattr("kc_lib.tasks.answers.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
     run_cells(NOTEBOOK, **usual)
     (folder,) = visible_runs(tmp_path / "out")
     printed = capsys.readouterr().out
@@ -69,7 +71,7 @@ def test_the_notebook_leaves_small_relations_out_and_finds_its_run_again(
 def test_bad_input_is_one_line_and_leaves_no_run(
     given: dict[str, Any], message: str, usual: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kc_lib.tasks.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
+    monkeypatch.setattr("kc_lib.tasks.answers.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
     with pytest.raises(KnowledgeCircuitsError, match=message) as error:
         run_cells(NOTEBOOK, **usual | given)
     assert "\n" not in str(error.value)

@@ -10,34 +10,25 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from ground_truth.heads import NAMES, NUMBERS, WORDS, KnownHeads, general_heads, ioi_heads
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
-from kc_lib.methods.heads import (
-    SCORES,
-    GeneralHeadScores,
-    HeadScores,
-    copy_scores,
-    copy_suppression_scores,
+from kc_lib.methods.heads.copying import copy_scores, name_mover_scores, negative_name_mover_scores
+from kc_lib.methods.heads.general import SCORES, GeneralHeadScores, general_head_scores
+from kc_lib.methods.heads.inhibition import ioi_prompts, name_movers, s_inhibition_scores
+from kc_lib.methods.heads.repeats import (
     duplicate_token_scores,
-    general_head_scores,
     induction_scores,
-    name_mover_scores,
-    name_movers,
-    negative_name_mover_scores,
     previous_token_scores,
     repeat_scores,
-    s_inhibition_scores,
-    successor_scores,
+    repeated_tokens,
 )
-from kc_lib.methods.heads.inhibition import ioi_prompts
-from kc_lib.methods.heads.repeats import repeated_tokens
-from kc_lib.methods.heads.scores import head_scores
-from kc_lib.methods.heads.successor import CYCLIC, ORDINALS, successor_pairs
-from kc_lib.methods.heads.suppression import content_tokens, text_windows
-from kc_lib.models.handwired.heads import NAMES, NUMBERS, WORDS, KnownHeads, general_heads, ioi_heads
-from kc_lib.tasks import tokenizer_of
+from kc_lib.methods.heads.scores import HeadScores, head_scores
+from kc_lib.methods.heads.successor import CYCLIC, ORDINALS, successor_pairs, successor_scores
+from kc_lib.methods.heads.suppression import content_tokens, copy_suppression_scores, text_windows
 from kc_lib.tasks.text import load_text
+from kc_lib.tasks.tokens import tokenizer_of
 
 Models = Callable[[str], TransformerBridge]
 KINDS = (

@@ -20,7 +20,7 @@ from kc_lib.methods.heads.copying import names_after_block_0
 from kc_lib.methods.heads.repeats import repeat_scores, repeated_tokens
 from kc_lib.methods.heads.successor import successor_choices
 from kc_lib.methods.heads.transformer_lens import direct_path_obstacle
-from kc_lib.wiring import wiring_of
+from kc_lib.wiring.boot import wiring_of
 
 KINDS = ("gpt2", "neox", "gptj", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi")
 Models = Callable[[str], TransformerBridge]

@@ -16,18 +16,17 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.kernels.value_vectors import edited_values
-from kc_lib.methods.knowledge_neurons import (
+from kc_lib.methods.knowledge_neurons.activations import (
     NeuronActivations,
-    NeuronChanges,
     TriggerSentences,
     activating_prompts,
-    change_neurons,
     trigger_sentences,
 )
 from kc_lib.methods.knowledge_neurons.controls import sets_of_facts
+from kc_lib.methods.knowledge_neurons.interventions import NeuronChanges, change_neurons
 from kc_lib.tasks.cloze import ClozeFact
 from kc_lib.tasks.sentences import ReadSentence
-from kc_lib.wiring import mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
 KNOWLEDGE = {0: [(0, 3), (1, 5), (1, 7)], 1: [(1, 0)], 3: [(0, 1), (0, 2)], 5: [(1, 40)]}  # none for facts 2 and 4

@@ -13,20 +13,11 @@ from conftest import NAMED
 from test_gates import SmallModel, native_logits, random_pairs
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import (
-    Evaluation,
-    areas,
-    circuits_by_size,
-    complement,
-    complements,
-    completeness,
-    evaluate_circuits,
-    faithfulness_of,
-    kind_of,
-    metric_values,
-    random_nulls,
-    ranking_of,
-)
+from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.circuits import circuits_by_size, complement, complements, kind_of, random_nulls, ranking_of
+from kc_lib.evaluation.completeness import completeness
+from kc_lib.evaluation.faithfulness import faithfulness_of
+from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values
 from kc_lib.graph import Circuit
 from kc_lib.kernels.circuit_run import run_circuit
 from kc_lib.kernels.writers import ablation
@@ -35,8 +26,8 @@ from kc_lib.methods.scores import EdgeScores
 from kc_lib.methods.selection import select
 from kc_lib.metrics import METRICS
 from kc_lib.stats import RESAMPLES
-from kc_lib.tasks import TokenPair, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 FOUND, HELD_OUT = random_pairs((5, 7, 6, 6, 8), seed=21), random_pairs((6, 8, 7, 5), seed=22)
 SPLITS = {"discovery": FOUND, "held_out": HELD_OUT}

@@ -12,7 +12,7 @@ from test_gates import SmallModel
 from test_judge_areas import FOUND, HELD_OUT, SPLITS, faithful, resamples, single_values
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import Minimality, edges_between_nodes, minimality
+from kc_lib.evaluation.minimality import Minimality, edges_between_nodes, minimality
 from kc_lib.graph import Circuit, Graph
 from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.selection import select

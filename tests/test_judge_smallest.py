@@ -9,7 +9,7 @@ from test_gates import SmallModel
 from test_judge_areas import FOUND, faithful, resamples, single_values
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import smallest_faithful
+from kc_lib.evaluation.smallest import smallest_faithful
 from kc_lib.graph import Circuit
 from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.scores import EdgeScores

@@ -11,15 +11,8 @@ import pytest
 import torch
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import (
-    Stability,
-    edge_auroc,
-    jaccard,
-    jaccard_matrix,
-    recovery,
-    resampled_circuits,
-    stability,
-)
+from kc_lib.evaluation.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
+from kc_lib.evaluation.truth import edge_auroc, recovery
 from kc_lib.graph import Circuit, Graph
 from kc_lib.methods.scores import EdgeScores, FactScores
 from kc_lib.methods.selection import random_circuit, select, select_bootstrap

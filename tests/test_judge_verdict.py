@@ -10,21 +10,12 @@ import pytest
 from test_gates import SmallModel
 from test_judge_areas import FOUND, SPLITS
 
-from kc_lib.evaluation import (
-    Evaluation,
-    Minimality,
-    Stability,
-    complements,
-    completeness,
-    evaluate_circuits,
-    kind_of,
-    minimality,
-    random_nulls,
-    resampled_circuits,
-    stability,
-    verdict,
-)
-from kc_lib.evaluation.verdict import COLUMNS
+from kc_lib.evaluation.circuits import complements, kind_of, random_nulls
+from kc_lib.evaluation.completeness import completeness
+from kc_lib.evaluation.minimality import Minimality, minimality
+from kc_lib.evaluation.runs import Evaluation, evaluate_circuits
+from kc_lib.evaluation.stability import Stability, resampled_circuits, stability
+from kc_lib.evaluation.verdict import COLUMNS, verdict
 from kc_lib.methods.attribution import attribute_facts
 from kc_lib.methods.selection import select
 from kc_lib.metrics import METRICS

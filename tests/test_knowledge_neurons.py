@@ -15,8 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, TaskError
 from kc_lib.kernels.knowledge_neurons import quadrature
-from kc_lib.methods.knowledge_neurons import NeuronAttributions, attribute_knowledge, attribution, refine
-from kc_lib.tasks import ClozeFact, cloze_prompt, load_cloze, tokenizer_of
+from kc_lib.methods.knowledge_neurons import attribution
+from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions, attribute_knowledge
+from kc_lib.methods.knowledge_neurons.refining import refine
+from kc_lib.tasks.cloze import ClozeFact, cloze_prompt, load_cloze
+from kc_lib.tasks.tokens import tokenizer_of
 
 SmallModel = Callable[[str], TransformerBridge]
 SENTENCES = (

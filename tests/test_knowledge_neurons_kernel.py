@@ -21,7 +21,8 @@ from kc_lib.kernels.knowledge_neurons import (
     integrated_gradients,
     quadrature,
 )
-from kc_lib.wiring import MlpWiring, mlp_wiring_of, wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of, wiring_of
+from kc_lib.wiring.encoder import MlpWiring
 
 KINDS = [kind for kind in CONFIGS if kind != "olmo2"]
 TOKENS = [[1, 30, 41, 52, 63], [1, 77, 8, 19, 110], [1, 30, 41, 7, 63]]

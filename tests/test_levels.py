@@ -16,16 +16,11 @@ from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Graph
 from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.groups import POSITION_GROUPS, by_position
-from kc_lib.methods.attribution import (
-    EdgeScores,
-    PositionScores,
-    attribute_edges,
-    attribute_facts,
-    attribute_positions,
-)
+from kc_lib.methods.attribution import attribute_edges, attribute_facts, attribute_positions
 from kc_lib.methods.neuron_scores import NeuronScores, attribute_neurons
-from kc_lib.tasks import TokenPair, make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.methods.scores import EdgeScores, PositionScores
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 LENGTHS = (5, 9, 9, 7, 4)
 every_kind = pytest.mark.parametrize(

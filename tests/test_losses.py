@@ -12,8 +12,8 @@ from kc_lib.kernels.edge_sums import edge_sums
 from kc_lib.kernels.losses import stream_losses
 from kc_lib.kernels.packed import packed_linear, packed_mlp
 from kc_lib.metrics import METRICS, Metric
-from kc_lib.tasks import make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import make_batch
+from kc_lib.wiring.boot import wiring_of
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
 from kc_lib.stats import RESAMPLES, empirical_p, interval, resampled_means, share_interval
-from kc_lib.tasks import Batch, TokenPair, make_batch
+from kc_lib.tasks.batches import Batch, TokenPair, make_batch
 
 VOCAB = 12
 PAIRS = [

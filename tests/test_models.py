@@ -23,7 +23,8 @@ from conftest import CONFIGS
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError
-from kc_lib.models import load_model, model_hash, model_name, smollm2
+from kc_lib.models import smollm2
+from kc_lib.models.load import load_model, model_hash, model_name
 from kc_lib.models.smollm2 import cached_smollm2, wheel_file
 
 DECODERS = [kind for kind in CONFIGS if kind != "bert"]

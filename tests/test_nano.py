@@ -15,31 +15,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kc_lib.errors import ModelError
-from kc_lib.methods.heads import general_head_scores
-from kc_lib.models import embedded_models, load_model, model_hash, model_name, nano_steps
-from kc_lib.models.nano import (
-    CAUSAL,
-    MASKED,
-    MODELS,
-    NEW_COMBINATION,
-    NEW_FACT,
-    NEW_TEMPLATE,
-    RELATIONS,
-    TRAINED,
-    Sentence,
-    fact_sentences,
-    nano_folder,
-    read_manifest,
-)
-from kc_lib.models.nano.build import build, comparison, merged, save
-from kc_lib.models.nano.examples import encoded
-from kc_lib.models.nano.generated import agreement_sentences, ioi_sentences, pronoun_sentences
-from kc_lib.models.nano.random_words import random_words
-from kc_lib.models.nano.shipped import file_hashes
-from kc_lib.models.nano.train import CAUSAL_PLAN, Plan, corpus, deterministic, train_causal
-from kc_lib.tasks import load_relation, load_task, tokenizer_of
-from kc_lib.tasks.tokens import Tokenizer
-from kc_lib.wiring import wiring_of
+from kc_lib.methods.heads.general import general_head_scores
+from kc_lib.models.load import embedded_models, load_model, model_hash, model_name
+from kc_lib.models.shipped import CAUSAL, MASKED, MODELS, file_hashes, nano_folder, nano_steps, read_manifest
+from kc_lib.tasks.relations import load_relation
+from kc_lib.tasks.task import load_task
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
+from kc_lib.wiring.boot import wiring_of
+from tools.train_nano.build import build, comparison, merged, save
+from tools.train_nano.corpus import NEW_COMBINATION, NEW_FACT, NEW_TEMPLATE, RELATIONS, TRAINED, Sentence, fact_sentences
+from tools.train_nano.examples import encoded
+from tools.train_nano.generated import agreement_sentences, ioi_sentences, pronoun_sentences
+from tools.train_nano.random_words import random_words
+from tools.train_nano.train import CAUSAL_PLAN, Plan, corpus, deterministic, train_causal
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 MOST_BYTES = 25_000_000
@@ -429,7 +417,7 @@ def test_one_model_is_trained_and_the_other_stays(tmp_path: Path) -> None:
 
 
 def test_another_seed_does_not_replace_what_comes_with_the_project() -> None:
-    command = [sys.executable, "-m", "kc_lib.models.nano", "--only", CAUSAL, "--seed", "1"]
+    command = [sys.executable, "-m", "tools.train_nano", "--only", CAUSAL, "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "give another --out" in " ".join(done.stderr.replace("│", " ").split())

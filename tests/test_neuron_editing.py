@@ -19,18 +19,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.kernels.knowledge_neurons import answer_states
 from kc_lib.kernels.value_vectors import edited_answers, edited_values, value_vectors
-from kc_lib.methods.knowledge_neurons import (
-    FactUpdates,
-    RelationErasure,
-    erase_relation,
-    mean_activations,
-    update_answers,
-    update_facts,
-    updated_values,
-)
 from kc_lib.methods.knowledge_neurons.controls import sets_of_facts
+from kc_lib.methods.knowledge_neurons.editing import FactUpdates, update_answers, update_facts
+from kc_lib.methods.knowledge_neurons.erasing import RelationErasure, erase_relation
+from kc_lib.methods.knowledge_neurons.values import mean_activations, updated_values
 from kc_lib.tasks.cloze import Cloze
-from kc_lib.wiring import EncoderWiring, MlpWiring, mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
+from kc_lib.wiring.encoder import EncoderWiring, MlpWiring
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
 Load = Callable[[str], TransformerBridge]

@@ -12,15 +12,12 @@ import pytest
 
 from kc_lib import evaluation, figures
 from kc_lib.errors import MethodError
-from kc_lib.methods.knowledge_neurons import (
-    FactUpdates,
-    NeuronActivations,
-    NeuronAttributions,
-    NeuronChanges,
-    NeuronSets,
-    RelationErasure,
-    random_neurons,
-)
+from kc_lib.methods.knowledge_neurons.activations import NeuronActivations
+from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions
+from kc_lib.methods.knowledge_neurons.editing import FactUpdates
+from kc_lib.methods.knowledge_neurons.erasing import RelationErasure
+from kc_lib.methods.knowledge_neurons.interventions import NeuronChanges
+from kc_lib.methods.knowledge_neurons.refining import NeuronSets, random_neurons
 
 N_FACTS, N_LAYERS, D_MLP = 12, 6, 40
 RELATIONS = ["capital", "colour", "sport"]

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from ground_truth.circuits import HAND_WIRED, HandWired, hand_wired
 from jaxtyping import Bool
 from torch import Tensor
 
-from kc_lib.evaluation import edge_auroc
+from kc_lib.evaluation.truth import edge_auroc
 from kc_lib.methods.acdc import acdc
-from kc_lib.methods.attribution import METHODS, attribute_edges
+from kc_lib.methods.attribution import attribute_edges
+from kc_lib.methods.options import METHODS
 from kc_lib.methods.selection import top_edges
-from kc_lib.models import HAND_WIRED, HandWired, hand_wired
 
 PAGE = Path(__file__).parent.parent / "docs" / "ground_truth.md"
 N_TRUE = {"induction": 5, "saturated": 5, "fact": 3, "cancelling": 3, "redundant": 6}

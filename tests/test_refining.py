@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from kc_lib.errors import MethodError
-from kc_lib.methods.knowledge_neurons import NeuronAttributions, NeuronSets, random_neurons, refine
-from kc_lib.methods.knowledge_neurons.refining import coarse_neurons
+from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions
+from kc_lib.methods.knowledge_neurons.refining import NeuronSets, coarse_neurons, random_neurons, refine
 
 Neuron = tuple[int, int]
 Scores = Mapping[Neuron, float]

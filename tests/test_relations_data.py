@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kc_lib.errors import TaskError
-from kc_lib.tasks import load_relation, relation_files
-from kc_lib.tasks.relations import parse_relation
+from kc_lib.tasks.relations import load_relation, parse_relation, relation_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "data" / "relations").glob("*/*.json"))

@@ -19,9 +19,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import __version__, runs
 from kc_lib.errors import RunError
-from kc_lib.models import load_model, model_hash
+from kc_lib.models.load import load_model, model_hash
 from kc_lib.runs import Run, catalogue, find_run, open_run, read_record
-from kc_lib.tasks import TokenPair
+from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import Task
 
 PARAMETERS: dict[str, Any] = {"method": "eap", "steps": 5, "seed": 3, "batch_size": 8, "device": None, "out": None}

@@ -13,14 +13,7 @@ from torch import Tensor
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph, edge_frame
 from kc_lib.methods.scores import EdgeScores, FactScores
-from kc_lib.methods.selection import (
-    number_of_edges,
-    profile_null,
-    random_circuit,
-    select,
-    select_bootstrap,
-    top_edges,
-)
+from kc_lib.methods.selection import number_of_edges, profile_null, random_circuit, select, select_bootstrap, top_edges
 
 TINY = Graph(1, 1, 1, 4)  # input, a0.h0, m0; edges into q, k, v: 1 each, m0: 2, logits: 3
 GRAPHS = [Graph(2, 4, 2, 8), Graph(2, 4, 2, 8, grouped=False), Graph(3, 2, 2, 8, parallel=True)]

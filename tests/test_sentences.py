@@ -11,16 +11,17 @@ from test_gates import SmallModel
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.tasks import (
+from kc_lib.tasks.cloze import load_cloze
+from kc_lib.tasks.relations import load_relation
+from kc_lib.tasks.sentences import (
     ReadSentence,
     distant_sentences,
-    load_cloze,
-    load_relation,
+    holds,
     own_sentences,
     read_corpus,
     read_sentences,
+    split_sentences,
 )
-from kc_lib.tasks.sentences import holds, split_sentences
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TREX, KNOWN = SHARED / "trex", SHARED / "known_1000.json"

@@ -17,13 +17,16 @@ from test_training import frame_of, refused
 
 from kc_lib import figures
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import model_sizes, size_correlations, size_over_time, training_conclusion, training_measures
+from kc_lib.evaluation.sizes import model_sizes, size_correlations, size_over_time
+from kc_lib.evaluation.training import training_measures
+from kc_lib.evaluation.training_summary import training_conclusion
 from kc_lib.methods.training import TrainingResult, over_training
-from kc_lib.models import checkpoints_of, load_checkpoint, load_model, parameter_count
-from kc_lib.models.nano.train import vocabulary
-from kc_lib.models.nano.vocabulary import causal_tokenizer
-from kc_lib.tasks import draw_tasks
-from kc_lib.wiring import wiring_of
+from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
+from kc_lib.models.load import load_model, parameter_count
+from kc_lib.tasks.drawn import draw_tasks
+from kc_lib.wiring.boot import wiring_of
+from tools.train_nano.train import vocabulary
+from tools.train_nano.vocabulary import causal_tokenizer
 
 NAN = float("nan")
 

@@ -18,16 +18,26 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import figures
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError
-from kc_lib.evaluation import strongest_heads, strongest_swaps, swap_changes, swap_measure, swap_rows
-from kc_lib.evaluation.swaps import null_components, swap_sentence
+from kc_lib.evaluation.swaps import (
+    null_components,
+    strongest_heads,
+    strongest_swaps,
+    swap_changes,
+    swap_measure,
+    swap_rows,
+    swap_sentence,
+)
 from kc_lib.evaluation.training import direct_rows
 from kc_lib.kernels.swaps import swapped_logits
 from kc_lib.methods.training import TrainingResult, over_training
-from kc_lib.models import checkpoints_of, load_checkpoint, load_model, model_hash
+from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
+from kc_lib.models.load import load_model, model_hash
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks import DrawnTasks, TokenPair, draw_tasks
-from kc_lib.tasks.batches import make_batch
-from kc_lib.wiring import Wiring, check_exchangeable, component_place, swapped, wiring_of
+from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.tasks.drawn import DrawnTasks, draw_tasks
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.swap import check_exchangeable, component_place, swapped
 
 KINDS = ("neox", "gpt2", "llama", "qwen2", "qwen3", "gemma2")
 N_LAYERS, N_HEADS, D_HEAD, D_MODEL = 3, 4, 8, 32  # of the small models

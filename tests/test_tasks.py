@@ -16,11 +16,13 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.tasks import Tokenizer, TokenPair, batches, load_relation, load_task, make_batch, tokenizer_of
+from kc_lib.tasks.batches import TokenPair, batches, make_batch
 from kc_lib.tasks.files import read_pairs
 from kc_lib.tasks.ioi import NAMES, ioi_pairs
 from kc_lib.tasks.known import answer_ranks
-from kc_lib.tasks.task import Task
+from kc_lib.tasks.relations import load_relation
+from kc_lib.tasks.task import Task, load_task
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 TEMPLATE = "w3 w4 {} w5"
 

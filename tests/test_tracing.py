@@ -22,9 +22,9 @@ from kc_lib.kernels import noise as noises
 from kc_lib.kernels.noise import noise_scale, noised, replaced
 from kc_lib.kernels.tracing import MEDIATORS, Cells, answer_probabilities, fact_runs, restored_probabilities
 from kc_lib.methods.tracing import TracingResult, self_checks, trace
-from kc_lib.models import cached_smollm2
-from kc_lib.tasks import POSITION_CLASSES, FactPrompt, load_facts
-from kc_lib.wiring import wiring_of
+from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, load_facts
+from kc_lib.wiring.boot import wiring_of
 
 CLOSE = 1e-5
 every_kind = pytest.mark.parametrize(

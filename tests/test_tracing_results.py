@@ -15,7 +15,7 @@ from test_facts import known, written
 from kc_lib import evaluation, figures, runs
 from kc_lib.errors import MethodError
 from kc_lib.methods.tracing import TracingResult
-from kc_lib.tasks import POSITION_CLASSES
+from kc_lib.tasks.facts import POSITION_CLASSES
 
 FIRST, MIDDLE, LAST_SUBJECT, AFTER, FURTHER, LAST = POSITION_CLASSES
 N_LAYERS = 6

@@ -19,28 +19,33 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import figures
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
-from kc_lib.evaluation import (
-    emergence,
-    over_draws,
-    resampled_circuits,
-    similarities,
-    smallest_faithful,
-    training_conclusion,
-    training_headline,
+from kc_lib.evaluation.consistency import _readers, algorithm_shares, edge_effects
+from kc_lib.evaluation.smallest import smallest_faithful
+from kc_lib.evaluation.stability import resampled_circuits
+from kc_lib.evaluation.training import (
+    behaviour_rows,
+    circuit_rows,
+    consistency_rows,
+    direct_rows,
+    head_rows,
     training_measures,
 )
-from kc_lib.evaluation.consistency import _readers, algorithm_shares, edge_effects
-from kc_lib.evaluation.training import behaviour_rows, circuit_rows, consistency_rows, direct_rows, head_rows
+from kc_lib.evaluation.training_summary import emergence, over_draws, similarities, training_conclusion, training_headline
 from kc_lib.graph import Circuit, Graph
 from kc_lib.methods.attribution import attribute_facts
-from kc_lib.methods.heads import GeneralHeadScores, HeadScores, general_head_scores
+from kc_lib.methods.heads.general import GeneralHeadScores, general_head_scores
+from kc_lib.methods.heads.scores import HeadScores
 from kc_lib.methods.selection import random_circuit
 from kc_lib.methods.training import COLUMNS, MEASURED, TrainingResult, over_training
-from kc_lib.models import Checkpoint, checkpoints_of, load_checkpoint, load_model, nano_steps
-from kc_lib.models.nano.train import vocabulary
-from kc_lib.models.nano.vocabulary import causal_tokenizer
-from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair, draw_tasks, load_task
-from kc_lib.wiring import wiring_of
+from kc_lib.models.checkpoints import Checkpoint, checkpoints_of, load_checkpoint
+from kc_lib.models.load import load_model
+from kc_lib.models.shipped import nano_steps
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.tasks.drawn import DrawnTask, DrawnTasks, draw_tasks
+from kc_lib.tasks.task import load_task
+from kc_lib.wiring.boot import wiring_of
+from tools.train_nano.train import vocabulary
+from tools.train_nano.vocabulary import causal_tokenizer
 
 STEPS = (0, 2, 6)
 LAST = nano_steps()[-1]

@@ -20,8 +20,8 @@ from test_cli import assert_one_line_and_code_2, assert_refused, kc, run_cells, 
 from kc_lib import cli, runs
 from kc_lib.errors import ModelError
 from kc_lib.methods.training import TrainingResult
-from kc_lib.models.nano.train import vocabulary
-from kc_lib.models.nano.vocabulary import causal_tokenizer
+from tools.train_nano.train import vocabulary
+from tools.train_nano.vocabulary import causal_tokenizer
 
 NOTEBOOK = runs.NOTEBOOKS / "circuits_over_training.ipynb"
 SMALL = {

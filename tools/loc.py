@@ -1,6 +1,6 @@
 """Lines of code: physical lines that are neither blank, comment nor docstring, by folder or by file.
 
-    python tools/loc.py [--files] [ROOT ...]        (default: kc_lib)
+python tools/loc.py [--files] [ROOT ...]        (default: kc_lib)
 """
 
 from __future__ import annotations

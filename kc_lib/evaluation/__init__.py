@@ -45,13 +45,7 @@ from kc_lib.evaluation.head_conclusion import head_conclusion, head_headline
 from kc_lib.evaluation.heads import HeadAblation, ablate_heads, random_heads, recurrence
 from kc_lib.evaluation.minimality import Minimality, edges_between_nodes, minimality
 from kc_lib.evaluation.neuron_conclusion import neurons_conclusion, neurons_headline
-from kc_lib.evaluation.neuron_effects import (
-    activation_means,
-    change_ratios,
-    erasure_effects,
-    side_effects,
-    update_rates,
-)
+from kc_lib.evaluation.neuron_effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
 from kc_lib.evaluation.neuron_sets import layer_shares, neurons_per_fact, overlaps
 from kc_lib.evaluation.nodes import ablated_values
 from kc_lib.evaluation.runs import Evaluation, evaluate_circuits, metric_values

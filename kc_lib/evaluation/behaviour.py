@@ -19,11 +19,11 @@ from kc_lib.errors import MethodError
 from kc_lib.evaluation.faithfulness import with_interval
 from kc_lib.kernels.runs import full_logits
 from kc_lib.metrics import METRICS, is_right, right_rank
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.stats import resampled_means
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 BEHAVIOURS = {
     "logit_difference": "logits",  # of answer and distractor

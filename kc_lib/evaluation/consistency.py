@@ -24,10 +24,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
-from kc_lib.methods.attribution import patch_single_edges
-from kc_lib.methods.heads import HeadScores
-from kc_lib.tasks import TokenPair
-from kc_lib.wiring import wiring_of
+from kc_lib.methods.exact import patch_single_edges
+from kc_lib.methods.heads.scores import HeadScores
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.wiring.boot import wiring_of
 
 Head = tuple[int, int]  # layer, head
 STEPS = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kc_lib.evaluation.heads import HeadAblation, recurrence
 from kc_lib.methods.head_classes import HeadClasses
-from kc_lib.methods.heads import GeneralHeadScores
+from kc_lib.methods.heads.general import GeneralHeadScores
 
 KINDS = ("mover", "relation")
 NAMED = 6  # heads named in a sentence

@@ -26,8 +26,8 @@ from kc_lib.methods.attention import check_heads
 from kc_lib.metrics import Metric
 from kc_lib.stats import empirical_p, interval, resampled_means
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.wiring.boot import wiring_of
 
 Head = tuple[int, int]  # layer, head
 

@@ -29,7 +29,7 @@ from kc_lib.evaluation.runs import metric_values
 from kc_lib.graph import Circuit
 from kc_lib.metrics import Metric
 from kc_lib.stats import share_interval
-from kc_lib.tasks import TokenPair
+from kc_lib.tasks.batches import TokenPair
 
 
 @dataclass(frozen=True)

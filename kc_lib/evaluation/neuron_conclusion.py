@@ -14,14 +14,12 @@ import pandas as pd
 
 from kc_lib.evaluation.neuron_effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
 from kc_lib.evaluation.neuron_sets import ALL, METHODS, layer_shares, neurons_per_fact, overlaps
-from kc_lib.methods.knowledge_neurons import (
-    KINDS,
-    FactUpdates,
-    NeuronActivations,
-    NeuronChanges,
-    NeuronSets,
-    RelationErasure,
-)
+from kc_lib.methods.knowledge_neurons.activations import NeuronActivations
+from kc_lib.methods.knowledge_neurons.controls import KINDS
+from kc_lib.methods.knowledge_neurons.editing import FactUpdates
+from kc_lib.methods.knowledge_neurons.erasing import RelationErasure
+from kc_lib.methods.knowledge_neurons.interventions import NeuronChanges
+from kc_lib.methods.knowledge_neurons.refining import NeuronSets
 
 PUBLISHED_UPDATES = (
     "Published (BERT, own prompts): changed 48.5%, success 34.4%; random neurons 4.7%, 0.0%; perplexity of other facts +8.4 "

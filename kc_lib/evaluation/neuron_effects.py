@@ -16,8 +16,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from kc_lib.evaluation.faithfulness import with_interval
 from kc_lib.evaluation.neuron_sets import relations_of
-from kc_lib.methods.knowledge_neurons import KINDS, FactUpdates, NeuronActivations, NeuronChanges, RelationErasure
-from kc_lib.methods.knowledge_neurons.activations import SENTENCES
+from kc_lib.methods.knowledge_neurons.activations import SENTENCES, NeuronActivations
+from kc_lib.methods.knowledge_neurons.controls import KINDS
+from kc_lib.methods.knowledge_neurons.editing import FactUpdates
+from kc_lib.methods.knowledge_neurons.erasing import RelationErasure
+from kc_lib.methods.knowledge_neurons.interventions import NeuronChanges
 from kc_lib.stats import resampled_means
 
 CONTRASTS = (("T1", "T2"), ("T1", "T3"))

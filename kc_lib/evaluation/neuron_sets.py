@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from kc_lib.errors import MethodError
 from kc_lib.evaluation.faithfulness import with_interval
-from kc_lib.methods.knowledge_neurons import KINDS, NeuronSets
-from kc_lib.methods.knowledge_neurons.controls import sets_of_facts, variants
+from kc_lib.methods.knowledge_neurons.controls import KINDS, sets_of_facts, variants
+from kc_lib.methods.knowledge_neurons.refining import NeuronSets
 from kc_lib.stats import RESAMPLES, resampled_means
 
 METHODS = ("knowledge", "base")

@@ -16,8 +16,8 @@ from kc_lib.kernels.restart import clean_run, patch_writers
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import ablation
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 
 def ablated_values(

@@ -13,8 +13,8 @@ from kc_lib.evaluation.table import CircuitTable
 from kc_lib.methods.direct import DIRECTIONS, DirectAttribution
 from kc_lib.methods.lens import NORMS, LayerLens
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 NEAR = 10  # a rank that counts as near the top
 WHAT = {"answer": "answer's logit", "difference": "logit difference"}

@@ -21,8 +21,9 @@ from kc_lib.kernels.context import shared_context
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import Means, ablation
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
-from kc_lib.tasks import Batch, TokenPair, batches
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.batches import Batch, TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kc_lib.graph import Circuit
 from kc_lib.methods.scores import EdgeScores
 from kc_lib.methods.selection import select
 from kc_lib.metrics import Metric
-from kc_lib.tasks import TokenPair
+from kc_lib.tasks.batches import TokenPair
 
 RANKINGS = ("absolute", "signed", "greedy")
 NOISE = 1e-5  # the whole graph gives 1 but for float error

@@ -29,10 +29,13 @@ from kc_lib.kernels.runs import full_logits
 from kc_lib.kernels.swaps import Swap, swapped_logits
 from kc_lib.methods.training import Measure, TrainingResult
 from kc_lib.metrics import get_metric, is_right
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks import DrawnTasks, TokenPair, batches
-from kc_lib.wiring import Wiring, check_exchangeable, component_place, wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.tasks.drawn import DrawnTasks
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.swap import check_exchangeable, component_place
 
 SWAPPED = 6  # components, where none are named
 N_NULL = 3

@@ -23,11 +23,11 @@ from kc_lib.graph import Circuit, Graph
 from kc_lib.methods.attention import SOURCES, attention_sources, sources_frame
 from kc_lib.methods.direct import direct_attribution, promoted_tokens
 from kc_lib.methods.head_classes import HeadClasses
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.wiring.boot import wiring_of
 
 LISTED = 5  # edges and tokens named per node
 

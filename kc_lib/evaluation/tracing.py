@@ -16,7 +16,7 @@ from kc_lib.errors import MethodError
 from kc_lib.evaluation.faithfulness import MINIMAL_EFFECT, with_interval
 from kc_lib.methods.tracing import TracingResult
 from kc_lib.stats import resampled_means
-from kc_lib.tasks import POSITION_CLASSES
+from kc_lib.tasks.facts import POSITION_CLASSES
 
 SUBJECT, LAST = "last subject token", "last token"
 SEVERED = ("attention_severed", "mlp_severed")

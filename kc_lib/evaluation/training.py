@@ -33,14 +33,18 @@ from kc_lib.evaluation.smallest import RANKINGS, smallest_faithful
 from kc_lib.evaluation.stability import jaccard, resampled_circuits
 from kc_lib.evaluation.training_rows import METRICS_OF_SETS, measured_row, measured_rows, metric_of
 from kc_lib.graph import Circuit
-from kc_lib.methods.attribution import attribute_facts, check_attribution, patch_single_edges
-from kc_lib.methods.heads import check_scores, general_head_scores
+from kc_lib.methods.attribution import attribute_facts
+from kc_lib.methods.exact import patch_single_edges
+from kc_lib.methods.heads.general import check_scores, general_head_scores
+from kc_lib.methods.options import check_attribution
 from kc_lib.methods.scores import FactScores
 from kc_lib.methods.training import Measure
-from kc_lib.models import parameter_count
+from kc_lib.models.load import parameter_count
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks import DrawnTask, DrawnTasks, TokenPair, load_task
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.tasks.drawn import DrawnTask, DrawnTasks
+from kc_lib.tasks.task import load_task
+from kc_lib.wiring.boot import wiring_of
 
 TRAINING_MEASURES = ("behaviour", "circuit", "direct", "heads", "consistency")
 SHARES_OF_STEPS = ("share_absolute", "share_signed")

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kc_lib.methods.training import MEASURED
-from kc_lib.tasks import DrawnTask
+from kc_lib.tasks.drawn import DrawnTask
 
 METRICS_OF_SETS = {True: "probability_difference", False: "logit_difference"}  # whether a task has sets of answers
 

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from kc_lib.errors import MethodError
 from kc_lib.figures.style import HEAD, NEUTRAL, POSITIVE, origin, titled
-from kc_lib.methods.knowledge_neurons import NeuronAttributions
+from kc_lib.methods.knowledge_neurons.attribution import NeuronAttributions
 from kc_lib.methods.knowledge_neurons.refining import THRESHOLDS, coarse_neurons
 
 FEW = ("one paraphrase", NEUTRAL)

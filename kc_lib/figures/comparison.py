@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import Stability
+from kc_lib.evaluation.stability import Stability
 from kc_lib.evaluation.verdict import COLUMNS
 from kc_lib.figures.style import (
     DARK,

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import Evaluation
+from kc_lib.evaluation.runs import Evaluation
 from kc_lib.figures.style import (
     DARK,
     NEUTRAL,

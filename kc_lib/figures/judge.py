@@ -16,7 +16,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import NULL_KINDS, Evaluation, areas, completeness, ranking_of
+from kc_lib.evaluation.areas import areas
+from kc_lib.evaluation.circuits import NULL_KINDS, ranking_of
+from kc_lib.evaluation.completeness import completeness
+from kc_lib.evaluation.runs import Evaluation
 from kc_lib.figures.style import (
     DARK,
     ENDS,

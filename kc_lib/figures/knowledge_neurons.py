@@ -15,26 +15,13 @@ from plotly.subplots import make_subplots
 from kc_lib.errors import MethodError
 from kc_lib.evaluation.neuron_effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
 from kc_lib.evaluation.neuron_sets import ALL, METHODS, layer_shares, neurons_per_fact, overlaps, set_sizes
-from kc_lib.figures.style import (
-    DARK,
-    HEAD,
-    NEUTRAL,
-    OKABE_ITO,
-    OVER_FACTS,
-    POSITIVE,
-    figure_text,
-    titled,
-    whiskers,
-)
-from kc_lib.methods.knowledge_neurons import (
-    KINDS,
-    FactUpdates,
-    NeuronActivations,
-    NeuronChanges,
-    NeuronSets,
-    RelationErasure,
-)
-from kc_lib.methods.knowledge_neurons.activations import SENTENCES
+from kc_lib.figures.style import DARK, HEAD, NEUTRAL, OKABE_ITO, OVER_FACTS, POSITIVE, figure_text, titled, whiskers
+from kc_lib.methods.knowledge_neurons.activations import SENTENCES, NeuronActivations
+from kc_lib.methods.knowledge_neurons.controls import KINDS
+from kc_lib.methods.knowledge_neurons.editing import FactUpdates
+from kc_lib.methods.knowledge_neurons.erasing import RelationErasure
+from kc_lib.methods.knowledge_neurons.interventions import NeuronChanges
+from kc_lib.methods.knowledge_neurons.refining import NeuronSets
 
 COLOURS = {"knowledge": POSITIVE, "base": OKABE_ITO[1], "random": NEUTRAL}
 SENTENCE_LOOKS = {

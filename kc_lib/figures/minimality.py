@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
-from kc_lib.evaluation import Minimality
+from kc_lib.evaluation.minimality import Minimality
 from kc_lib.figures.style import (
     DARK,
     NEGATIVE,

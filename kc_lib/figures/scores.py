@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from kc_lib.errors import MethodError
 from kc_lib.figures.style import NEGATIVE, POSITIVE, arrow, check_finite, origin, titled, unit_of, with_unit
 from kc_lib.graph import Circuit
-from kc_lib.methods.attribution import EdgeScores
+from kc_lib.methods.scores import EdgeScores
 
 
 def score_distribution(scores: EdgeScores, circuit: Circuit | None = None) -> go.Figure:

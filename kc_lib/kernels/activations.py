@@ -42,7 +42,7 @@ from kc_lib.kernels.restart import clean_run
 from kc_lib.kernels.writers import Ablation
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring, frozen
+from kc_lib.wiring.decoder import Wiring, frozen
 
 
 @torch.no_grad()

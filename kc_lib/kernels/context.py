@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kc_lib.checks import checked
 from kc_lib.kernels.writers import writer_outputs
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 @dataclass(frozen=True)

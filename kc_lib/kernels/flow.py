@@ -28,7 +28,7 @@ from kc_lib.graph import Graph
 from kc_lib.kernels.groups import Groups
 from kc_lib.kernels.restart import clean_run
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 @torch.no_grad()

@@ -34,7 +34,9 @@ from kc_lib.kernels.groups import Groups, one_group
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import NATIVE, Attention, BackwardRules, Block, Norm, Wiring, frozen
+from kc_lib.wiring.backward import NATIVE, BackwardRules
+from kc_lib.wiring.decoder import Wiring, frozen
+from kc_lib.wiring.parts import Attention, Block, Norm
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.checks import checked
-from kc_lib.wiring import Attention, Wiring
+from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.parts import Attention
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kc_lib.checks import checked
 from kc_lib.errors import MethodError
-from kc_lib.wiring import MlpWiring, frozen
+from kc_lib.wiring.decoder import frozen
+from kc_lib.wiring.encoder import MlpWiring
 
 RULES = ("right", "left", "trapezoid")
 GAUSS_POINTS = 6

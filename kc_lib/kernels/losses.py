@@ -17,7 +17,7 @@ from torch import Tensor
 from kc_lib.kernels.packed import can_pack, packed_linear
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 StreamLosses = Callable[[Float[Tensor, "run batch answer d_model"]], Iterator[Float[Tensor, ""]]]
 ROWS_AT_ONCE = 80  # vectors unembedded together: enough for a fast product, few enough to stop early

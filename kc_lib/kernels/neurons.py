@@ -23,7 +23,8 @@ from kc_lib.kernels.gradients import interpolated, recorded_run
 from kc_lib.kernels.writers import Ablation, Means, ablation
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import NATIVE, BackwardRules, Wiring, frozen
+from kc_lib.wiring.backward import NATIVE, BackwardRules
+from kc_lib.wiring.decoder import Wiring, frozen
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor
 from kc_lib.checks import checked
 from kc_lib.errors import MethodError
 from kc_lib.tasks.facts import FactPrompt
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 NOISES = ("gaussian", "uniform", "covariance", "replacement")
 ROWS_AT_ONCE = 4096  # of the vocabulary, for its covariance

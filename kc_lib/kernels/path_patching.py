@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kc_lib.checks import checked
 from kc_lib.kernels.heads import run_layers
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 Head = tuple[int, int]  # layer, head
 SENDERS_AT_ONCE = 64

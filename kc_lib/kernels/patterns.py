@@ -36,7 +36,7 @@ from kc_lib.kernels.runs import logits_at_answers
 from kc_lib.kernels.writers import Ablation
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring, frozen
+from kc_lib.wiring.decoder import Wiring, frozen
 
 WRITERS_AT_ONCE = 32  # writers whose patterns are computed as one batch
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kc_lib.graph import Graph
 from kc_lib.kernels.edge_sums import EdgeSums
-from kc_lib.wiring import Attention, Norm
+from kc_lib.wiring.parts import Attention, Norm
 
 
 @dataclass(frozen=True)

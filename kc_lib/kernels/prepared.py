@@ -11,7 +11,7 @@ from kc_lib.kernels.runs import full_logits
 from kc_lib.kernels.writers import Ablation, Means, ablation
 from kc_lib.metrics import Metric
 from kc_lib.tasks.batches import Batch, TokenPair, batches
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 def prepared_batches(

@@ -11,7 +11,7 @@ from torch import Tensor
 from kc_lib.checks import checked
 from kc_lib.kernels.direct import answer_run, direct_logits
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from kc_lib.kernels.plans import Heads, Plan, Projection, Run, Sums, layer_proje
 from kc_lib.kernels.rows import rows_of
 from kc_lib.kernels.writers import Ablation, ablated_inputs
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring, frozen
+from kc_lib.wiring.decoder import Wiring, frozen
 
 
 class RunningCircuit:

@@ -16,7 +16,7 @@ from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.runs import logits_at_answers
 from kc_lib.kernels.writers import Ablation, writer_outputs
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Tree
+from kc_lib.wiring.parts import Tree
 
 PAIRS = 2  # how many times the pairs of positions in prompts the pairs of rows may be, for attention over rows to pay
 

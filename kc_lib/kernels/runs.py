@@ -12,7 +12,7 @@ from kc_lib.checks import checked
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.kernels.writers import Means, mean_outputs, writer_outputs
 from kc_lib.tasks.batches import Batch, TokenPair, batches
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 
 @torch.no_grad()

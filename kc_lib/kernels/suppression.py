@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kc_lib.checks import checked
 from kc_lib.kernels.heads import LayerRun, run_layers
-from kc_lib.wiring import Attention, Wiring
+from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.parts import Attention
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kc_lib.kernels.runs import logits_at_answers
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring, component_place, swapped
+from kc_lib.wiring.decoder import Wiring
+from kc_lib.wiring.swap import component_place, swapped
 
 Swap = tuple[str, str]  # a component, and the donor's component that takes its place
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kc_lib.checks import checked
 from kc_lib.kernels.context import Context, context_of
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 MEDIATORS = ("state", "attention_severed", "mlp_severed", "attention", "mlp")
 WINDOWED = ("attention", "mlp")  # restored in a window of layers

@@ -19,7 +19,7 @@ from torch import Tensor
 from kc_lib.checks import checked
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.kernels.clozes import Read, batches_by_length
-from kc_lib.wiring import MlpWiring
+from kc_lib.wiring.encoder import MlpWiring
 
 Neuron = tuple[int, int]  # layer, index in the layer
 Values = Mapping[Neuron, Float[Tensor, " d_model"]]

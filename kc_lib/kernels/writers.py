@@ -14,7 +14,7 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.kernels.context import EMPTY, Context
 from kc_lib.tasks.batches import Batch
-from kc_lib.wiring import Wiring
+from kc_lib.wiring.decoder import Wiring
 
 INTERVENTIONS = ("patching", "zero", "mean", "positional_mean")
 

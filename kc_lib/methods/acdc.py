@@ -47,10 +47,9 @@ from kc_lib.methods.attribution import attribute_edges
 from kc_lib.methods.edge_tests import Edge, EdgeTests
 from kc_lib.methods.selection import select
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.models import model_hash, model_name
-from kc_lib.tasks import Batch, TokenPair
-from kc_lib.tasks.batches import make_batch
-from kc_lib.wiring import wiring_of
+from kc_lib.models.load import model_hash, model_name
+from kc_lib.tasks.batches import Batch, TokenPair, make_batch
+from kc_lib.wiring.boot import wiring_of
 
 ORDERS = ("reverse", "normal", "random")
 NORMALIZATIONS = ("answer", "positions")

@@ -12,8 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.kernels.heads import run_layers, value_weighted
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 SOURCES = ("subject", "relation", "first", "last")
 

@@ -49,8 +49,9 @@ from kc_lib.methods.exact import exact_scores, patch_single_edges
 from kc_lib.methods.options import GRADIENT_RULES, METHODS, Options, check_attribution, finite, path_points
 from kc_lib.methods.scores import EdgeScores, FactScores, PositionScores
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.tasks import Batch, TokenPair
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.batches import Batch, TokenPair
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 __all__ = [
     "METHODS",

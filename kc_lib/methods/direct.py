@@ -23,11 +23,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.kernels.direct import answer_run, constant_contribution, direct_contributions, direct_logits
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 DIRECTIONS = ("answer", "difference")
 BIASES = ("attention biases", "constant")  # the components that are no writers

@@ -18,8 +18,9 @@ from kc_lib.kernels.restart import clean_run, patch_edges
 from kc_lib.kernels.runs import full_logits, reference_means
 from kc_lib.kernels.writers import Ablation
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.tasks import Batch, TokenPair
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.batches import Batch, TokenPair
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 EDGES_AT_ONCE = 32  # edges patched as one batch
 

@@ -38,10 +38,10 @@ from kc_lib.checks import checked
 from kc_lib.errors import MethodError
 from kc_lib.kernels.promotion import head_promotion
 from kc_lib.methods.attention import SOURCES, attention_sources
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 CLASSES = ("mover", "relation", "mixture")
 DRAWS_AT_ONCE = 1000  # null draws held in memory together

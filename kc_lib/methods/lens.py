@@ -21,11 +21,11 @@ from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from kc_lib.errors import MethodError
 from kc_lib.kernels.direct import residual_streams
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 NORMS = ("own", "final")
 MEASURES = ("answer_rank", "answer_probability", "answer_rank_at_subject", "subject_probability")

@@ -16,8 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import MethodError
 from kc_lib.kernels.direct import direct_logits
 from kc_lib.kernels.neurons import neuron_contributions
-from kc_lib.tasks import TokenPair, batches
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.wiring.boot import wiring_of
 
 
 def top_neurons(

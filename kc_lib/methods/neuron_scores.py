@@ -21,8 +21,8 @@ from kc_lib.kernels.runs import reference_means
 from kc_lib.methods.options import GRADIENT_RULES, Options, finite, path_points
 from kc_lib.metrics import Metric, get_metric
 from kc_lib.tables import load_table, save_table
-from kc_lib.tasks import TokenPair
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.batches import TokenPair
+from kc_lib.wiring.boot import wiring_of
 
 
 @dataclass(frozen=True)

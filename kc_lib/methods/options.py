@@ -12,8 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import MethodError
 from kc_lib.kernels.writers import INTERVENTIONS
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.models import model_name
-from kc_lib.wiring import GIM, NATIVE, RELP, BackwardRules
+from kc_lib.models.load import model_name
+from kc_lib.wiring.backward import GIM, NATIVE, RELP, BackwardRules
 
 # methods that multiply a difference of activations with one averaged gradient, and the rules of its backward pass
 GRADIENT_RULES: dict[str, BackwardRules] = {

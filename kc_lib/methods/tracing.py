@@ -34,11 +34,12 @@ from kc_lib.errors import MethodError, TaskError, first_line
 from kc_lib.hashes import hash_of
 from kc_lib.kernels.noise import noise_scale, noised, replaced
 from kc_lib.kernels.tracing import MEDIATORS, Cells, FactRuns, answer_probabilities, fact_runs, restored_probabilities
-from kc_lib.models import model_hash, model_name
+from kc_lib.models.load import model_hash, model_name
 from kc_lib.tables import save_table, save_whole
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt
 from kc_lib.tasks.known import answer_ranks
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 DEFAULT_MEDIATORS = ("state", "attention_severed", "mlp_severed")
 COLUMNS = ("fact", "mediator", "layer", "position", "token", "position_class", "p", "std", "p_clean", "p_corrupted")

@@ -21,9 +21,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.hashes import hash_of
-from kc_lib.models import Checkpoint, load_checkpoint, model_hash, model_name
+from kc_lib.models.checkpoints import Checkpoint, load_checkpoint
+from kc_lib.models.load import model_hash, model_name
 from kc_lib.tables import load_table, save_table, save_whole
-from kc_lib.tasks import DrawnTasks
+from kc_lib.tasks.drawn import DrawnTasks
 
 Measure = Callable[[TransformerBridge, DrawnTasks], pd.DataFrame]
 MEASURED = ("task", "seed", "quantity", "part", "value", "low", "high", "passes", "note")

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import ModelError
 from kc_lib.models.hub import STEP, cached, fetch, step_revisions
 from kc_lib.models.load import load_model
-from kc_lib.models.nano.shipped import CAUSAL, nano_folder, nano_steps
+from kc_lib.models.shipped import CAUSAL, nano_folder, nano_steps
 
 PYTHIA = "EleutherAI/pythia"
 PYTHIA_TOKENS_PER_STEP = 2_097_152  # 1024 sequences of 2048 tokens (Biderman et al. 2023, arXiv:2304.01373)

@@ -17,7 +17,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError, first_line
-from kc_lib.models.nano.shipped import CAUSAL, MASKED, has_masked, nano_folder, nano_steps
+from kc_lib.models.shipped import CAUSAL, MASKED, has_masked, nano_folder, nano_steps
 from kc_lib.models.smollm2 import cached_smollm2, wheel_file
 
 EMBEDDED = {

@@ -23,9 +23,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import MethodError
 from kc_lib.kernels.heads import copies_in_top
 from kc_lib.methods.heads.scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.tasks import tokenizer_of
 from kc_lib.tasks.ioi import ioi_pairs
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.tokens import tokenizer_of
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 THRESHOLD, TOP = 0.10, 5
 SHUFFLES = 200

@@ -17,7 +17,7 @@ from kc_lib.methods.heads.repeats import repeat_scores
 from kc_lib.methods.heads.scores import HeadScores
 from kc_lib.methods.heads.successor import successor_scores
 from kc_lib.methods.heads.suppression import copy_suppression_scores
-from kc_lib.wiring import wiring_of
+from kc_lib.wiring.boot import wiring_of
 
 REPEATS = ("previous_token", "duplicate_token", "induction")
 COPIES = ("name_mover", "negative_name_mover")

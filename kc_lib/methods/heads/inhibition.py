@@ -27,11 +27,11 @@ from kc_lib.kernels.heads import run_layers
 from kc_lib.kernels.path_patching import Head, patch_queries
 from kc_lib.methods.heads.copying import name_mover_scores
 from kc_lib.methods.heads.scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.tasks import tokenizer_of
 from kc_lib.tasks.files import PairText
 from kc_lib.tasks.ioi import THINGS, ioi_pairs
-from kc_lib.tasks.tokens import Tokenizer
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 
 @dataclass(frozen=True)

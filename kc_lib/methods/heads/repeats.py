@@ -22,8 +22,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import MethodError
 from kc_lib.kernels.heads import mean_pattern_by_offset
 from kc_lib.methods.heads.scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.tasks import tokenizer_of
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.tokens import tokenizer_of
+from kc_lib.wiring.boot import wiring_of
 
 THRESHOLD = 0.5
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.tables import load_table, save_table
 
 NULL_LEVEL = 0.99

@@ -23,9 +23,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from kc_lib.errors import TaskError
 from kc_lib.kernels.heads import copied
 from kc_lib.methods.heads.scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.tasks import tokenizer_of
-from kc_lib.tasks.tokens import Tokenizer
-from kc_lib.wiring import Wiring, wiring_of
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
+from kc_lib.wiring.boot import wiring_of
+from kc_lib.wiring.decoder import Wiring
 
 THRESHOLD = 0.5
 SHUFFLES = 200

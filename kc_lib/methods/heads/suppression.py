@@ -31,9 +31,9 @@ from kc_lib.errors import MethodError, TaskError
 from kc_lib.kernels.suppression import mean_head_outputs, suppression_divergences
 from kc_lib.methods.heads.scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks import tokenizer_of
 from kc_lib.tasks.text import load_text
-from kc_lib.wiring import wiring_of
+from kc_lib.tasks.tokens import tokenizer_of
+from kc_lib.wiring.boot import wiring_of
 
 # fmt: off
 FUNCTION_WORDS = frozenset((

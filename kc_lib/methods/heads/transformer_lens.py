@@ -15,7 +15,7 @@ from __future__ import annotations
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import first_line
-from kc_lib.wiring import wiring_of
+from kc_lib.wiring.boot import wiring_of
 
 
 def direct_path_obstacle(model: TransformerBridge) -> str | None:

@@ -23,11 +23,11 @@ from kc_lib.kernels.value_vectors import check_neurons
 from kc_lib.methods.knowledge_neurons.controls import check_numbers, n_empty, sets_of_facts
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
 from kc_lib.methods.knowledge_neurons.results import OfFacts
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.tables import load_table, save_table
 from kc_lib.tasks.cloze import ClozeFact
 from kc_lib.tasks.sentences import ReadSentence, SentenceTask, read_sentences
-from kc_lib.wiring import mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
 
 SENTENCES = ("T1", "T2", "T3")  # subject and answer; subject alone; neither
 COLUMNS = ("kind", "draw", "fact", "sentences", "sentence", "activation", "n_neurons")

@@ -31,10 +31,11 @@ from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError, TaskError
 from kc_lib.hashes import hash_of
 from kc_lib.kernels.knowledge_neurons import RULES, adaptive_gradients, answer_states, integrated_gradients
-from kc_lib.models import model_hash, model_name
+from kc_lib.models.load import model_hash, model_name
 from kc_lib.tables import load_table, save_table, save_whole
 from kc_lib.tasks.cloze import Cloze, ClozeFact
-from kc_lib.wiring import MlpWiring, mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
+from kc_lib.wiring.encoder import MlpWiring
 
 METHODS = ("knowledge", "base")
 ADAPTIVE = "adaptive"

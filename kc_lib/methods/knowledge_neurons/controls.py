@@ -8,7 +8,7 @@ from kc_lib.checks import check_counts
 from kc_lib.errors import MethodError
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets, random_neurons
 from kc_lib.tasks.cloze import ClozeFact
-from kc_lib.wiring import MlpWiring
+from kc_lib.wiring.encoder import MlpWiring
 
 KINDS = ("knowledge", "base", "random")
 Variant = tuple[str, int]  # kind, draw; only random neurons have several draws

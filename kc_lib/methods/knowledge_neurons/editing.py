@@ -28,10 +28,11 @@ from kc_lib.kernels.value_vectors import Answers, Values, edited_answers, edited
 from kc_lib.methods.knowledge_neurons.controls import Variant, check_numbers, check_sets, sets_of_facts
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
 from kc_lib.methods.knowledge_neurons.values import check_update, mean_activations, updated_values
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.tables import load_table, save_table
 from kc_lib.tasks.cloze import Cloze, ClozeFact, ClozePrompt
-from kc_lib.wiring import MlpWiring, mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
+from kc_lib.wiring.encoder import MlpWiring
 
 __all__ = ["FactUpdates", "update_answers", "update_facts"]
 

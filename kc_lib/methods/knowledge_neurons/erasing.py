@@ -16,10 +16,10 @@ from kc_lib.errors import MethodError
 from kc_lib.kernels.value_vectors import Answers, edited_answers, value_vectors
 from kc_lib.methods.knowledge_neurons.controls import check_numbers, check_sets, with_random
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.tables import load_table, save_table
 from kc_lib.tasks.cloze import ClozeFact
-from kc_lib.wiring import mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
 
 COLUMNS = ("kind", "draw", "fact", "relation", "prompt", "held_out", "right_before", "right", "nll_before", "nll")
 

@@ -25,9 +25,10 @@ from kc_lib.kernels.knowledge_neurons import AnswerStates, answer_states, change
 from kc_lib.methods.knowledge_neurons.controls import Variant, check_numbers, check_sets, n_empty, sets_of_facts, variants
 from kc_lib.methods.knowledge_neurons.refining import Neuron, NeuronSets
 from kc_lib.methods.knowledge_neurons.results import OfFacts
-from kc_lib.models import model_name
+from kc_lib.models.load import model_name
 from kc_lib.tasks.cloze import ClozeFact
-from kc_lib.wiring import MlpWiring, mlp_wiring_of
+from kc_lib.wiring.boot import mlp_wiring_of
+from kc_lib.wiring.encoder import MlpWiring
 
 COLUMNS = ("kind", "draw", "factor", "fact", "on", "of_fact", "prompt", "p", "p_changed", "n_neurons")
 

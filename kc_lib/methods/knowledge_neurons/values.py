@@ -24,7 +24,7 @@ from kc_lib.kernels.clozes import Read, batches_by_length
 from kc_lib.kernels.knowledge_neurons import neuron_values
 from kc_lib.kernels.value_vectors import value_vectors
 from kc_lib.methods.knowledge_neurons.refining import Neuron
-from kc_lib.wiring import MlpWiring
+from kc_lib.wiring.encoder import MlpWiring
 
 SCALES = ("code", "paper")
 EMBEDDINGS = ("output", "input")

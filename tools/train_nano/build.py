@@ -16,10 +16,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kc_lib.models.nano.corpus import fact_sentences
-from kc_lib.models.nano.evaluation import evaluate
-from kc_lib.models.nano.shipped import CAUSAL, MANIFEST, MASKED, file_hashes, read_manifest
-from kc_lib.models.nano.train import CAUSAL_PLAN, MASKED_PLAN, Plan, deterministic, train_causal, train_masked
+from kc_lib.models.shipped import CAUSAL, MANIFEST, MASKED, file_hashes, read_manifest
+from tools.train_nano.corpus import fact_sentences
+from tools.train_nano.evaluation import evaluate
+from tools.train_nano.train import CAUSAL_PLAN, MASKED_PLAN, Plan, deterministic, train_causal, train_masked
 
 COMMAND = "make nano"
 PER_MODEL = ("plans", "parameters", "seconds", "made_on", "figures")  # what the manifest holds by model

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from kc_lib.models.nano.examples import Example
+from tools.train_nano.examples import Example
 
 SHORTEST_REPEAT, LONGEST_REPEAT = 3, 100  # words that are read, and then read again
 LEAST_REPEATED = 24  # words of such a sequence, as short ones are repeated more often

@@ -12,18 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.models.handwired.wires import (
-    BOS,
-    Reading,
-    boot,
-    joined,
-    noisy_gpt2,
-    read_any,
-    read_space,
-    set_head,
-    set_neurons,
-    with_rest,
-)
+from ground_truth.wires import BOS, Reading, boot, joined, noisy_gpt2, read_any, read_space, set_head, set_neurons, with_rest
 
 # fmt: off
 NAMES = (

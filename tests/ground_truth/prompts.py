@@ -6,7 +6,7 @@ import random
 import string
 from collections.abc import Iterator, Sequence
 
-from kc_lib.models.handwired.wires import BOS
+from ground_truth.wires import BOS
 from kc_lib.tasks.batches import TokenPair
 
 LETTERS = (BOS, *string.ascii_lowercase[:15])

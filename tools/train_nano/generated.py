@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 from itertools import product
 
-from kc_lib.models.nano.corpus import Sentence
 from kc_lib.tasks.agreement import AGREEMENT_TEMPLATES, PLURAL, SINGULAR, agreement_nouns
 from kc_lib.tasks.ioi import NAMES, PLACES, TEMPLATES, THINGS
 from kc_lib.tasks.pronouns import FEMALE, FEMALE_NAMES, MALE, PRONOUN_QUESTION
 from kc_lib.tasks.years import CENTURIES, EVENTS, FIRST_YEAR, LAST_YEAR, YEARS_TEMPLATE
+from tools.train_nano.corpus import Sentence
 
 SHARE_OF_STRANGERS = 0.1  # of indirect-object sentences in which a third person gives, and either of the two receives
 PRONOUN_TEMPLATES = (

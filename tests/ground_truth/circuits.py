@@ -18,18 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.errors import ModelError
-from kc_lib.graph import Circuit, Graph
-from kc_lib.models.handwired.prompts import (
-    CAPITALS,
-    COUNTRIES,
-    FACT_WORDS,
-    LETTERS,
-    fact_pairs,
-    induction_pairs,
-    unknown_fact_pairs,
-)
-from kc_lib.models.handwired.wires import (
+from ground_truth.prompts import CAPITALS, COUNTRIES, FACT_WORDS, LETTERS, fact_pairs, induction_pairs, unknown_fact_pairs
+from ground_truth.wires import (
     Reading,
     Wires,
     boot,
@@ -41,8 +31,10 @@ from kc_lib.models.handwired.wires import (
     set_neurons,
     with_rest,
 )
+from kc_lib.errors import ModelError
+from kc_lib.graph import Circuit, Graph
 from kc_lib.tasks.batches import TokenPair
-from kc_lib.wiring import wiring_of
+from kc_lib.wiring.boot import wiring_of
 
 SOFT, HARD = 5.0, 30.0  # attention score of a match, BOS having half of it: attention 0.9, or 1 - 3e-7
 MOVER = 12.0

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from kc_lib.models.nano.corpus import TRAINED, Sentence, fact_sentences
-from kc_lib.models.nano.examples import Example, batches, drawn, encoded, padded
-from kc_lib.models.nano.generated import (
+from kc_lib.tasks.ioi import NAMES
+from tools.train_nano.corpus import TRAINED, Sentence, fact_sentences
+from tools.train_nano.examples import Example, batches, drawn, encoded, padded
+from tools.train_nano.generated import (
     agreement_sentences,
     counting_sentences,
     ioi_sentences,
@@ -25,9 +26,8 @@ from kc_lib.models.nano.generated import (
     surname_sentences,
     year_sentences,
 )
-from kc_lib.models.nano.random_words import Maker, random_words, repeated
-from kc_lib.models.nano.vocabulary import N_CONTEXT, causal_tokenizer, masked_tokenizer
-from kc_lib.tasks.ioi import NAMES
+from tools.train_nano.random_words import Maker, random_words, repeated
+from tools.train_nano.vocabulary import N_CONTEXT, causal_tokenizer, masked_tokenizer
 
 N_LAYERS, N_HEADS, D_MODEL = 4, 4, 64
 INITIAL_DEVIATION = 0.1  # of weights; from the usual 0.02 the masked model learns facts in twice as many steps

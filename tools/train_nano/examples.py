@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from kc_lib.models.nano.corpus import Sentence
+from tools.train_nano.corpus import Sentence
 
 SHARE_OF_PAIRS = 0.3  # of examples that are two sentences, so that a sentence stands at different positions
 DRAWN_AT_ONCE = 512  # examples sorted by length together, so that padding costs little

@@ -10,18 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kc_lib.models.nano.corpus import NEW_COMBINATION, NEW_FACT, NEW_TEMPLATE, TRAINED, Sentence, fact_sentences
-from kc_lib.models.nano.examples import encoded, padded
-from kc_lib.models.nano.generated import (
-    PLURAL,
-    SINGULAR,
-    agreement_sentences,
-    pronoun_sentences,
-    surname_sentences,
-    year_sentences,
-)
+from kc_lib.tasks.agreement import PLURAL, SINGULAR
 from kc_lib.tasks.ioi import ioi_pairs
 from kc_lib.tasks.tokens import Tokenizer
+from tools.train_nano.corpus import NEW_COMBINATION, NEW_FACT, NEW_TEMPLATE, TRAINED, Sentence, fact_sentences
+from tools.train_nano.examples import encoded, padded
+from tools.train_nano.generated import agreement_sentences, pronoun_sentences, surname_sentences, year_sentences
 
 N_PROMPTS = 200
 BATCH = 128

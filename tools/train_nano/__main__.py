@@ -1,4 +1,4 @@
-"""``python -m kc_lib.models.nano``: train the nano models and say whether they are the ones that come with the project."""
+"""``python -m tools.train_nano``: train the nano models and say whether they are the ones that come with the project."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import transformers.utils.logging as transformers_logging
 import typer
 from rich.console import Console
 
-from kc_lib.models.nano.build import build, comparison, merged, write_manifest
-from kc_lib.models.nano.shipped import CAUSAL, MANIFEST, MASKED, MODELS, read_manifest
-from kc_lib.models.nano.train import CAUSAL_PLAN, MASKED_PLAN
+from kc_lib.models.shipped import CAUSAL, MANIFEST, MASKED, MODELS, read_manifest
+from tools.train_nano.build import build, comparison, merged, write_manifest
+from tools.train_nano.train import CAUSAL_PLAN, MASKED_PLAN
 
 
 class Model(StrEnum):

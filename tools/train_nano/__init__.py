@@ -1,0 +1,1 @@
+"""How the shipped nano models were made: ``make nano``, that is ``python -m tools.train_nano``."""
