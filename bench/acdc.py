@@ -26,7 +26,7 @@ from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from kc_lib.methods.acdc import acdc
+from kc_lib.circuits.acdc.search import acdc
 from kc_lib.metrics import get_metric
 from kc_lib.models.load import load_model
 from kc_lib.tasks.batches import TokenPair

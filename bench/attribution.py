@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.options import path_points
+from kc_lib.circuits.run import run_circuit
+from kc_lib.circuits.selection import select
 from kc_lib.graph import Circuit
-from kc_lib.kernels.circuit_run import run_circuit
-from kc_lib.kernels.context import shared_context
-from kc_lib.kernels.runs import full_logits
-from kc_lib.kernels.writers import ablation
-from kc_lib.methods.attribution import attribute_edges
-from kc_lib.methods.options import path_points
-from kc_lib.methods.selection import select
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.residual.activations import ablation
+from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.logits import full_logits
+from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import make_batch
 from kc_lib.tasks.task import load_task
-from kc_lib.wiring.boot import wiring_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles import eap  # the oracle lives with the tests

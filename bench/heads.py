@@ -22,17 +22,17 @@ from measure import flops, timed
 from rich.console import Console
 from rich.table import Table
 
-from kc_lib.kernels.suppression import mean_head_outputs, suppression_divergences
-from kc_lib.methods.heads.copying import copy_scores
-from kc_lib.methods.heads.general import GeneralHeadScores
-from kc_lib.methods.heads.inhibition import s_inhibition_scores
-from kc_lib.methods.heads.repeats import repeat_scores
-from kc_lib.methods.heads.scores import HeadScores
-from kc_lib.methods.heads.successor import successor_scores
-from kc_lib.methods.heads.suppression import SHARE, content_tokens, copy_suppression_scores, text_windows
+from kc_lib.heads.copying import copy_scores
+from kc_lib.heads.general import GeneralHeadScores
+from kc_lib.heads.head_scores import HeadScores
+from kc_lib.heads.inhibition import s_inhibition_scores
+from kc_lib.heads.repeats import repeat_scores
+from kc_lib.heads.successor import successor_scores
+from kc_lib.heads.suppression import SHARE, content_tokens, copy_suppression_scores, text_windows
+from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.models.load import load_model
+from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.text import load_text
-from kc_lib.wiring.boot import wiring_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.heads import oracle_cspa  # the oracle lives with the tests

@@ -21,16 +21,16 @@ from measure import timed
 from rich.console import Console
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.evaluation.areas import areas
-from kc_lib.evaluation.circuits import circuits_by_size
-from kc_lib.evaluation.runs import evaluate_circuits
-from kc_lib.figures.comparison import method_bars
+from kc_lib.circuits.acdc.search import acdc
+from kc_lib.circuits.areas import areas
+from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.baselines import circuits_by_size
+from kc_lib.circuits.ensembles import ensemble
+from kc_lib.circuits.evaluate import evaluate_circuits
+from kc_lib.circuits.figures_comparison import method_bars
+from kc_lib.circuits.options import METHODS
+from kc_lib.circuits.scores import EdgeScores
 from kc_lib.graph import Circuit
-from kc_lib.methods.acdc import acdc
-from kc_lib.methods.attribution import attribute_edges
-from kc_lib.methods.ensembles import ensemble
-from kc_lib.methods.options import METHODS
-from kc_lib.methods.scores import EdgeScores
 from kc_lib.models.load import load_model
 from kc_lib.tasks.task import Task, load_task
 

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.kernels.knowledge_neurons import answer_states, integrated_gradients, quadrature
-from kc_lib.methods.knowledge_neurons.attribution import attribute_knowledge
-from kc_lib.methods.knowledge_neurons.refining import refine
 from kc_lib.models.load import load_model
-from kc_lib.tasks.cloze import load_cloze
-from kc_lib.wiring.boot import mlp_wiring_of
+from kc_lib.neurons.attribute import attribute_knowledge
+from kc_lib.neurons.cloze import load_cloze
+from kc_lib.neurons.integrate import answer_states, integrated_gradients, quadrature
+from kc_lib.neurons.refine import refine
+from kc_lib.residual.from_bridge import mlp_wiring_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.neurons import published_attribution  # the plain implementation lives with the tests

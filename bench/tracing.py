@@ -27,14 +27,14 @@ from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
-from kc_lib.kernels.noise import noise_scale, noised
-from kc_lib.kernels.tracing import Cells, fact_runs, restored_probabilities
-from kc_lib.methods.tracing import DEFAULT_MEDIATORS, trace
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
+from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, FactTask, load_facts
-from kc_lib.wiring.boot import wiring_of
-from kc_lib.wiring.decoder import Wiring
+from kc_lib.tracing.noise import noise_scale, noised
+from kc_lib.tracing.restore import Cells, fact_runs, restored_probabilities
+from kc_lib.tracing.trace import DEFAULT_MEDIATORS, trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.tracing import kept_run, oracle_restored  # the plain implementation lives with the tests

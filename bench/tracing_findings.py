@@ -17,14 +17,14 @@ import typer
 from rich.console import Console
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib import figures
-from kc_lib.evaluation import tracing as judged
-from kc_lib.kernels.tracing import WINDOWED
-from kc_lib.methods.tracing import DEFAULT_MEDIATORS, TracingResult, trace
 from kc_lib.models.load import load_model
 from kc_lib.runs import OUTPUTS
 from kc_lib.tasks.facts import FactPrompt, load_facts
 from kc_lib.tasks.relations import load_relation, relation_files
+from kc_lib.tracing import effects as judged
+from kc_lib.tracing.figures import class_lines
+from kc_lib.tracing.restore import WINDOWED
+from kc_lib.tracing.trace import DEFAULT_MEDIATORS, TracingResult, trace
 
 CLASSES = ("last subject token", "last token")
 
@@ -60,7 +60,7 @@ def traced(
         progress=True,
     )
     result.save(path)
-    figures.class_lines(result).write_image(path.with_suffix(".png"), scale=2)
+    class_lines(result).write_image(path.with_suffix(".png"), scale=2)
     return result
 
 

@@ -4,6 +4,12 @@ Every message says what was given, where, and what to do about it, in one line; 
 code 2. Anything that is not a ``KnowledgeCircuitsError`` is a fault of ours.
 """
 
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+checked = jaxtyped(typechecker=beartype)
+"""Checks shapes and types of a public function's arguments; under test every function's shapes are checked."""
+
 
 class KnowledgeCircuitsError(Exception):
     """Base of every error the suite raises on purpose."""
@@ -36,3 +42,10 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's message, or its kind where it says nothing: ours are one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def check_counts(least: int, **numbers: object) -> None:
+    """Raise MethodError for what is no whole number, or less than ``least``."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise MethodError(f"{name} is {number!r}; it must be a whole number, at least {least}")

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kc_lib.checks import checked
-from kc_lib.errors import MethodError
+from kc_lib.errors import MethodError, checked
 from kc_lib.tasks.batches import Batch
 
 MetricFunction = Callable[[Tensor, Batch, Tensor | None], Tensor]

@@ -30,7 +30,7 @@ import papermill
 
 from kc_lib import __version__
 from kc_lib.errors import RunError, first_line
-from kc_lib.tables import Rows, Savable, save_whole
+from kc_lib.results import Rows, Savable, save_whole
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from transformer_lens.model_bridge import TransformerBridge

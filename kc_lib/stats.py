@@ -13,6 +13,7 @@ from jaxtyping import Float
 from scipy import stats
 
 RESAMPLES = 2000
+MINIMAL_EFFECT = 1e-6  # ratios to a smaller effect are undefined: NaN
 
 
 def resampled_means(
@@ -34,6 +35,12 @@ def interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, n
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def with_interval(name: str, estimate: float, draws: Float[np.ndarray, " resample"]) -> dict[str, float]:
+    """A figure and its 95% interval as columns of a table: ``name``, ``name_low``, ``name_high``."""
+    low, high = interval(draws)
+    return {name: float(estimate), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def share_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -8,51 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from helpers import CONFIGS, VOCAB, save_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import wheel_file
-
-VOCAB = 200
-SMALL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GROUPED = SMALL | {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-GPT2_SHAPE = {"n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
-NEOX = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
-    "gpt2": lambda: tf.GPT2Config(**SMALL, **GPT2_SHAPE),
-    "neox": lambda: tf.GPTNeoXConfig(**SMALL, **NEOX, max_position_embeddings=64),
-    "gptj": lambda: tf.GPTJConfig(**SMALL, **GPT2_SHAPE, rotary_dim=4),
-    "llama": lambda: tf.LlamaConfig(**GROUPED),
-    "qwen2": lambda: tf.Qwen2Config(**GROUPED),
-    "qwen3": lambda: tf.Qwen3Config(**GROUPED),
-    "gemma2": lambda: tf.Gemma2Config(**GROUPED, query_pre_attn_scalar=8, sliding_window=4),
-    "gemma3": lambda: tf.Gemma3TextConfig(**GROUPED, query_pre_attn_scalar=8, sliding_window=4),
-    "phi": lambda: tf.PhiConfig(**SMALL, **NEOX, max_position_embeddings=64),
-    "olmo2": lambda: tf.Olmo2Config(**GROUPED),
-    "bert": lambda: tf.BertConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    ),
-}
-NAMED = ("gpt2", "neox", "llama", "qwen2", "gemma2")  # the kinds every gate is tested on
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer with offsets: w3 ... w199, BOS w1 as <s>."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tf.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

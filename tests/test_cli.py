@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,67 +14,25 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from helpers import (
+    NOTEBOOK,
+    Done,
+    assert_one_line_and_code_2,
+    assert_refused,
+    kc,
+    relation,
+    rows,
+    run_cells,
+    visible_runs,
+    write_csv,
+)
 from papermill.exceptions import PapermillExecutionError
 
 from kc_lib import cli, runs
+from kc_lib.circuits.selection import random_circuit
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError, TaskError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.methods.selection import random_circuit
 from kc_lib.models.smollm2 import wheel_file
-
-BESIDE = Path(sys.executable).with_name("kc")
-KC = [str(BESIDE)] if BESIDE.exists() else [sys.executable, "-c", "from kc_lib.cli import main; main()"]
-NOTEBOOK = runs.NOTEBOOKS / "circuit_discovery.ipynb"
-
-
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-def kc(*arguments: object, cwd: Path) -> Done:
-    """kc as a user calls it, wide enough that no table is cut."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([*KC, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def visible_runs(out: Path) -> list[Path]:
-    return [path for path in out.glob("*/*/*/*") if not path.name.startswith(".")] if out.is_dir() else []
-
-
-def assert_one_line_and_code_2(done: Done, *parts: str) -> None:
-    """The error is the one line that begins with kc, comes last, and needs no traceback."""
-    lines = [line for line in done.err.splitlines() if line.strip()]
-    assert done.code == 2, done.err[-2000:]
-    assert "Traceback" not in done.err + done.out
-    assert [line for line in lines if line.startswith("kc: ")] == lines[-1:], done.err[-2000:]
-    for part in parts:
-        assert part in lines[-1]
-
-
-def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def rows(n: int = 8) -> list[dict[str, str]]:
-    return [
-        {
-            "clean": f"w3 w{20 + i} w4 w5",
-            "corrupted": f"w3 w{50 + i} w4 w5",
-            "answer": f"w{100 + i}",
-            "distractor": f"w{120 + i}",
-            "subject": f"w{20 + i}",
-        }
-        for i in range(n)
-    ]
-
 
 # ---------------------------------------------------------------------------------------------------- one good run
 
@@ -300,41 +255,6 @@ def test_a_spoiled_record_is_one_line(
     path.write_text("{")
     for arguments in (("runs",), ("show", "aa11")):
         assert_one_line_and_code_2(called(monkeypatch, capsys, *arguments, "--out", tmp_path), str(path))
-
-
-def run_cells(notebook: Path = NOTEBOOK, /, **parameters: Any) -> None:
-    """The notebook's cells in this process with these parameters, as papermill would run them."""
-    document = nbformat.read(notebook, as_version=4)
-    names: dict[str, Any] = {}
-    for cell in document.cells:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, notebook.name, "exec"), names)
-            if "parameters" in cell.metadata.get("tags", []):
-                assert set(parameters) <= set(names)
-                names.update(parameters)
-
-
-def assert_refused(notebook: Path, parts: Sequence[str], /, **parameters: Any) -> None:
-    """The notebook ends with an error of ours, in one line that says this, as kc prints it, and leaves no run in ``out``."""
-    with pytest.raises(KnowledgeCircuitsError) as error:
-        run_cells(notebook, **parameters)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    assert visible_runs(Path(parameters["out"])) == []
-    told = PapermillExecutionError(1, 1, "", type(error.value).__name__, message, [])
-    assert type(cli._as_ours(told)) is type(error.value)  # so kc prints this line
-    assert str(cli._as_ours(told)) == message
-
-
-def relation(**changes: Any) -> str:
-    document = {
-        "name": "numbers",
-        "prompt_templates": ["w3 {} w5"],
-        "samples": [{"subject": f"w{20 + i}", "object": f"w{100 + i}"} for i in range(12)],
-    }
-    return json.dumps(document | changes)
 
 
 BAD_FILES: dict[str, str | list[dict[str, str]]] = {

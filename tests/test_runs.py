@@ -160,7 +160,7 @@ def test_code_hash_is_of_every_source_file(monkeypatch: pytest.MonkeyPatch, tmp_
     before = runs.code_hash()
     monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
     assert runs.code_hash() == before  # wherever it is installed
-    with (package / "kernels" / "gradients.py").open("a") as file:
+    with (package / "circuits" / "run.py").open("a") as file:
         file.write("# changed\n")
     assert runs.code_hash() != before
 

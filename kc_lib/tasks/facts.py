@@ -16,7 +16,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.hashes import hash_of
+from kc_lib.results import hash_of
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import GENERATED, generated_pairs
 from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, relation_files

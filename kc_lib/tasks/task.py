@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
-from kc_lib.hashes import hash_of
+from kc_lib.results import hash_of
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import DEFAULT_GENERATED, GENERATED, generated_pairs

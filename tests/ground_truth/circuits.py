@@ -33,8 +33,8 @@ from ground_truth.wires import (
 )
 from kc_lib.errors import ModelError
 from kc_lib.graph import Circuit, Graph
+from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.batches import TokenPair
-from kc_lib.wiring.boot import wiring_of
 
 SOFT, HARD = 5.0, 30.0  # attention score of a match, BOS having half of it: attention 0.9, or 1 - 3e-7
 MOVER = 12.0

@@ -1,0 +1,90 @@
+"""What MLP neurons hold, and first-order scores of them (attribution patching at neurons).
+
+A neuron is one row of ``W_out``; its value is what comes after the activation and, where there is one, the gate. The
+gradient there is the gradient at the MLP's output times ``W_out``, which is linear: autograd stops at the output, the
+interpolation steps are summed there, and one matrix product per layer serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kc_lib.circuits.scoring.edges import interpolated, recorded_run
+from kc_lib.errors import ModelError, checked
+from kc_lib.metrics import Metric
+from kc_lib.residual.activations import Ablation, Means, ablation
+from kc_lib.residual.backward_rules import NATIVE, BackwardRules
+from kc_lib.residual.decoder import Wiring, frozen
+from kc_lib.residual.prefix_cache import EMPTY, Context
+from kc_lib.tasks.batches import Batch
+
+
+@torch.no_grad()
+@checked
+def neuron_outputs(
+    wiring: Wiring, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
+) -> Float[Tensor, "layer batch new_pos d_mlp"]:
+    """Every MLP neuron's value in a plain run, at the positions after the context's.
+
+    Raises:
+        ModelError: MLPs that are no sum over neurons, or of different widths.
+    """
+    widths = sorted({block.mlp_parts.W_out.shape[0] for block in wiring.blocks})
+    if len(widths) > 1:
+        raise ModelError(f"the model's MLPs have different widths ({widths}): its neurons do not fit one table")
+    resid = wiring.embed(tokens)[:, context.start :]
+    outputs = resid.new_empty(wiring.n_layers, *resid.shape[:2], widths[0])
+    for layer, block in enumerate(wiring.blocks):
+        after_attention = wiring.run_attention(layer, resid, context.of_layer(layer))
+        normed = block.mlp_norm(resid if block.parallel else after_attention)
+        outputs[layer] = block.mlp_parts.neurons(normed)
+        resid = after_attention + block.mlp_contribution(block.mlp_parts.write(outputs[layer]))
+    return outputs
+
+
+def neuron_ablation(
+    wiring: Wiring, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY
+) -> Float[Tensor, "layer #batch #pos #d_mlp"]:
+    """The ablated values of all neurons: those of the corrupted prompts, zeros, or the means of a reference set.
+
+    Raises:
+        MethodError: as ``ablation``.
+    """
+    if kind == "zero":
+        return wiring.W_U.new_zeros(wiring.n_layers, 1, 1, 1)
+    return ablation(wiring, kind, batch, means, context, neuron_outputs).outputs
+
+
+@checked
+def neuron_scores(
+    wiring: Wiring,
+    batch: Batch,
+    metric: Metric,
+    ablation: Ablation,
+    ablated_neurons: Float[Tensor, "layer #batch #pos #d_mlp"],
+    alphas: Sequence[float],
+    reference: Float[Tensor, "batch answer vocab"] | None = None,
+    context: Context = EMPTY,
+    rules: BackwardRules = NATIVE,
+) -> Float[Tensor, "layer d_mlp"]:
+    """Sum over the batch's examples of each neuron's attribution score, in units of the metric.
+
+    score = sum over positions of (ablated - clean) . d loss / d neuron, with the loss, the average over the inputs
+    ``ablated + alpha (clean - ablated)`` and ``rules`` as in ``edge_scores``; ``ablation`` gives the ablated input.
+    """
+    difference = ablated_neurons - neuron_outputs(wiring, batch.clean, context)
+    path = interpolated(ablation.outputs[0], wiring.embed(batch.clean)[:, context.start :], alphas)
+    with frozen(wiring.model), torch.enable_grad():
+        records, _, loss = recorded_run(wiring, wiring.graph(), path, batch, metric, reference, context, rules=rules)
+        gradients = torch.autograd.grad(loss / len(alphas), [record.mlp_write for record in records])
+    scores = torch.zeros(wiring.n_layers, difference.shape[-1], device=wiring.device)
+    for layer, (block, gradient) in enumerate(zip(wiring.blocks, gradients, strict=True)):
+        at_output = rearrange(gradient.float(), "(s b) p d -> s b p d", s=len(alphas)).sum(0)
+        at_neurons = at_output @ block.mlp_parts.W_out.float().T
+        scores[layer] = (difference[layer].float() * at_neurons).sum((0, 1))
+    return scores

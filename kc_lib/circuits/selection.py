@@ -1,0 +1,243 @@
+"""From scores to a circuit: which edges to keep, always pruned to those on a path from the input to the logits.
+
+- ``absolute``: the n edges with the largest |score| (EAP-IG's ``apply_topn``); ``signed``: the largest scores.
+- ``threshold``: every edge with |score| >= threshold.
+- ``greedy``: best-first from the logits, so that each kept edge leads on from one already kept (EAP-IG's
+  ``apply_greedy``, by |score|).
+- ``bootstrap``: every edge whose mean score's interval over resamples of the facts excludes 0; needs the scores of each
+  fact and has a function of its own, ``select_bootstrap``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats
+from torch import Tensor
+
+from kc_lib.circuits.scores import EdgeScores, FactScores
+from kc_lib.errors import MethodError, checked
+from kc_lib.graph import Circuit, Graph
+
+SELECTIONS = ("absolute", "signed", "threshold", "greedy", "bootstrap")
+
+
+def select(
+    scores: EdgeScores,
+    selection: str = "absolute",
+    size: int | float = 0.005,
+    threshold: float | None = None,
+    fill: bool = True,
+) -> Circuit:
+    """The circuit of a given size (a number of edges, or as a float up to 1.0 a share of the graph), or above a threshold.
+
+    Args:
+        fill: size counts the edges left after pruning: as many are ranked as give a pruned circuit of at most that size.
+            False prunes the top n, as EAP-IG does, which leaves fewer than n.
+
+    Raises:
+        MethodError: unknown selection, one that needs the scores of each fact, a size or threshold out of range, or one
+            too small for any path.
+    """
+    check_selection(selection, size, threshold)
+    if selection == "bootstrap":
+        raise MethodError("selection 'bootstrap' needs the scores of each fact: select_bootstrap(attribute_facts(...))")
+    graph = scores.graph
+    ranking = scores.scores if selection == "signed" else scores.scores.abs()
+    if threshold is not None and selection == "threshold":
+        mask = graph.prune(graph.edges & (ranking >= threshold))
+    else:
+        n = number_of_edges(graph, size)
+        draw = _greedy if selection == "greedy" else top_edges
+        mask = _filled(graph, ranking, n, draw) if fill else graph.prune(draw(graph, ranking, n))
+        if fill and not mask.any():
+            raise MethodError(f"size {size!r} is {n} of {graph.n_edges} edges, too few for a path from input to logits")
+    provenance = {**scores.provenance, "selection": selection, "size": size, "threshold": threshold, "fill": fill}
+    return Circuit(graph, mask, scores.scores, provenance)
+
+
+def select_bootstrap(
+    fact_scores: FactScores,
+    n_resamples: int = 10,
+    seed: int = 0,
+    confidence: float = 0.95,
+    size: int | float | None = None,
+) -> Circuit:
+    """Every edge whose mean score over facts differs from 0 by a bootstrap interval, pruned; or the strongest ``size``.
+
+    After Nikankin et al. 2025 (arXiv:2510.25786), who keep the edges that agree over 10 resamples of the examples. Ten
+    draws hold no 2.5th percentile: their whole range is expected to cover only 9/11 = 82% of further draws. The
+    interval is therefore Student's: mean over all facts +- t(n_resamples - 1) times the standard deviation of the
+    resampled means (for 10 resamples t = 2.26, and that standard deviation is itself known to about 24%). It is an
+    interval per edge, not corrected for their number: of edges without any effect, 5% pass.
+
+    Args:
+        size: keep of those edges the strongest by |score|, a number of edges or a share of the graph, counted after
+            pruning; None keeps all.
+
+    Raises:
+        MethodError: fewer than two facts or resamples, a confidence out of range, or no path among the edges that pass.
+    """
+    n_facts, graph = len(fact_scores.scores), fact_scores.graph
+    if n_facts < 2 or n_resamples < 2:
+        raise MethodError(f"bootstrap needs at least 2 facts and 2 resamples, not {n_facts} and {n_resamples}")
+    if not 0 < confidence < 1:
+        raise MethodError(f"confidence is {confidence!r}; it must lie between 0 and 1, as 0.95")
+    check_selection("bootstrap", 1.0 if size is None else size)
+    scores = fact_scores.mean()
+    facts = np.random.default_rng(seed).integers(0, n_facts, (n_resamples, n_facts))
+    means = torch.stack([fact_scores.mean(draw.tolist()).scores for draw in facts])
+    half_width = means.std(0) * float(stats.t.ppf((1 + confidence) / 2, n_resamples - 1))
+    passing = graph.edges & (scores.scores.abs() > half_width)
+    n = graph.n_edges if size is None else number_of_edges(graph, size)
+    mask = _filled(graph, scores.scores.abs(), n, lambda g, ranking, k: top_edges(g, ranking, k) & passing)
+    if not mask.any():
+        raise MethodError(
+            f"no path from input to logits among the {int(passing.sum())} edges whose interval excludes 0, within size "
+            f"{size!r}: give more facts or a lower confidence"
+        )
+    provenance = {**scores.provenance, "selection": "bootstrap", "size": size, "confidence": confidence}
+    return Circuit(graph, mask, scores.scores, provenance | {"n_resamples": n_resamples, "seed": seed})
+
+
+def check_selection(selection: str, size: int | float = 0.005, threshold: float | None = None) -> None:
+    """Refuse what ``select`` or ``select_bootstrap`` would refuse, before anything is computed.
+
+    Raises:
+        MethodError: unknown selection, or a size or threshold out of range.
+    """
+    if selection not in SELECTIONS:
+        raise MethodError(f"unknown selection {selection!r}: use one of {', '.join(SELECTIONS)}")
+    if selection == "threshold" and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
+        raise MethodError(f"selection 'threshold' needs a threshold >= 0, not {threshold}")
+    is_number = isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size)
+    if not is_number or size < 0 or (size > 1 and size != int(size)):
+        raise MethodError(f"size {size!r}: give a whole number of edges, or a share between 0.0 and 1.0")
+
+
+def number_of_edges(graph: Graph, size: int | float) -> int:
+    """Edges meant by a size: a whole number of them, or, as a float up to 1.0, a share of the graph."""
+    share = isinstance(size, float) and size <= 1.0
+    n = int(size * graph.n_edges) if share else int(size)
+    if not 0 <= n <= graph.n_edges:
+        raise MethodError(f"size {size!r}: the graph has {graph.n_edges} edges; give a number up to that or a share")
+    return n
+
+
+def _filled(
+    graph: Graph,
+    ranking: Float[Tensor, "writer reader"],
+    n: int,
+    draw: Callable[[Graph, Tensor, int], Tensor],
+) -> Bool[Tensor, "writer reader"]:
+    """The largest pruned top-k circuit of at most n edges; its size grows with k, so k is found by bisection."""
+    low, high = n, graph.n_edges
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(graph.prune(draw(graph, ranking, middle)).sum()) <= n:
+            low = middle
+        else:
+            high = middle - 1
+    return graph.prune(draw(graph, ranking, low))
+
+
+@checked
+def top_edges(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:
+    """The n highest-ranked edges, unpruned; ties go to the earlier writer and reader."""
+    order = ranking.masked_fill(~graph.edges, -float("inf")).flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(graph.edges.numel(), dtype=torch.bool)
+    mask[order[:n]] = True
+    return mask.view_as(graph.edges)
+
+
+def random_circuit(graph: Graph, n_edges: int, seed: int) -> Circuit:
+    """A connected circuit of ``n_edges`` random edges, the null for a circuit of that size.
+
+    Edges are drawn uniformly from the graph, and each is joined to the circuit by random walks, down to the input and up
+    to the logits, until they meet a node that is already in it. So every edge lies on a path from the input to the
+    logits; edges drawn independently would be pruned to almost nothing, a null that is too easy. Its profile over
+    layers is close to the graph's. Where the last edges do not fit, a few are missing.
+    """
+    generator = random.Random(seed)
+    possible = graph.edges.nonzero().tolist()
+    readers_of = [graph.serves[row].nonzero()[:, 0].tolist() for row in range(len(graph.writers))]
+    owners_of = [graph.serves[:, column].nonzero()[:, 0].tolist() for column in range(len(graph.readers))]
+    last = len(graph.readers) - 1
+    mask = torch.zeros_like(graph.edges)
+    nodes, count = {0}, 0
+    for _ in range(1000 * max(n_edges, 1)):
+        if count == n_edges:
+            break
+        row, column = generator.choice(possible)
+        walk, fresh = [(row, column)], set()
+        while row not in nodes:  # down to the input
+            fresh.add(row)
+            reader = generator.choice(readers_of[row])
+            row = generator.randrange(graph.readers[reader].n_writers)
+            walk.append((row, reader))
+        while column != last:  # up to the logits
+            owner = generator.choice(owners_of[column])
+            if owner in nodes:
+                break
+            fresh.add(owner)
+            column = generator.choice(graph.edges[owner].nonzero()[:, 0].tolist())
+            walk.append((owner, column))
+        new = {edge for edge in walk if not mask[edge]}
+        if count + len(new) > n_edges:
+            continue
+        for edge in new:
+            mask[edge] = True
+        count += len(new)
+        nodes |= fresh
+    return Circuit(graph, mask, None, {"selection": "random", "size": n_edges, "seed": seed})
+
+
+def profile_null(circuit: Circuit, seed: int) -> Circuit:
+    """The circuit with its heads exchanged at random within every layer, the null for a circuit of that profile.
+
+    The exchange is a symmetry of the graph: key-value groups change places within a layer, and heads within their group
+    (in the ungrouped view every head has keys and values of its own and may take any place). So every writer's and
+    reader's layer and type, the number of edges between any two of them, and all connections stay; *which* heads do it
+    changes. Edges between input, MLPs and logits stay as they are, and by chance a head may keep its place.
+    """
+    graph = circuit.graph
+    generator = torch.Generator().manual_seed(seed)
+    group = graph.n_heads // graph.n_kv_readers
+    writers, readers = torch.arange(len(graph.writers)), torch.arange(len(graph.readers))
+    for layer in range(graph.n_layers):
+        groups = torch.randperm(graph.n_kv_readers, generator=generator)
+        within = torch.stack([torch.randperm(group, generator=generator) for _ in range(graph.n_kv_readers)])
+        heads = (groups[:, None] * group + within).flatten()
+        writers[graph.head_writers(layer)] = graph.head_writers(layer).start + heads
+        for kind, order in {"q": heads, "k": groups, "v": groups}.items():
+            columns = graph.reader_columns(layer, kind)
+            readers[columns] = columns.start + order
+    mask = circuit.mask[writers][:, readers]
+    return Circuit(graph, mask, None, {"selection": "profile null", "size": circuit.n_edges, "seed": seed})
+
+
+def _greedy(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:
+    mask = torch.zeros_like(graph.edges)
+    reached = torch.zeros(len(graph.readers), dtype=torch.bool)
+    frontier: list[tuple[float, int, int]] = []
+
+    def reach(column: int) -> None:
+        if not reached[column]:
+            reached[column] = True
+            for row in range(graph.readers[column].n_writers):
+                heapq.heappush(frontier, (-float(ranking[row, column]), row, column))
+
+    reach(len(graph.readers) - 1)
+    while frontier and n > 0:
+        _, row, column = heapq.heappop(frontier)
+        mask[row, column] = True
+        n -= 1
+        for feeding in graph.serves[row].nonzero()[:, 0].tolist():
+            reach(feeding)
+    return mask

@@ -1,0 +1,99 @@
+"""What single MLP neurons write: their direct contributions to the answer, and their value vectors in the vocabulary.
+
+An MLP's output is the sum of its neurons' values times their rows of W_out ("value vectors", Geva et al. 2021,
+arXiv:2012.14913, and 2022, arXiv:2203.14680), so a neuron's direct contribution to a logit is that product at the final
+norm's scale in the run. Where the model normalises the MLP's output (Gemma), the vector is scaled as the norm does it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.circuits.scoring.neurons import neuron_outputs
+from kc_lib.components.contributions import direct_contributions, direct_logits
+from kc_lib.errors import MethodError, checked
+from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.tasks.batches import Batch, TokenPair, batches
+
+
+@dataclass(frozen=True)
+class NeuronContributions:
+    """Neurons at the answer position: their values, and what each adds to a logit directly."""
+
+    values: Float[Tensor, "layer batch d_mlp"]
+    contributions: Float[Tensor, "layer batch d_mlp"]
+
+
+@torch.no_grad()
+@checked
+def neuron_contributions(
+    wiring: Wiring, batch: Batch, tokens: Int[Tensor, " batch"], against: Int[Tensor, " batch"] | None = None
+) -> NeuronContributions:
+    """What every neuron adds to one logit per example, or to its difference ``against`` another; see ``contributions.py``.
+
+    The contributions of a layer's neurons and of its output bias sum to the MLP's.
+
+    Raises:
+        ModelError: MLPs that are no sum over neurons, or of different widths.
+    """
+    rows = torch.arange(len(batch), device=wiring.device)
+    values = neuron_outputs(wiring, batch.clean)[:, rows, batch.answer_positions[:, 0]]
+    final = wiring.run(wiring.embed(batch.clean))[rows, batch.answer_positions[:, 0]]
+    scale = wiring.final_norm.scale(final)
+    contributions = torch.empty_like(values)
+    for layer, block in enumerate(wiring.blocks):
+        vectors = block.mlp_parts.W_out[:, None].expand(-1, len(batch), -1)
+        norm = block.mlp_post_norm
+        if norm is not None:
+            vectors = norm.weighted(norm.centre(vectors) * norm.scale(block.mlp_parts.write(values[layer])))
+        of_one = direct_contributions(wiring, vectors, scale, tokens, against)  # of a neuron of value 1
+        contributions[layer] = values[layer] * of_one.T
+    return NeuronContributions(values, contributions)
+
+
+def top_neurons(
+    model: TransformerBridge,
+    pairs: Sequence[TokenPair],
+    *,
+    n: int = 20,
+    k: int = 8,
+    against_distractor: bool = False,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """The n neurons that contribute most to the answer's logit (or its difference from the distractor's), over all layers.
+
+    Columns: layer, neuron, contribution (logits, mean over facts, at the answer position), value (the neuron's mean value
+    there), and ``tokens``, the k tokens that the neuron raises most where its value is positive, lowers most where negative.
+
+    Raises:
+        MethodError: n or k out of range.
+        ModelError: MLPs that are no sum over neurons.
+    """
+    wiring = wiring_of(model)
+    sums = []
+    for batch in batches(pairs, batch_size, device=wiring.device):
+        against = batch.distractors if against_distractor else None
+        of_batch = neuron_contributions(wiring, batch, batch.answers[:, 0], against)
+        sums.append(torch.stack([of_batch.contributions.sum(1), of_batch.values.sum(1)]))
+    mean, values = torch.stack(sums).sum(0) / len(pairs)
+    if not (1 <= n <= mean.numel() and 1 <= k <= wiring.W_U.shape[1]):
+        raise MethodError(f"n is {n} and k is {k}; the model has {mean.numel()} neurons and {wiring.W_U.shape[1]} tokens")
+    best = mean.flatten().topk(n)
+    rows = []
+    for size, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        layer, neuron = divmod(place, mean.shape[1])
+        held = float(values[layer, neuron])
+        vector = wiring.blocks[layer].mlp_parts.W_out[neuron]
+        scale = torch.ones(1, 1, device=wiring.device)
+        logits = direct_logits(wiring, vector[None] * (1.0 if held >= 0 else -1.0), scale)[0]
+        tokens = [str(model.tokenizer.decode([token])) for token in logits.topk(k).indices.tolist()]
+        rows.append((layer, neuron, size, held, " ".join(map(repr, tokens))))
+    return pd.DataFrame(rows, columns=["layer", "neuron", "contribution", "value", "tokens"])

@@ -1,0 +1,99 @@
+"""Name movers and negative name movers, by whether a head's W_V W_O copies names (Wang et al. 2023, arXiv:2211.00593).
+
+The stream after block 0 at a name's position goes through a head's norm, W_V and W_O, the final norm and the unembedding.
+The copy score is the share of (prompt, name) for which the name is among the five highest logits; with the sign of W_O
+flipped it is the negative copy score. A head counts above 10% (Tigges et al. 2024, arXiv:2407.10827). The score is one of
+weights: it says what a head does where it attends to a name, not whether it attends there (``inhibition.name_movers``).
+
+A prompt of the IOI task has three names: indirect object, first and second mention of the subject. Published code folds the
+head's norm into W_V and leaves its scale out; we apply the norm.
+
+The null is the same share for names that are not in that place: other names of the task, shuffled over the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.components.head_runs import copies_in_top
+from kc_lib.errors import MethodError
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
+from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.tasks.ioi import ioi_pairs
+from kc_lib.tasks.tokens import tokenizer_of
+
+THRESHOLD, TOP = 0.10, 5
+SHUFFLES = 200
+
+
+def name_mover_scores(model: TransformerBridge, **options: int) -> HeadScores:
+    """Share of names that a head copies; options and errors as in ``copy_scores``."""
+    return copy_scores(model, **options)["name_mover"]
+
+
+def negative_name_mover_scores(model: TransformerBridge, **options: int) -> HeadScores:
+    """Share of names that a head copies with W_O's sign flipped; options and errors as in ``copy_scores``."""
+    return copy_scores(model, **options)["negative_name_mover"]
+
+
+def copy_scores(model: TransformerBridge, *, n_prompts: int = 50, top: int = TOP, seed: int = 0) -> dict[str, HeadScores]:
+    """Both copy scores by name, from one pass over the heads; see the head of this file.
+
+    Raises:
+        TaskError: a tokenizer that splits almost every name.
+        ModelError: a model that is no decoder.
+    """
+    wiring, tokenizer = wiring_of(model), tokenizer_of(model)
+    if n_prompts < 1 or not 0 < top < int(model.cfg.d_vocab):
+        raise MethodError(f"n_prompts is {n_prompts} and top is {top}; both must be at least 1, top below the vocabulary")
+    pairs = ioi_pairs(tokenizer, n_prompts, seed)
+    resid, names = names_after_block_0(
+        wiring,
+        [tokenizer.encode(pair.clean) for pair in pairs],
+        [{tokenizer.answer("and", name)[0] for name in (pair.answer, str(pair.distractor))} for pair in pairs],
+    )
+    vocabulary, own = names.unique(return_inverse=True)
+    layers = [copies_in_top(wiring, layer, resid, vocabulary, top).cpu() for layer in range(wiring.n_layers)]
+    criterion = {"criterion": "above 10% (Tigges et al. 2024)", "null": "other names of the task, shuffled over the rows"}
+    provenance = provenance_of(model, n_prompts=n_prompts, top=top, n_names=len(names), seed=seed, **criterion)
+    result = {}
+    for found, name in zip(torch.stack(layers, 1), ("name_mover", "negative_name_mover"), strict=True):
+        scores = found[..., torch.arange(len(own)), own].float().mean(-1)
+        result[name] = head_scores(name, scores, THRESHOLD, _null(found, own, seed), provenance=provenance)
+    return result
+
+
+@torch.no_grad()
+def names_after_block_0(
+    wiring: Wiring, prompts: Sequence[Sequence[int]], names: Sequence[set[int]]
+) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, " row"]]:
+    """The stream after block 0 wherever a prompt has one of its names, and the name's token."""
+    rows, tokens = [], []
+    for prompt, wanted in zip(prompts, names, strict=True):
+        ids = torch.tensor(prompt, device=wiring.device)
+        after = wiring.run_block(0, wiring.embed(ids[None]))[0]
+        places = [place for place, token in enumerate(prompt) if token in wanted]
+        rows.append(after[places])
+        tokens.append(ids[places])
+    return torch.cat(rows), torch.cat(tokens)
+
+
+def _null(found: Bool[Tensor, "layer head row name"], own: Int[Tensor, " row"], seed: int) -> float:
+    """The 99th percentile, over shuffles, of the best head's score when every row asks for another row's name."""
+    own = own.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    n_rows = len(own)
+    best = []
+    for _ in range(SHUFFLES):
+        other = own[torch.randperm(n_rows, generator=generator)]
+        differs = other != own
+        if differs.any():
+            rows = torch.arange(n_rows)[differs]
+            best.append(found[..., rows, other[differs]].float().mean(-1).max())
+    return float(torch.stack(best).quantile(NULL_LEVEL)) if best else 0.0

@@ -1,0 +1,160 @@
+"""Path patching from heads to the queries of other heads (Wang et al. 2023, arXiv:2211.00593, section 3.1).
+
+Three runs make one measurement. The *other* prompts give what the sender would write there. A run of the clean prompts, in
+which every attention head is frozen at its clean output but the sender writes what it writes in the other prompts, gives the
+receivers' queries: the change reaches them through the stream and, as published, through the MLPs on the way. A last run
+of the clean prompts takes these queries for the receivers and is free everywhere else.
+
+Senders are measured as one batch. Only the positions from ``start`` on are patched, so only they are run again: what
+comes before is clean, and their keys and values are kept. Where outputs are normalised (Gemma), what a sender writes is its
+contribution, scaled by the norm as in the run it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kc_lib.components.head_runs import run_layers
+from kc_lib.errors import checked
+from kc_lib.residual.decoder import Wiring
+
+Head = tuple[int, int]  # layer, head
+SENDERS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The last position's logits of some tokens, and the receivers' attention from there, for every sender."""
+
+    logits: Float[Tensor, "sender batch token"]
+    attention: Float[Tensor, "sender receiver batch key"]
+
+
+@torch.no_grad()
+@checked
+def patch_queries(
+    wiring: Wiring,
+    clean: Int[Tensor, "batch pos"],
+    other: Int[Tensor, "batch pos"],
+    senders: Sequence[Head],
+    receivers: Sequence[Head],
+    tokens: Int[Tensor, " token"],
+    start: int,
+    through_mlps: bool = True,
+) -> Patched:
+    """Patch one sender -> queries of all receivers at a time, at the positions from ``start`` on.
+
+    A sender that is not below a receiver changes nothing of it. ``through_mlps=False`` leaves only the edge itself.
+    """
+    run = _clean_run(wiring, clean, start)
+    differences = _contributions(wiring, other, senders, start) - _contributions(wiring, clean, senders, start)
+    parts = []
+    for rows in torch.arange(len(senders)).split(SENDERS_AT_ONCE):
+        chosen = [senders[row] for row in rows]
+        queries = _frozen_queries(wiring, run, chosen, differences[rows], receivers, through_mlps)
+        parts.append(_free_run(wiring, run, queries, receivers, tokens))
+    return Patched(torch.cat([part.logits for part in parts]), torch.cat([part.attention for part in parts]))
+
+
+@dataclass(frozen=True)
+class _CleanRun:
+    """Streams of the positions that are run again, and the keys and values of those before them."""
+
+    resid_pre: list[Float[Tensor, "batch new d_model"]]
+    after_attention: list[Float[Tensor, "batch new d_model"]]
+    past: list[tuple[Tensor, Tensor]]
+
+
+def _clean_run(wiring: Wiring, tokens: Int[Tensor, "batch pos"], start: int) -> _CleanRun:
+    resid_pre, after, past = [], [], []
+    for layer in run_layers(wiring, tokens):
+        attention = wiring.blocks[layer.layer].attention
+        resid_pre.append(layer.resid_pre[:, start:])
+        after.append((layer.resid_pre + attention.output(layer.z))[:, start:])
+        keys = attention.project("k", attention.norm(layer.resid_pre[:, :start]))
+        past.append((keys, layer.values[:, :start]))
+    return _CleanRun(resid_pre, after, past)
+
+
+def _contributions(
+    wiring: Wiring, tokens: Int[Tensor, "batch pos"], heads: Sequence[Head], start: int
+) -> Float[Tensor, "head batch new d_model"]:
+    """What the named heads add to the stream from ``start`` on."""
+    found: dict[Head, Tensor] = {}
+    for run in run_layers(wiring, tokens):
+        attention = wiring.blocks[run.layer].attention
+        wanted = [head for layer, head in heads if layer == run.layer]
+        if wanted:
+            outputs = attention.contributions(attention.head_outputs(run.z[:, start:]))
+            found |= {(run.layer, head): outputs[head] for head in wanted}
+    return torch.stack([found[head] for head in heads])
+
+
+def _frozen_queries(
+    wiring: Wiring,
+    run: _CleanRun,
+    senders: Sequence[Head],
+    differences: Float[Tensor, "sender batch new d_model"],
+    receivers: Sequence[Head],
+    through_mlps: bool,
+) -> list[Float[Tensor, "sender batch new d_head"]]:
+    """The receivers' queries where all heads but the sender are frozen."""
+    layer_of = torch.tensor([layer for layer, _ in senders], device=differences.device)
+    change = torch.zeros_like(differences)
+    queries: dict[Head, Tensor] = {}
+    for layer in range(1 + max(layer for layer, _ in receivers)):
+        block = wiring.blocks[layer]
+        here = [head for at, head in receivers if at == layer]
+        if here:
+            stream = rearrange(run.resid_pre[layer] + change, "s b p d -> (s b) p d")
+            q = block.attention.project("q", block.attention.norm(stream))
+            of_senders = rearrange(q, "(s b) p h e -> s b p h e", s=len(senders))
+            queries |= {(layer, head): of_senders[..., head, :] for head in here}
+        before = change
+        change = torch.where((layer_of == layer)[:, None, None, None], differences, change)
+        if through_mlps:
+            mlp_input, seen = (run.resid_pre, before) if block.parallel else (run.after_attention, change)
+            clean = mlp_input[layer]
+            rows = (layer_of <= layer).nonzero()[:, 0]
+            out = block.mlp_output(block.mlp_norm(rearrange(clean + seen[rows], "s b p d -> (s b) p d")))
+            moved = rearrange(out, "(s b) p d -> s b p d", b=len(clean)) - block.mlp_output(block.mlp_norm(clean))
+            change = change.index_add(0, rows, moved)
+    return [queries[receiver] for receiver in receivers]
+
+
+def _free_run(
+    wiring: Wiring,
+    run: _CleanRun,
+    queries: Sequence[Float[Tensor, "sender batch new d_head"]],
+    receivers: Sequence[Head],
+    tokens: Int[Tensor, " token"],
+) -> Patched:
+    """The clean prompts with the receivers' queries given, from the lowest receiver up."""
+    n_senders = len(queries[0])
+    first = min(layer for layer, _ in receivers)
+    resid = run.resid_pre[first].repeat(n_senders, 1, 1)
+    attention_of: dict[Head, Tensor] = {}
+    for layer in range(first, wiring.n_layers):
+        block = wiring.blocks[layer]
+        attention = block.attention
+        x = attention.norm(resid)
+        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        here = [(i, head) for i, (at, head) in enumerate(receivers) if at == layer]
+        for i, head in here:
+            q[:, :, head] = rearrange(queries[i], "s b p e -> (s b) p e")
+        after_attention = resid + attention.output(attention.attend(q, k, v, run.past[layer]))
+        if here:
+            pattern = rearrange(attention.pattern(q, k, run.past[layer][0])[:, :, -1], "(s b) h k -> s h b k", s=n_senders)
+            attention_of |= {(layer, head): pattern[:, head] for _, head in here}
+        resid = after_attention + block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
+    logits = wiring.unembed(resid[:, -1], tokens=tokens.to(resid.device)).float()
+    return Patched(
+        rearrange(logits, "(s b) t -> s b t", s=n_senders),
+        torch.stack([attention_of[receiver] for receiver in receivers], 1).float(),
+    )

@@ -1,0 +1,103 @@
+"""Previous-token, duplicate-token and induction heads, by their attention on repeated random tokens.
+
+A sequence is n random tokens and the same n again. In the second half, a previous-token head attends one position back, a
+duplicate-token head to the token's first occurrence (n back) and an induction head to the token after it (n - 1 back): the
+score is the mean attention there (Olsson et al. 2022, arXiv:2209.11895; Tigges et al. 2024, arXiv:2407.10827).
+
+Published code takes whole diagonals. Ours are those of the second half, so that the query of an induction score has been
+seen before, and the three scores are means over the same queries. Tokens are drawn from the whole vocabulary but for the
+special tokens, without repetition inside a half; published code draws ids 100 to 20,000.
+
+None of the three was published with a criterion. Ours: more than half of the attention. Beside it stands what heads give
+to arbitrary offsets: the 99th percentile over all heads and all other offsets.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.components.head_runs import mean_pattern_by_offset
+from kc_lib.errors import MethodError
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
+from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.tasks.tokens import tokenizer_of
+
+THRESHOLD = 0.5
+
+
+def previous_token_scores(model: TransformerBridge, **options: int) -> HeadScores:
+    """Mean attention to the previous token; options and errors as in ``repeat_scores``."""
+    return repeat_scores(model, **options)["previous_token"]
+
+
+def duplicate_token_scores(model: TransformerBridge, **options: int) -> HeadScores:
+    """Mean attention to the earlier occurrence of the same token; options and errors as in ``repeat_scores``."""
+    return repeat_scores(model, **options)["duplicate_token"]
+
+
+def induction_scores(model: TransformerBridge, **options: int) -> HeadScores:
+    """Mean attention to the token after the earlier occurrence; options and errors as in ``repeat_scores``."""
+    return repeat_scores(model, **options)["induction"]
+
+
+def repeat_scores(
+    model: TransformerBridge, *, n_tokens: int = 100, n_sequences: int = 4, batch_size: int = 4, seed: int = 0
+) -> dict[str, HeadScores]:
+    """All three scores from one run, by name; see the head of this file.
+
+    Args:
+        n_tokens: length of a half; a sequence has twice as many, and BOS where the model wants it.
+
+    Raises:
+        MethodError: a context, or a vocabulary, too small for that many tokens.
+        ModelError: a model that is no decoder.
+    """
+    wiring = wiring_of(model)
+    tokens = repeated_tokens(model, n_tokens, n_sequences, seed).to(wiring.device)
+    first_query = tokens.shape[1] - n_tokens
+    parts = [
+        mean_pattern_by_offset(wiring, batch, first_query) * len(batch) / len(tokens) for batch in tokens.split(batch_size)
+    ]
+    by_offset = torch.stack(parts).sum(0)
+    offsets = {"previous_token": 1, "duplicate_token": n_tokens, "induction": n_tokens - 1}
+    others = [offset for offset in range(1, first_query) if offset not in offsets.values()]
+    null = float(by_offset[:, :, others].double().quantile(NULL_LEVEL)) if others else None
+    provenance = provenance_of(
+        model,
+        n_tokens=n_tokens,
+        n_sequences=n_sequences,
+        seed=seed,
+        criterion="more than half of the attention (ours)",
+        null="99th percentile over heads and offsets that mean nothing",
+    )
+    return {
+        name: head_scores(name, by_offset[:, :, offset], THRESHOLD, null, provenance=provenance)
+        for name, offset in offsets.items()
+    }
+
+
+def repeated_tokens(model: TransformerBridge, n_tokens: int, n_sequences: int, seed: int) -> Int[Tensor, "sequence pos"]:
+    """Random tokens twice over, after BOS where the model's tokenizer puts one."""
+    tokenizer = tokenizer_of(model)
+    bos = tokenizer.encode("")
+    n_context = int(model.cfg.n_ctx)
+    if n_tokens < 2 or n_sequences < 1:
+        raise MethodError(f"{n_tokens} tokens in {n_sequences} sequences are too few: use at least 2 tokens, 1 sequence")
+    if 2 * n_tokens + len(bos) > n_context:
+        raise MethodError(
+            f"a sequence of 2 x {n_tokens} random tokens does not fit into the model's context of {n_context}: use "
+            f"n_tokens={(n_context - len(bos)) // 2} or less"
+        )
+    n_words = min(int(model.cfg.d_vocab), len(tokenizer.inner))
+    special = set(tokenizer.inner.all_special_ids)
+    body = torch.tensor([token for token in range(n_words) if token not in special])
+    if len(body) < n_tokens:
+        raise MethodError(f"the vocabulary has {len(body)} tokens that are not special, fewer than n_tokens={n_tokens}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = [body[torch.randperm(len(body), generator=generator)[:n_tokens]] for _ in range(n_sequences)]
+    half = torch.stack(rows)
+    start = torch.tensor(bos, dtype=half.dtype).expand(n_sequences, len(bos))
+    return torch.cat([start, half, half], 1)

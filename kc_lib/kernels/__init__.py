@@ -1,1 +1,0 @@
-"""The computations everything else stands on: writer outputs, reader gradients, circuit runs, restarts from a layer."""

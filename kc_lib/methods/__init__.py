@@ -1,1 +1,0 @@
-"""Methods: functions ``(model, task, ...) -> result`` that say where a piece of knowledge is."""

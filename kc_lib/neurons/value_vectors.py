@@ -1,0 +1,142 @@
+"""Value vectors of MLP neurons, written in place and put back, and what a model with other ones answers.
+
+The value vector of a neuron is what it adds to the MLP's output per unit of its activation: a row of ``W_out`` (Dai et al.
+2022 write the transpose, and call it a column). An edit is made in the model's own memory, so that the model and its parts
+see it alike. What is put back is a copy of the bytes that were there: taking off what was added would leave rounding behind.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kc_lib.errors import MethodError, ModelError, checked
+from kc_lib.neurons.cloze_batches import Read, batches_by_length
+from kc_lib.residual.encoder import MlpWiring
+
+Neuron = tuple[int, int]  # layer, index in the layer
+Values = Mapping[Neuron, Float[Tensor, " d_model"]]
+
+
+@checked
+def value_vectors(wiring: MlpWiring, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron d_model"]:
+    """Copies of the neurons' value vectors."""
+    check_neurons(wiring, neurons)
+    rows = [wiring.parts(layer).W_out[neuron] for layer, neuron in neurons]
+    return torch.stack(rows) if rows else wiring.parts(0).W_out.new_zeros(0, wiring.W_U.shape[0])
+
+
+def check_neurons(wiring: MlpWiring, neurons: Sequence[Neuron]) -> None:
+    """Raise MethodError for a neuron that the model does not have."""
+    for layer, neuron in neurons:
+        if not (0 <= layer < wiring.n_layers and 0 <= neuron < wiring.parts(layer).W_out.shape[0]):
+            raise MethodError(
+                f"the model has no neuron {neuron} in layer {layer}: it has {wiring.n_layers} layers of "
+                f"{wiring.parts(0).W_out.shape[0]} neurons"
+            )
+
+
+@contextmanager
+def edited_values(wiring: MlpWiring, values: Values) -> Iterator[None]:
+    """The neurons have these value vectors inside; on exit, also by an exception, the weights are what they were to the bit.
+
+    Raises:
+        MethodError: a neuron that the model does not have, or a vector of another size.
+        ModelError: the value vectors are not the model's own memory, so that writing them would not change the model.
+    """
+    check_neurons(wiring, list(values))
+    width = wiring.W_U.shape[0]
+    wrong = [vector.shape for vector in values.values() if vector.shape != (width,)]
+    if wrong:
+        raise MethodError(f"a value vector has the shape {tuple(wrong[0])}; it must have ({width},)")
+    by_layer: dict[int, list[int]] = defaultdict(list)
+    for layer, neuron in values:
+        by_layer[layer].append(neuron)
+    tables = {layer: wiring.parts(layer).W_out for layer in by_layer}
+    _check_memory(wiring, tables)
+    before = {layer: tables[layer][neurons].clone() for layer, neurons in by_layer.items()}
+    try:
+        with torch.no_grad():
+            for layer, neurons in by_layer.items():
+                tables[layer][neurons] = torch.stack([values[layer, neuron] for neuron in neurons]).to(tables[layer])
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, neurons in by_layer.items():
+                tables[layer][neurons] = before[layer]
+
+
+def _check_memory(wiring: MlpWiring, tables: Mapping[int, Tensor]) -> None:
+    owned = {parameter.untyped_storage().data_ptr() for parameter in wiring.model.parameters()}
+    for layer, table in tables.items():
+        if table.untyped_storage().data_ptr() not in owned:
+            raise ModelError(
+                f"the value vectors of layer {layer} are a copy of the model's weights, so an edit would not reach it: load "
+                "the model with load_model, and without weights that are processed or quantised"
+            )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says at one position of every prompt: its first token, and of some tokens log probability and rank."""
+
+    predicted: Int[Tensor, " prompt"]
+    log_p: Float[Tensor, "prompt token"]
+    rank: Int[Tensor, "prompt token"]  # 1 for the most probable
+
+
+@torch.no_grad()
+def edited_answers(
+    wiring: MlpWiring,
+    prompts: Sequence[Read],
+    tokens: Int[Tensor, "prompt token"],
+    edits: Sequence[Values],
+    batch_size: int = 32,
+) -> list[Answers]:
+    """Answers of the model under each edit; an empty edit is the model itself.
+
+    The layers below an edit's lowest are run once for all edits.
+
+    Raises:
+        MethodError, ModelError: as ``edited_values``; MethodError also for logits that are no finite numbers.
+    """
+    firsts = [min((layer for layer, _ in edit), default=wiring.n_layers) for edit in edits]
+    n_prompts, n_tokens = tokens.shape
+    found = [
+        Answers(
+            torch.zeros(n_prompts, dtype=torch.long),
+            torch.zeros(n_prompts, n_tokens),
+            torch.zeros(n_prompts, n_tokens, dtype=torch.long),
+        )
+        for _ in edits
+    ]
+    for rows, batch, positions in batches_by_length(prompts, batch_size):
+        wanted = tokens[rows].to(wiring.device)
+        resid, layer, streams = wiring.embed(batch), 0, {}
+        for first in sorted(set(firsts)):
+            resid, layer = _run(wiring, resid, layer, first), first
+            streams[first] = resid
+        for edit, first, answers in zip(edits, firsts, found, strict=True):
+            with edited_values(wiring, edit):
+                final = _run(wiring, streams[first], first, wiring.n_layers)
+            logits = wiring.unembed(final[torch.arange(len(rows)), positions]).float()
+            if not logits.isfinite().all():  # ranks of what is no number would be 1
+                raise MethodError("the edited model's logits are no finite numbers: use dtype float32, or a smaller edit")
+            asked = logits.gather(1, wanted)
+            answers.predicted[rows] = logits.argmax(-1).cpu()
+            answers.log_p[rows] = logits.log_softmax(-1).gather(1, wanted).cpu()
+            answers.rank[rows] = (1 + (logits[:, None] > asked[:, :, None]).sum(-1)).cpu()
+    return found
+
+
+def _run(wiring: MlpWiring, resid: Float[Tensor, "batch pos d_model"], first: int, end: int) -> Tensor:
+    """The stream before layer ``end`` from that before layer ``first``."""
+    for layer in range(first, end):
+        resid = wiring.run_block(layer, resid)
+    return resid

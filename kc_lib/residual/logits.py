@@ -1,0 +1,46 @@
+"""Plain runs read at the answer, and the reference means that some interventions need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kc_lib.errors import checked
+from kc_lib.residual.activations import Means, mean_outputs, writer_outputs
+from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.prefix_cache import EMPTY, Context
+from kc_lib.tasks.batches import Batch, TokenPair, batches
+
+
+@torch.no_grad()
+@checked
+def full_logits(wiring: Wiring, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
+    """The whole model's logits at the answer positions of the clean prompts, in float32."""
+    final = wiring.run(wiring.embed(batch.clean)[:, context.start :], past=context.past)
+    return logits_at_answers(wiring, final, batch, context)
+
+
+def logits_at_answers(
+    wiring: Wiring, final: Float[Tensor, "batch pos d_model"], batch: Batch, context: Context = EMPTY
+) -> Float[Tensor, "batch answer vocab"]:
+    """The logits at the answer positions, in float32, from the final residual stream after the context."""
+    rows = torch.arange(len(batch), device=final.device)[:, None]
+    return wiring.unembed(final[rows, batch.answer_positions - context.start]).float()
+
+
+def reference_means(
+    wiring: Wiring,
+    intervention: str,
+    pairs: Sequence[TokenPair],
+    batch_size: int,
+    full_answer: bool = False,
+    outputs_of: Callable[..., Tensor] = writer_outputs,
+) -> Means | None:
+    """Means over the pairs' clean prompts where the intervention needs them, else None (``mean_outputs``)."""
+    if intervention not in ("mean", "positional_mean"):
+        return None
+    reference = batches(pairs, batch_size, full_answer, wiring.device)
+    return mean_outputs(wiring, reference, intervention == "positional_mean", outputs_of)

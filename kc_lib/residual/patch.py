@@ -1,0 +1,137 @@
+"""Restarting a run: change what a single reader sees, or what some writers write, and recompute only what lies above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from kc_lib.errors import checked
+from kc_lib.graph import Graph, Reader
+from kc_lib.residual.activations import Ablation, writer_outputs
+from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.logits import logits_at_answers
+from kc_lib.residual.prefix_cache import EMPTY, Context
+from kc_lib.tasks.batches import Batch
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A plain run's writer outputs and the stream before each block, last the final one."""
+
+    outputs: Float[Tensor, "writer batch pos d_model"]
+    streams: Float[Tensor, "layer batch pos d_model"]
+    context: Context
+
+
+@torch.no_grad()
+def clean_run(wiring: Wiring, graph: Graph, batch: Batch, context: Context = EMPTY) -> CleanRun:
+    """The clean prompts' writer outputs after the context, and the streams they sum to."""
+    outputs = writer_outputs(wiring, batch.clean, context)
+    streams = [
+        outputs[: graph.writers_before(layer)].sum(0) + wiring.bias_before[layer] for layer in range(graph.n_layers + 1)
+    ]
+    return CleanRun(outputs, torch.stack(streams), context)
+
+
+@torch.no_grad()
+@checked
+def patch_edges(
+    wiring: Wiring,
+    graph: Graph,
+    batch: Batch,
+    run: CleanRun,
+    ablation: Ablation,
+    reader: Reader,
+    writers: Sequence[int],
+) -> Float[Tensor, "edge batch answer vocab"]:
+    """Logits with one edge writer -> ``reader`` ablated at a time, everything else as in the full model.
+
+    All edges go through the blocks above the reader as one batch; nothing below it is computed again.
+    """
+    rows = list(writers)
+    change = ablation.outputs[rows] - run.outputs[rows]
+    n_edges, n_examples = len(rows), len(batch)
+    positions = (batch.answer_positions - run.context.start).repeat(n_edges, 1)
+    index = torch.arange(n_edges * n_examples, device=positions.device)[:, None]
+
+    def flat(x: Tensor) -> Tensor:
+        return rearrange(x.expand(n_edges, *x.shape[-3:]), "e b p d -> (e b) p d")
+
+    if reader.kind == "logits":
+        final = flat(run.streams[-1] + change)
+    else:
+        layer = reader.layer
+        block = wiring.blocks[layer]
+        attention = block.attention
+        before = flat(run.streams[layer])
+        heads = run.outputs[graph.head_writers(layer)]
+        after_attention = flat(run.streams[layer] + heads.sum(0) + attention.b_O)
+        mlp_input = before if block.parallel else after_attention
+        if reader.kind == "mlp":
+            seen = mlp_input + flat(change)
+        else:
+            after_attention = before + _attention_with(wiring, graph, reader, before, flat(change), run.context)
+            seen = before if block.parallel else after_attention
+        final = wiring.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.context.past)
+    logits = wiring.unembed(final[index, positions]).float()
+    return rearrange(logits, "(e b) a v -> e b a v", e=n_edges)
+
+
+@torch.no_grad()
+@checked
+def patch_writers(
+    wiring: Wiring, graph: Graph, batch: Batch, run: CleanRun, ablation: Ablation, writers: Sequence[int]
+) -> Float[Tensor, "batch answer vocab"]:
+    """Logits with all that some writers write ablated, in every later reader; the rest runs again from the first of them.
+
+    The same as running the circuit without the edges that leave these writers, at the cost of a plain run from there.
+    """
+    chosen = sorted(set(writers))
+    change = ablation.outputs
+    layers = [graph.layer_of_writer(writer) for writer in chosen if writer]
+    first = 0 if 0 in chosen else min(layers, default=graph.n_layers)
+    resid = run.streams[first]
+    if 0 in chosen:
+        resid = resid - run.outputs[0] + change[0]
+    for layer in range(first, graph.n_layers):
+        block, heads = wiring.blocks[layer], graph.head_writers(layer)
+        attention = block.attention
+        x = attention.norm(resid)
+        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        z = attention.attend(q, k, v, run.context.of_layer(layer))
+        after_attention = resid + attention.output(z)
+        own = [writer for writer in chosen if heads.start <= writer < heads.stop]
+        if own:
+            written = attention.contributions(attention.head_outputs(z))[[writer - heads.start for writer in own]]
+            after_attention = after_attention - (written - change[own]).sum(0)
+        out = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
+        resid = after_attention + (change[heads.stop] if heads.stop in chosen else out)
+    return logits_at_answers(wiring, resid, batch, run.context)
+
+
+def _attention_with(
+    wiring: Wiring, graph: Graph, reader: Reader, stream: Tensor, change: Tensor, context: Context
+) -> Tensor:
+    """The attention layer's write when one q, k or v reader sees ``stream + change`` and the others ``stream``."""
+    attention = wiring.blocks[reader.layer].attention
+    x, changed = attention.norm(stream), attention.norm(stream + change)
+    past = context.of_layer(reader.layer)
+    if past is not None:
+        past = (past[0].repeat_interleave(attention.group_size, 2), past[1].repeat_interleave(attention.group_size, 2))
+    projections = []
+    for kind in "qkv":
+        y = attention.project(kind, x)
+        weight, bias = attention.weights(kind)
+        n_readers = graph.n_heads if kind == "q" else graph.n_kv_readers
+        y = y.repeat_interleave(n_readers // weight.shape[0], dim=2)
+        if kind == reader.kind:
+            own = reader.index * weight.shape[0] // n_readers
+            y[:, :, reader.index] = changed @ weight[own] + bias[own]
+        projections.append(y.repeat_interleave(graph.n_heads // n_readers, dim=2))
+    q, k, v = projections
+    return attention.output(attention.attend(q, k, v, past))

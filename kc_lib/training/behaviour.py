@@ -1,0 +1,89 @@
+"""How well a model does a task, without any circuit: what every prompt gives, and means with intervals over prompts.
+
+Of a pair with sets of right and wrong tokens (``TokenPair``) every measure but the logit difference is of the sets. A rank
+is that of the best right token among all tokens that are not right. Ties count against the model throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.errors import MethodError
+from kc_lib.metrics import METRICS, is_right, right_rank
+from kc_lib.models.load import model_name
+from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.logits import full_logits
+from kc_lib.results import load_table, save_table
+from kc_lib.stats import resampled_means, with_interval
+from kc_lib.tasks.batches import TokenPair, batches
+
+BEHAVIOURS = {
+    "logit_difference": "logits",  # of answer and distractor
+    "probability_difference": "probability",  # p(right) - p(wrong)
+    "accuracy": "share of prompts",  # the first of right and wrong tokens is right
+    "rank_0_rate": "share of prompts",  # the first of all tokens is right
+    "mrr": "mean reciprocal rank",  # 1 / rank
+}
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """One row per prompt, one column per measure (``BEHAVIOURS``, with their units)."""
+
+    prompts: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_frame(self, seed: int = 0) -> pd.DataFrame:
+        """One row per measure: its unit, number of prompts, and mean with a 95% bootstrap interval over prompts."""
+        values = self.prompts[list(BEHAVIOURS)].to_numpy(dtype=float)
+        means, draws = values.mean(0), resampled_means(values, seed)
+        rows = []
+        for i, (name, unit) in enumerate(BEHAVIOURS.items()):
+            about = {"measure": name, "unit": unit, "n": len(values)}
+            rows.append(about | with_interval("value", means[i], draws[:, i]))
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the prompts as parquet, provenance in its metadata."""
+        return save_table(self.prompts, path, self.provenance)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Behaviour:
+        """Read what ``save`` wrote."""
+        return cls(*load_table(path))
+
+
+@torch.no_grad()
+def behaviour(model: TransformerBridge, pairs: Sequence[TokenPair], *, batch_size: int = 16) -> Behaviour:
+    """Every measure on the clean prompt of every pair; of answers of several tokens, on the first.
+
+    Raises:
+        MethodError: no pairs, or logits that are no finite numbers (they have no ranks).
+        ModelError: a model that is no decoder.
+    """
+    if not pairs:
+        raise MethodError("there are no prompts to measure a behaviour on: give the pairs of a split")
+    wiring, parts = wiring_of(model), []
+    for batch in batches(pairs, batch_size, device=wiring.device):
+        logits = full_logits(wiring, batch)
+        if not logits.isfinite().all():
+            raise MethodError("the model's logits are no finite numbers: use dtype float32, or another checkpoint")
+        found = {
+            "logit_difference": METRICS["logit_difference"](logits, batch),
+            "probability_difference": METRICS["probability_difference"](logits, batch),
+            "accuracy": is_right(logits, batch),
+            "rank": (rank := right_rank(logits, batch)),
+            "rank_0_rate": rank == 1,
+            "mrr": 1 / rank.double(),
+        }
+        parts.append(pd.DataFrame({name: values.cpu().numpy() for name, values in found.items()}))
+    prompts = pd.concat(parts, ignore_index=True)
+    prompts.insert(0, "prompt", [pair.text.get("clean", "") for pair in pairs])
+    return Behaviour(prompts, {"model": model_name(model), "n_prompts": len(pairs)})

@@ -1,0 +1,243 @@
+"""Component swap: what single heads and MLPs of a later checkpoint (the donor) do in an earlier one (the host).
+
+The task's metric, on the host with the donor's weights in one component's place, beside the host's and the donor's own
+(Tigges et al. 2024, arXiv:2407.10827). What is moved and what stays is said at the head of ``swapped.py``.
+
+The null is *another* component of the donor in the same place: a head of the same layer, or the MLP of another layer. The
+host loses the same component as in the swap and is given weights of the same age, so what the swap does beyond the
+nulls is owed to *which* component came in. A head of step 0, or none at all, would show only that the host misses its
+own. That a swap does nothing does not say that the head has learned nothing: it may need others that the host lacks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.errors import MethodError, ModelError, check_counts
+from kc_lib.graph import Graph
+from kc_lib.metrics import get_metric, is_right
+from kc_lib.models.load import model_name
+from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.logits import full_logits
+from kc_lib.stats import interval, resampled_means
+from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.training.drawn import DrawnTasks
+from kc_lib.training.measures import direct_rows
+from kc_lib.training.over_training import Measure, TrainingResult
+from kc_lib.training.rows import measured_row, measured_rows, metric_of
+from kc_lib.training.swapped import check_exchangeable, component_place
+from kc_lib.training.swapped_runs import Swap, swapped_logits
+
+SWAPPED = 6  # components, where none are named
+N_NULL = 3
+ACCURACY = "accuracy"
+NO_NULL = "the donor has no other component of the kind to put there"
+
+
+def swap_measure(
+    donor: TransformerBridge,
+    tasks: DrawnTasks,
+    components: int | Sequence[str] = SWAPPED,
+    *,
+    metric: str | None = None,
+    n_null: int = N_NULL,
+    batch_size: int = 64,
+) -> Measure:
+    """A measure for ``over_training`` in which every checkpoint is the host, and the donor stays in memory beside it.
+
+    Args:
+        components: heads and MLPs by name ("a3.h1", "m2"), or how many of ``strongest_heads`` of the donor.
+        metric: None takes the task's own.
+        n_null: components that are put in the same place, one at a time; as many as there are, where there are fewer.
+
+    Raises:
+        MethodError: a component that the donor does not have or that is named twice, none at all, an unknown metric, or a
+            number out of range.
+    """
+    check_counts(1, n_null=n_null, batch_size=batch_size)
+    if metric is not None:
+        get_metric(metric)
+    if isinstance(components, int):
+        components = strongest_heads(donor, tasks, components, metric=metric, batch_size=batch_size)
+    graph, named = wiring_of(donor).graph(), tuple(components)
+    if not named or len(set(named)) < len(named):
+        raise MethodError(f"components to swap are {' '.join(named) or 'none'}: name some, and each once")
+    for component in named:
+        component_place(graph, component)
+    return partial(swap_rows, donor=donor, components=named, metric=metric, n_null=n_null, batch_size=batch_size)
+
+
+def strongest_heads(
+    model: TransformerBridge, tasks: DrawnTasks, n: int = SWAPPED, *, metric: str | None = None, batch_size: int = 32
+) -> tuple[str, ...]:
+    """The heads with the largest direct effects, by absolute mean over draws: of every task the first, then the second, ...
+
+    Raises:
+        MethodError: n is no whole number, or not between 1 and the number of the model's heads.
+    """
+    check_counts(1, n=n)
+    graph = wiring_of(model).graph()
+    if n > graph.n_layers * graph.n_heads:
+        raise MethodError(f"{n} heads are asked for; the model has {graph.n_layers * graph.n_heads}")
+    effects = direct_rows(model, tasks, metric=metric, batch_size=batch_size)
+    means = effects.groupby(["task", "part"], sort=False)["value"].mean().abs()
+    ranked = [means[task].sort_values(ascending=False, kind="stable").index for task in tasks.names]
+    return tuple(dict.fromkeys(head for same_rank in zip(*ranked, strict=True) for head in same_rank))[:n]
+
+
+def swap_rows(
+    model: TransformerBridge,
+    tasks: DrawnTasks,
+    *,
+    donor: TransformerBridge,
+    components: Sequence[str],
+    metric: str | None = None,
+    n_null: int = N_NULL,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Every swap into ``model``, the host, on all prompts of every draw; the part is the component.
+
+    Quantities, beginning with the metric's name and with ``accuracy`` (share of prompts whose best right token beats all
+    wrong ones):
+
+    - ``..._host``, ``..._donor``: their own values, with 95% intervals over prompts;
+    - ``..._change``: swapped minus host on the same prompts, with its interval;
+    - ``..._null_change``: the same with other components of the donor in that place; their mean, lowest and highest.
+
+    Raises:
+        ModelError: host and donor are not of one shape.
+        MethodError: a component that they do not have.
+    """
+    host_wiring, donor_wiring = wiring_of(model), wiring_of(donor)
+    try:
+        check_exchangeable(host_wiring, donor_wiring)
+    except ModelError as error:
+        raise ModelError(f"{model_name(donor)} into {model_name(model)}: {error}") from error
+    graph, rows = host_wiring.graph(), []
+    for draw in tasks.draws:
+        nulls = {name: null_components(graph, name, n_null, draw.seed) for name in components}
+        swaps = [(name, source) for name in components for source in (name, *nulls[name])]
+        pairs = [*draw.task.discovery, *draw.task.test]
+        metric_name = metric_of(draw, metric)
+        found = _values(host_wiring, donor_wiring, swaps, pairs, metric_name, batch_size)
+        for of, values in zip((metric_name, ACCURACY), found, strict=True):
+            changes = values[:, 2:] - values[:, :1]
+            low, high = interval(resampled_means(np.concatenate([values[:, :2], changes], 1), draw.seed))
+            rows += [
+                measured_row(draw, f"{of}_{whose}", values[:, i].mean(), low[i], high[i])
+                for i, whose in enumerate(("host", "donor"))
+            ]
+            means = dict(zip(swaps, changes.mean(0), strict=True))
+            for component in components:
+                i, swap = 2 + swaps.index((component, component)), (component, component)
+                rows.append(measured_row(draw, f"{of}_change", means[swap], low[i], high[i], component))
+                others = [means[component, source] for source in nulls[component]]
+                if others:
+                    mean, least, most = float(np.mean(others)), min(others), max(others)
+                    rows.append(measured_row(draw, f"{of}_null_change", mean, least, most, component))
+                else:
+                    rows.append(measured_row(draw, f"{of}_null_change", part=component, note=NO_NULL))
+    return measured_rows(rows)
+
+
+def null_components(graph: Graph, component: str, n: int, seed: int = 0) -> list[str]:
+    """Other components that can take a component's place, drawn without replacement: heads of its layer, or other MLPs."""
+    layer, head = component_place(graph, component)
+    if head is None:
+        others = [f"m{other}" for other in range(graph.n_layers) if other != layer]
+    else:
+        others = [f"a{layer}.h{other}" for other in range(graph.n_heads) if other != head]
+    return random.Random(f"{seed} {component}").sample(others, min(n, len(others)))
+
+
+@torch.no_grad()
+def _values(
+    host: Wiring, donor: Wiring, swaps: Sequence[Swap], pairs: Sequence[TokenPair], metric: str, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The metric and whether it is right, of every prompt (row) in the host, the donor and every swap (columns)."""
+    parts = []
+    for batch in batches(pairs, batch_size, device=host.device):
+        runs = swapped_logits(host, donor, swaps, batch)
+        all_logits = (next(runs), full_logits(donor, batch), *runs)
+        found = [(get_metric(metric)(logits, batch), is_right(logits, batch)) for logits in all_logits]
+        parts.append(torch.stack([torch.stack([own.double() for own in both]) for both in found], -1).cpu().numpy())
+    values, right = np.concatenate(parts, 1)
+    return values, right
+
+
+def swap_changes(result: TrainingResult) -> pd.DataFrame:
+    """What every swap changed, over draws: one row per task, measured thing (``of``), part and step of the host.
+
+    Columns beside these: tokens; host, donor and change (means over draws); change_low and change_high (lowest and highest
+    draw); null (mean), null_low and null_high (lowest and highest of all nulls of all draws); n (draws); beats_nulls
+    (whether in every draw the change is above that draw's nulls, and its interval over prompts above 0).
+
+    Raises:
+        MethodError: no swaps in the result.
+    """
+    rows = result.of("swap")
+    if rows.empty:
+        raise MethodError("the result has no swaps: measure them as well (swaps.swap_measure)")
+    rows = rows.assign(**rows["quantity"].str.extract(r"^(?P<of>.+?)_(?P<what>host|donor|null_change|change)$"))
+    draw, ends = ["task", "of", "step", "seed"], {"value": "null", "low": "null_low", "high": "null_high"}
+    found = rows.loc[rows["what"] == "change", [*draw, "part", "tokens", "value", "low"]].rename(columns={"value": "change"})
+    null = rows.loc[rows["what"] == "null_change", [*draw, "part", *ends]].rename(columns=ends)
+    found = found.merge(null, on=[*draw, "part"])
+    for whose in ("host", "donor"):
+        own = rows.loc[rows["what"] == whose, [*draw, "value"]].rename(columns={"value": whose})
+        found = found.merge(own, on=draw)
+    found["beats_nulls"] = (found["change"] > found["null_high"]) & (found["low"] > 0)
+    return (
+        found.groupby(["task", "of", "part", "step"], sort=False)
+        .agg(
+            tokens=("tokens", "first"),
+            host=("host", "mean"),
+            donor=("donor", "mean"),
+            change=("change", "mean"),
+            change_low=("change", "min"),
+            change_high=("change", "max"),
+            null=("null", "mean"),
+            null_low=("null_low", "min"),
+            null_high=("null_high", "max"),
+            n=("change", "count"),
+            beats_nulls=("beats_nulls", "all"),
+        )
+        .reset_index()
+    )
+
+
+def strongest_swaps(result: TrainingResult) -> pd.DataFrame:
+    """Of every task and component the host in which the swap raises the metric most: that row of ``swap_changes``.
+
+    Raises:
+        MethodError: no swaps in the result.
+    """
+    found = swap_changes(result)
+    found = found[found["of"] != ACCURACY]
+    rows = found.loc[found.groupby(["task", "part"], sort=False)["change"].idxmax()]
+    return rows.drop(columns="tokens").reset_index(drop=True)
+
+
+def swap_sentence(result: TrainingResult) -> str:
+    """Per task how many swaps beat their nulls, and the one that raises the metric most, beside its nulls and the donor."""
+    found = swap_changes(result)
+    found = found[found["of"] != ACCURACY]
+    parts = []
+    for task, own in found.groupby("task", sort=False):
+        (row,) = own.nlargest(1, "change").to_dict("records")
+        word = "more" if row["beats_nulls"] else "not clearly more"
+        parts.append(
+            f"{task}: {own['beats_nulls'].sum()} of {len(own)} swaps raise it by more than every null in every draw; the "
+            f"largest rise is {row['change']:+.2f} [{row['change_low']:.2f}, {row['change_high']:.2f}], by {row['part']} at "
+            f"step {row['step']}, where {row['donor'] - row['host']:.2f} separate host and donor, {word} than other "
+            f"components in its place ({row['null']:+.2f} [{row['null_low']:.2f}, {row['null_high']:.2f}])"
+        )
+    return "**Swaps** of single components of the last checkpoint into each one. " + "; ".join(parts) + "."

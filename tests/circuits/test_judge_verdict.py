@@ -1,0 +1,202 @@
+"""The verdict follows from the figures, on made-up results on either side of every bar, and from a real judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import FOUND, SPLITS, SmallModel
+
+from kc_lib.circuits.attribution import attribute_facts
+from kc_lib.circuits.baselines import complements, kind_of, random_nulls
+from kc_lib.circuits.completeness import completeness
+from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
+from kc_lib.circuits.minimality import Minimality, minimality
+from kc_lib.circuits.selection import select
+from kc_lib.circuits.stability import Stability, resampled_circuits, stability
+from kc_lib.circuits.verdict import COLUMNS, verdict
+from kc_lib.metrics import METRICS
+
+FULL = np.array([4.0, 5.0, 6.0, 5.0])
+CRITERIA = [
+    "faithful",
+    "held-out",
+    "complete",
+    "minimal",
+    "stable",
+    "better than random",
+    "better than its heads shuffled",
+]
+
+
+def judged(
+    shares: Mapping[str, float], spread: float = 0.0, splits: tuple[str, ...] = ("discovery", "held_out")
+) -> Evaluation:
+    """Circuits with a given faithfulness on every fact, give or take ``spread`` on alternate facts."""
+    rows, summary = [], []
+    for split in splits:
+        for name, share in {"full": 1.0, "empty": 0.0, **shares}.items():
+            wobble = spread * np.array([1, -1, 1, -1]) if name not in ("full", "empty") else np.zeros(4)
+            value = FULL * (share + wobble)
+            rows.append(pd.DataFrame({"circuit": name, "split": split, "fact": range(4), "value": value}))
+            about = {"circuit": name, "kind": kind_of(name), "split": split, "n": 4}
+            ends = (share - spread, share + spread)
+            about |= {"faithfulness": share, "faithfulness_low": ends[0], "faithfulness_high": ends[1]}
+            summary.append(about)
+    return Evaluation(pd.DataFrame(summary), pd.concat(rows, ignore_index=True), METRICS["logit_difference"])
+
+
+def sampled(share: float, low: float, null: float) -> Minimality:
+    rows = [
+        {"split": split, "kind": kind, "share": value, "share_low": value + low - share, "share_high": value + share - low}
+        for split in ("discovery", "held_out")
+        for kind, value in {"circuit": share, "null": null}.items()
+    ]
+    return Minimality(pd.DataFrame(), pd.DataFrame(rows))
+
+
+def overlapping(value: float, n_facts: int | None) -> Stability:
+    pairs = pd.DataFrame({"a": "x", "b": "y", "against": "each other", "jaccard": [value - 0.1, value, value + 0.1]})
+    return Stability(pairs, n_facts)
+
+
+def nulls(n: int, share: float, kind: str = "null") -> dict[str, float]:
+    return {f"{kind} #{i + 1}": share for i in range(n)}
+
+
+def verdict_of(criterion: str, *results: object, **bars: float) -> tuple[str, str]:
+    row = verdict(*results, **bars).set_index("criterion").loc[criterion]
+    return row["verdict"], row["note"]
+
+
+@pytest.mark.parametrize(
+    ("share", "spread", "bars", "expected"),
+    [
+        (0.9, 0.05, {}, "yes"),
+        (0.82, 0.05, {}, "no"),  # the interval reaches below 0.8
+        (1.15, 0.1, {}, "no"),  # ... or above 1.2
+        (1.3, 0.0, {}, "no"),
+        (0.82, 0.05, {"faithful_within": 0.3}, "yes"),
+        (0.9, float("nan"), {}, "undefined"),
+        (float("nan"), 0.0, {}, "undefined"),
+    ],
+)
+def test_faithful_and_held_out(share: float, spread: float, bars: dict[str, float], expected: str) -> None:
+    for criterion in ("faithful", "held-out"):
+        assert verdict_of(criterion, judged({"circuit": share}, spread), **bars)[0] == expected
+
+
+def test_without_held_out_facts_there_is_no_verdict_on_them() -> None:
+    found = verdict(judged({"circuit": 0.9}, splits=("discovery",))).set_index("criterion")
+    assert found.loc["faithful", "verdict"] == "yes"
+    assert found.loc["held-out", "verdict"] == "undefined"
+    assert found.loc["held-out", "note"]
+    assert found.loc["complete", "split"] == "discovery"
+    assert verdict_of("faithful", judged({"circuit": 0.9}, splits=("held_out",)))[0] == "undefined"
+
+
+@pytest.mark.parametrize(
+    ("left", "spread", "bars", "expected"),
+    [
+        (0.1, 0.02, {}, "yes"),
+        (0.3, 0.02, {}, "no"),
+        (0.19, 0.1, {}, "no"),
+        (-0.5, 0.1, {}, "yes"),
+        (0.3, 0.02, {"complete_below": 0.5}, "yes"),
+    ],
+)
+def test_complete(left: float, spread: float, bars: dict[str, float], expected: str) -> None:
+    evaluation = judged({"circuit": 0.9, "without circuit": left, "without null #1": 0.7}, spread)
+    assert verdict_of("complete", evaluation, **bars)[0] == expected
+    row = verdict(evaluation).set_index("criterion").loc["complete"]
+    own = completeness(evaluation).query("circuit == 'circuit' and split == 'held_out'").iloc[0]
+    assert row[["figure", "low", "high"]].tolist() == pytest.approx(
+        own[["completeness", "completeness_low", "completeness_high"]].tolist()
+    )
+    assert row["null"] == pytest.approx(0.7)
+
+
+def test_complete_without_the_complement_is_not_measured() -> None:
+    assert verdict_of("complete", judged({"circuit": 0.9})) == ("undefined", "the circuit's complement was not run")
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "null", "bars", "expected"),
+    [
+        (0.9, 0.7, 0.1, {}, "yes"),
+        (0.6, 0.4, 0.1, {}, "no"),
+        (0.9, 0.7, 0.75, {}, "no"),  # random edges matter as often
+        (0.6, 0.4, 0.1, {"minimal_share": 0.3}, "yes"),
+        (0.9, 0.7, float("nan"), {}, "yes"),  # no edge to add
+        (float("nan"), 0.7, 0.1, {}, "undefined"),
+    ],
+)
+def test_minimal(share: float, low: float, null: float, bars: dict[str, float], expected: str) -> None:
+    assert verdict_of("minimal", judged({"circuit": 0.9}), sampled(share, low, null), **bars)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "n_facts", "bars", "expected"),
+    [
+        (0.85, 100, {}, "yes"),
+        (0.75, 100, {}, "no"),
+        (0.75, 24, {}, "no"),
+        (0.85, 99, {}, "undefined"),
+        (0.85, None, {}, "undefined"),
+        (0.85, 24, {"stable_facts": 20}, "yes"),
+        (0.75, 100, {"stable_from": 0.7}, "yes"),
+        (float("nan"), 100, {}, "undefined"),
+    ],
+)
+def test_stable(value: float, n_facts: int | None, bars: dict[str, float], expected: str) -> None:
+    assert verdict_of("stable", judged({"circuit": 0.9}), None, overlapping(value, n_facts), **bars)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kind"),
+    [("better than random", "null"), ("better than its heads shuffled", "profile null")],
+)
+def test_better_than_nulls(criterion: str, kind: str) -> None:
+    assert verdict_of(criterion, judged({"circuit": 0.9})) == ("undefined", "none drawn")
+    assert verdict_of(criterion, judged({"circuit": 0.9} | nulls(19, 0.5, kind)))[0] == "yes"
+    assert verdict_of(criterion, judged({"circuit": 0.9} | nulls(18, 0.5, kind)))[0] == "undefined"  # p = 1/19
+    assert "too few" in verdict_of(criterion, judged({"circuit": 0.9} | nulls(18, 0.5, kind)))[1]
+    beaten = nulls(40, 0.5, kind) | {f"{kind} #50": 0.95, f"{kind} #51": 0.96}
+    assert verdict_of(criterion, judged({"circuit": 0.9} | beaten))[0] == "no"  # p = 3/43
+    assert verdict_of(criterion, judged({"circuit": 0.9} | beaten), significance=0.1)[0] == "yes"
+    assert verdict_of(criterion, judged({"circuit": float("nan")} | nulls(19, 0.5, kind)))[0] == "undefined"
+    row = verdict(judged({"circuit": 0.9} | nulls(19, 0.5, kind))).set_index("criterion").loc[criterion]
+    assert (row["figure"], row["null"]) == pytest.approx((1 / 20, 0.5))
+
+
+def test_nothing_is_said_of_what_was_not_measured() -> None:
+    found = verdict(judged({"circuit": 0.9}))
+    assert list(found.columns) == COLUMNS
+    assert found["criterion"].tolist() == CRITERIA
+    assert found["verdict"].tolist() == ["yes", "yes", *["undefined"] * 5]
+    assert (found["note"][2:] != "").all()
+    assert (found["bar"] != "").all()
+
+
+def test_a_whole_judgement(small_model: SmallModel) -> None:
+    model = small_model("qwen2")
+    fact_scores = attribute_facts(model, FOUND, steps=2)
+    circuit = select(fact_scores.mean(), size=0.5)
+    named = {"mine": circuit} | random_nulls(circuit, 3) | random_nulls(circuit, 3, kind="profile")
+    evaluation = evaluate_circuits(model, named | complements(named), SPLITS)
+    removed = minimality(model, circuit, SPLITS, n=5)
+    resampled = stability(resampled_circuits(fact_scores, n=4, size=0.5), circuit)
+    found = verdict(evaluation, removed, resampled, circuit="mine").set_index("criterion")
+    for criterion, split in {"faithful": "discovery", "held-out": "held_out"}.items():
+        own = evaluation.row("mine", split)
+        columns = ["faithfulness", "faithfulness_low", "faithfulness_high"]
+        assert found.loc[criterion, ["figure", "low", "high"]].tolist() == own[columns].tolist()
+        drawn = [evaluation.row(f"null #{i}", split)["faithfulness"] for i in (1, 2, 3)]
+        assert found.loc[criterion, "null"] == pytest.approx(np.mean(drawn))
+    shares = removed.summary.query("split == 'held_out'").set_index("kind")
+    assert found.loc["minimal", "figure"] == shares.loc["circuit", "share"]
+    assert found.loc["minimal", "null"] == shares.loc["null", "share"]
+    assert found.loc["stable", "figure"] == resampled.summary["jaccard"][0]
+    assert set(found["verdict"]) <= {"yes", "no", "undefined"}
