@@ -42,7 +42,7 @@ class Metric:
         self,
         logits: Float[Tensor, "batch answer vocab"],
         batch: Batch,
-        reference: Float[Tensor, "batch answer vocab"] | None = None,
+        reference: Float[Tensor, "batch answer all_tokens"] | None = None,
     ) -> Float[Tensor, " batch"]:
         if self.needs_reference and reference is None:
             raise MethodError(f"metric {self.name!r} compares with the full model: give its logits as reference")

@@ -94,7 +94,7 @@ def head_scores(
     scores: Float[Tensor, "layer head"],
     threshold: float,
     null: float | None = None,
-    also: Bool[Tensor, "layer head"] | None = None,
+    also: Bool[Tensor, "layer #head"] | None = None,
     detail: Mapping[str, Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> HeadScores:

@@ -134,13 +134,13 @@ class Attention:
 
     def attend(
         self,
-        q: Float[Tensor, "batch pos head d_head"],
-        k: Float[Tensor, "batch pos kv d_head"],
-        v: Float[Tensor, "batch pos kv d_head"],
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch new kv d_head"],
+        v: Float[Tensor, "batch new kv d_head"],
         past: tuple[Float[Tensor, "rows past kv d_head"], Float[Tensor, "rows past kv d_head"]] | None = None,
         rules: BackwardRules = NATIVE,
         tree: Tree | None = None,
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    ) -> Float[Tensor, "batch query head d_head"]:
         """Head outputs z from queries, keys and values; keys and values may come per group or per query head.
 
         ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
@@ -157,12 +157,12 @@ class Attention:
 
     def pattern(
         self,
-        q: Float[Tensor, "batch pos head d_head"],
-        k: Float[Tensor, "batch pos kv d_head"],
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch new kv d_head"],
         past_keys: Float[Tensor, "rows past kv d_head"] | None = None,
         rules: BackwardRules = NATIVE,
         tree: Tree | None = None,
-    ) -> Float[Tensor, "batch head pos key"]:
+    ) -> Float[Tensor, "batch head query key"]:
         """Every head's attention from these positions to all keys; arguments as in ``attend``."""
         q, k, visible = self._placed(q, k, past_keys, rules, tree)
         # query heads that share keys and values are one matrix product with them, not one each with a copy
@@ -176,12 +176,14 @@ class Attention:
 
     def _placed(
         self,
-        q: Float[Tensor, "batch pos head d_head"],
-        k: Float[Tensor, "batch pos kv d_head"],
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch new kv d_head"],
         past_keys: Float[Tensor, "rows past kv d_head"] | None,
         rules: BackwardRules,
         tree: Tree | None,
-    ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch key kv d_head"], Bool[Tensor, "pos key"] | None]:
+    ) -> tuple[
+        Float[Tensor, "batch query head d_head"], Float[Tensor, "batch key kv d_head"], Bool[Tensor, "query key"] | None
+    ]:
         """Queries and keys of all positions as scores are made of them, normed and rotated, and what may attend to what."""
         n_new = q.shape[1]
         q, k = shared(q, rules.qk_share), shared(k, rules.qk_share)
@@ -202,8 +204,8 @@ class Attention:
         return q, k, _causal_mask(n_pos, self.window, q.device)[-n_new:]
 
     def mix(
-        self, pattern: Float[Tensor, "batch head pos key"], v: Float[Tensor, "batch key kv d_head"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+        self, pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key kv d_head"]
+    ) -> Float[Tensor, "batch query head d_head"]:
         """Head outputs z from patterns and values; values may come per group or per query head."""
         grouped = rearrange(pattern, "b (kv group) q k -> b kv group q k", kv=v.shape[2])
         return torch.einsum("bhgqk,bkhd->bqhgd", grouped, v).flatten(2, 3)

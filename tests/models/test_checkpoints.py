@@ -343,7 +343,8 @@ def test_a_training_goes_on_where_a_download_failed(hub: Hub, family: dict[str, 
 
 ELSEWHERE = """
 import sys
-from kc_lib.models import checkpoints_of, load_checkpoint, model_hash
+from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
+from kc_lib.models.load import model_hash
 for checkpoint in checkpoints_of(sys.argv[1], [8, 512]):
     print(checkpoint.name, model_hash(load_checkpoint(checkpoint, device="cpu", keep_files=False)))
 """

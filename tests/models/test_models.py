@@ -171,7 +171,7 @@ LOAD = """
 import json, sys, time
 import torch
 from kc_lib.errors import ModelError
-from kc_lib.models import load_model, model_hash, model_name
+from kc_lib.models.load import load_model, model_hash, model_name
 start = time.monotonic()
 try:
     model = load_model(sys.argv[1], revision=json.loads(sys.argv[2]), device="cpu")

@@ -65,10 +65,10 @@ class Heads:
 class Sums:
     """What some readers see: the ``edges`` from writers that change, on top of what is ``settled``."""
 
-    settled: Float[Tensor, "reader row d_model"]
+    settled: Float[Tensor, "reader needed d_model"]
     edges: EdgeSums
 
-    def of(self, outputs: Float[Tensor, "writer row trial d_model"]) -> Float[Tensor, "reader row trial d_model"]:
+    def of(self, outputs: Float[Tensor, "writer row trial d_model"]) -> Float[Tensor, "reader needed trial d_model"]:
         """What the readers see when the writers write this."""
         return self.edges.of(outputs).add_(self.settled[:, :, None])
 
