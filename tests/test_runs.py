@@ -15,11 +15,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import __version__, runs
 from kc_lib.errors import RunError
-from kc_lib.models.load import load_model, model_hash
+from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.runs import Run, catalogue, find_run, open_run, read_record
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import Task
@@ -59,7 +59,7 @@ def interrupted() -> Numbers:
 
 
 @pytest.fixture
-def model(small_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
+def model(small_model: Callable[[str], Model]) -> Model:
     return small_model("gpt2")
 
 
@@ -67,7 +67,7 @@ Opener = Callable[..., Run]
 
 
 @pytest.fixture
-def opener(model: TransformerBridge, tmp_path: Path) -> Opener:
+def opener(model: Model, tmp_path: Path) -> Opener:
     def open_with(parameters: Mapping[str, Any] = PARAMETERS, task: Task = TASK, experiment: str = "circuits") -> Run:
         return open_run(experiment, model, task, parameters, tmp_path / "out")
 
@@ -226,7 +226,7 @@ def test_a_spoiled_record_names_file_and_remedy(content: str | None, opener: Ope
         assert "delete the folder" in message
 
 
-def test_an_output_folder_that_cannot_be_written(model: TransformerBridge, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunError, match="--out") as error:
@@ -246,7 +246,7 @@ def test_the_output_folder_is_probed_without_a_trace(tmp_path: Path) -> None:
     assert list(root.iterdir()) == []
 
 
-def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: TransformerBridge) -> None:
+def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: Model) -> None:
     done = finished(opener())
     record = json.loads((done.folder / "run.json").read_text())
     assert record == read_record(done.folder)
@@ -254,7 +254,7 @@ def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: Trans
     assert record["experiment"] == "circuits"
     assert record["parameters"] == PARAMETERS
     assert record["seed"] == 3
-    assert record["model"]["hash"] == model_hash(model)
+    assert record["model"]["hash"] == model.hash
     assert record["model"]["name"].endswith("gpt2")
     assert "float32" in record["model"]["dtype"]
     assert record["task"] == {"name": "numbers", "hash": TASK.hash, "prepend_bos": True, "facts": 3, "known": 2, "used": 2}

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeTask
 from kc_lib.results import hash_of
 from kc_lib.tasks.facts import read_json
@@ -111,7 +110,7 @@ def own_sentences(
     task: ClozeTask,
     corpus: Sequence[str] = (),
     *,
-    model: TransformerBridge | None = None,
+    model: Model | None = None,
     n_random: int = 10,
     seed: int = 0,
 ) -> SentenceTask:
@@ -144,7 +143,7 @@ def own_sentences(
 
 
 def read_sentences(
-    model: TransformerBridge,
+    model: Model,
     sentences: Sequence[str],
     *,
     subject: str = "",

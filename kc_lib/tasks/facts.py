@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.results import hash_of
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import GENERATED, generated_pairs
@@ -88,7 +87,7 @@ class FactTask:
 
 def load_facts(
     name_or_path: str,
-    model: TransformerBridge,
+    model: Model,
     *,
     template: int = 0,
     reverse: bool = False,

@@ -40,11 +40,11 @@ def oracle(folder: Path, pairs: list[TokenPair], method: str, grouped: bool) -> 
 
 
 def kernel(model: object, pairs: list[TokenPair], using: BackwardRules, grouped: bool = True) -> Tensor:
-    wiring, batch = wiring_of(model), make_batch(pairs)
-    context = shared_context(wiring, batch, "patching")
-    ablated = ablation(wiring, "patching", batch, context=context)
+    decoder, batch = wiring_of(model), make_batch(pairs)
+    context = shared_context(decoder, batch, "patching")
+    ablated = ablation(decoder, "patching", batch, context=context)
     metric = METRICS["logit_difference"]
-    scores = edge_scores(wiring, wiring.graph(grouped), batch, metric, ablated, [1.0], context=context, rules=using)
+    scores = edge_scores(decoder, decoder.graph(grouped), batch, metric, ablated, [1.0], context=context, rules=using)
     return scores / len(pairs)
 
 
@@ -75,19 +75,19 @@ def test_scores_are_the_oracles(
     ids=lambda change: next(iter(change)),
 )
 def test_rules_change_gradients_and_no_value(small_model: SmallModel, kind: str, change: dict) -> None:
-    wiring, using = wiring_of(small_model(kind)), BackwardRules(**change)
+    decoder, using = wiring_of(small_model(kind)), BackwardRules(**change)
     tokens = make_batch(random_pairs(seed=22)).clean
-    resid = wiring.embed(tokens)
-    for layer, block in enumerate(wiring.blocks):
+    resid = decoder.embed(tokens)
+    for layer, block in enumerate(decoder.blocks):
         attention, x = block.attention, block.attention.norm(resid, using)
         assert torch.equal(x, block.attention.norm(resid))
         q, k, v = (attention.project(part, x) for part in "qkv")
         z = attention.attend(q, k, v, rules=using)
         assert relative_gap(attention.output(z, using), attention.output(attention.attend(q, k, v))) <= 1e-6
         assert relative_gap(block.mlp_output(x, using), block.mlp_output(x)) <= 1e-5
-        resid = wiring.run_block(layer, resid)
-    assert torch.equal(wiring.unembed(resid, using), wiring.unembed(resid))
-    gated = wiring.blocks[0].mlp_parts.W_gate is not None
+        resid = decoder.run_block(layer, resid)
+    assert torch.equal(decoder.unembed(resid, using), decoder.unembed(resid))
+    gated = decoder.blocks[0].mlp_parts.W_gate is not None
     gap = relative_gap(
         kernel(small_model(kind), random_pairs(seed=22), using), kernel(small_model(kind), random_pairs(seed=22), NATIVE)
     )
@@ -104,9 +104,9 @@ def test_the_secant_of_an_activation_at_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlps_in_parts_are_the_modules(small_model: SmallModel, kind: str) -> None:
-    wiring = wiring_of(small_model(kind))
-    x = torch.randn(2, 5, wiring.W_U.shape[0], generator=torch.Generator().manual_seed(0))
-    for block in wiring.blocks:
+    decoder = wiring_of(small_model(kind))
+    x = torch.randn(2, 5, decoder.W_U.shape[0], generator=torch.Generator().manual_seed(0))
+    for block in decoder.blocks:
         parts = block.mlp_parts
         assert relative_gap(parts(x), block.mlp(x)) <= 1e-6
         assert relative_gap(parts.neurons(x) @ parts.W_out + parts.b_out, block.mlp(x)) <= 1e-6
