@@ -256,7 +256,7 @@ def relative_gap(actual: Tensor, expected: Tensor) -> float:
 def native_logits(model: Model, tokens: Tensor, batch: Batch) -> Tensor:
     """The booted model's own logits at the answer positions."""
     with torch.no_grad():
-        return model(tokens)[torch.arange(len(batch))[:, None], batch.answer_positions]
+        return model.bridge(tokens)[torch.arange(len(batch))[:, None], batch.answer_positions]
 
 
 def random_edges(graph: Graph, per_kind: int, seed: int = 0) -> list[tuple[int, int]]:

@@ -143,7 +143,7 @@ def test_weights_make_another_run(small_folder: Callable[[str], Path], opener: O
     model = load_model(str(small_folder("gpt2")), device="cpu")
     assert open_run("circuits", model, TASK, PARAMETERS, tmp_path / "out").folder == first.folder
     with torch.no_grad():
-        next(iter(model.parameters())).view(-1)[0] += 0.01
+        next(iter(model.bridge.parameters())).view(-1)[0] += 0.01
     assert open_run("circuits", model, TASK, PARAMETERS, tmp_path / "out").folder != first.folder
 
 

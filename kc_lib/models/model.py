@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -44,15 +43,15 @@ class Model:
         Raises:
             ModelError: an architecture that TransformerLens cannot boot.
         """
+        name = name or hf_model.config.name_or_path or type(hf_model).__name__
         try:
-            with quiet(), tempfile.TemporaryDirectory() as folder:
-                hf_model.config.save_pretrained(folder)  # TransformerLens reads the config from a folder or the hub
+            with quiet():
                 bridge = TransformerBridge.boot_transformers(
-                    folder, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype, device=hf_model.device
+                    name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype, device=hf_model.device
                 )
         except Exception as error:  # TransformerLens and transformers raise whatever the architecture met
             raise ModelError(f"the {type(hf_model).__name__} cannot be booted: {first_line(error)}") from error
-        return cls(bridge, name or hf_model.config.name_or_path or type(hf_model).__name__)
+        return cls(bridge, name)
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")

@@ -253,7 +253,7 @@ def test_neurons_of_other_methods_and_models_are_refused(small_model: SmallModel
     with pytest.raises(MethodError, match="unknown method 'atp'"):
         attribute_neurons(model, pairs, "atp")
     with (
-        model.hooks(fwd_hooks=[("blocks.2.mlp.hook_out", lambda value, hook: 2 * value)]),
+        model.bridge.hooks(fwd_hooks=[("blocks.2.mlp.hook_out", lambda value, hook: 2 * value)]),
         pytest.raises(ModelError, match="MLP of layer 2"),
     ):
         attribute_neurons(model, pairs)

@@ -289,7 +289,7 @@ def test_ablated_heads_write_their_mean(small_model: SmallModel, kind: str) -> N
     for layer, head in heads:
         z = []
         for pair in pairs:
-            _, cache = model.run_with_cache(torch.tensor([pair.clean]))
+            _, cache = model.bridge.run_with_cache(torch.tensor([pair.clean]))
             z.append(cache[f"blocks.{layer}.attn.hook_z"][0].reshape(len(pair.clean), 4, 8)[:, head])
         means[layer, head] = torch.cat(z).mean(0)
 
@@ -305,7 +305,7 @@ def test_ablated_heads_write_their_mean(small_model: SmallModel, kind: str) -> N
 
     for i, pair in enumerate(pairs):
         hooks = [(f"blocks.{layer}.attn.hook_z", hook_of(layer)) for layer in (0, 2)]
-        logits = model.run_with_hooks(torch.tensor([pair.clean]), fwd_hooks=hooks)[0, -1]
+        logits = model.bridge.run_with_hooks(torch.tensor([pair.clean]), fwd_hooks=hooks)[0, -1]
         expected = logits.log_softmax(-1)[pair.answer[0]].item()
         assert found.values["heads"][i] == pytest.approx(expected, abs=1e-4)
 

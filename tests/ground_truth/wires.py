@@ -159,10 +159,8 @@ def boot(wires: Wires, name: str) -> Model:
     with torch.random.fork_rng(devices=[]):  # modules are initialised before they are overwritten; the caller's seed stays
         gpt2 = GPT2LMHeadModel(_config(len(wires.words), wires.d_model, wires.n_positions))
         gpt2.load_state_dict(wires.weights)
-        model = Model.boot_transformers(name, hf_model=gpt2, tokenizer=tokenizer, device="cpu")
-    model.eval()
-    model.requires_grad_(False)
-    model.cfg.kc_name = name
+        model = Model.from_hf(gpt2, tokenizer, name)
+    model.bridge.requires_grad_(False)
     return model
 
 

@@ -60,7 +60,7 @@ def test_scores_are_those_of_a_loop_over_heads_and_facts(small_model: SmallModel
 def test_promotion_is_the_heads_own_write(small_model: SmallModel, small_folder: SmallFolder) -> None:
     model, (pair, *_) = small_model("llama"), own_facts()
     with torch.no_grad():
-        _, cache = model.run_with_cache(torch.tensor([pair.clean]))
+        _, cache = model.bridge.run_with_cache(torch.tensor([pair.clean]))
     z = cache["blocks.2.attn.hook_z"].reshape(1, len(pair.clean), 4, 8)[0, -1, 1]
     hf = hf_model(small_folder("llama"))
     write = z @ hf.model.layers[2].self_attn.o_proj.weight[:, 8:16].T

@@ -272,7 +272,7 @@ def test_a_model_that_prefers_the_subject_is_refused() -> None:
     """The same model with all logits' signs flipped."""
     model = ioi_heads().model
     with torch.no_grad():
-        model.unembed.W_U.neg_()
+        model.bridge.unembed.W_U.neg_()
     with pytest.raises(MethodError, match="it prefers the subject"):
         s_inhibition_scores(model, name_movers=[(2, 1)], n_prompts=4)
 

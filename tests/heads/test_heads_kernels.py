@@ -36,7 +36,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 @every_kind
 def test_patterns_are_the_models_own(small_model: Models, kind: str) -> None:
     model, tokens = small_model(kind), draw(0, 2, 11)
-    _, cache = model.run_with_cache(tokens)
+    _, cache = model.bridge.run_with_cache(tokens)
     for run in run_layers(model.residual, tokens):
         torch.testing.assert_close(run.pattern, cache[f"blocks.{run.layer}.attn.hook_pattern"], atol=1e-5, rtol=0)
         torch.testing.assert_close(run.resid_pre, cache[f"blocks.{run.layer}.hook_resid_pre"], atol=1e-3, rtol=1e-4)
@@ -49,7 +49,7 @@ def test_repeat_scores_are_means_over_the_second_half(small_model: Models, kind:
     tokens = repeated_tokens(model, n, 3, 5)
     assert (tokens[:, -n:] == tokens[:, -2 * n : -n]).all()
     assert all(len(set(row[-n:].tolist())) == n for row in tokens)
-    _, cache = model.run_with_cache(tokens)
+    _, cache = model.bridge.run_with_cache(tokens)
     for layer, head in ((0, 0), (1, 3), (2, 2)):
         pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, head]
         n_pos = tokens.shape[1]
@@ -63,7 +63,7 @@ def test_detect_head_has_the_same_sums(small_model: Models) -> None:
     model, n = small_model("gpt2"), 9
     tokens = repeated_tokens(model, n, 1, 0)
     text = model.tokenizer.decode(tokens[0, -2 * n :])
-    assert model.to_tokens(text).tolist() == tokens.tolist()
+    assert model.bridge.to_tokens(text).tolist() == tokens.tolist()
     by_offset = mean_pattern_by_offset(model.residual, tokens, tokens.shape[1] - n)
     rows = n / tokens.shape[1]
     theirs = detect_head(model, text, "duplicate_token_head")
@@ -95,7 +95,7 @@ def test_names_in_the_top_are_those_of_the_models_own_readout(small_model: Model
     decoder = model.residual
     prompts = [tuple(row) for row in draw(2, 4, 9).tolist()]
     resid, tokens = names_after_block_0(decoder, prompts, [{prompt[3], prompt[7]} for prompt in prompts])
-    after = [model.run_with_cache(torch.tensor([prompt]))[1]["blocks.0.hook_resid_post"][0] for prompt in prompts]
+    after = [model.bridge.run_with_cache(torch.tensor([prompt]))[1]["blocks.0.hook_resid_post"][0] for prompt in prompts]
     torch.testing.assert_close(resid[:2], after[0][[3, 7]], atol=1e-4, rtol=1e-4)
     assert tokens[:2].tolist() == [prompts[0][3], prompts[0][7]]
     found = copies_in_top(decoder, 1, resid, tokens, 20)
@@ -114,8 +114,8 @@ def test_successor_choices_follow_the_first_mlp(small_model: Models, kind: str) 
     model = small_model(kind)
     decoder = model.residual
     words, targets = torch.tensor([5, 9, 30]), torch.tensor([6, 10, 31, 77])
-    block = model.blocks[0]
-    embedding = model.embed.W_E[words][:, None].detach()
+    block = model.bridge.blocks[0]
+    embedding = model.bridge.embed.W_E[words][:, None].detach()
     norm = getattr(block, "ln2", None) or block.ln1
     with torch.no_grad():
         seen = block.mlp(norm(embedding))
@@ -168,7 +168,7 @@ def test_cspa_keeps_every_source_at_share_one(small_model: Models) -> None:
 def test_means_are_those_of_what_heads_add(small_model: Models, kind: str) -> None:
     model = small_model(kind)
     text = draw(4, 3, 7)
-    _, cache = model.run_with_cache(text)
+    _, cache = model.bridge.run_with_cache(text)
     means = mean_head_outputs(model.residual, text.split(2))
     expected = sum(sum(oracle_result(model, cache, 1, 2, row, place)) for row in range(3) for place in range(1, 7)) / 18
     torch.testing.assert_close(means[1, 2].double(), expected, atol=1e-5, rtol=1e-4)
@@ -180,7 +180,7 @@ def test_means_are_those_of_what_heads_add(small_model: Models, kind: str) -> No
 def sender_difference(model: Model, clean: torch.Tensor, other: torch.Tensor, sender: tuple[int, int]) -> torch.Tensor:
     """From the caches of two runs, place by place."""
     rows = []
-    caches = [model.run_with_cache(tokens)[1] for tokens in (other, clean)]
+    caches = [model.bridge.run_with_cache(tokens)[1] for tokens in (other, clean)]
     for row in range(len(clean)):
         places = []
         for place in range(clean.shape[1]):
@@ -199,7 +199,7 @@ def test_path_patching_is_that_of_hooks(small_model: Models, kind: str, start: i
     senders, receivers = [(0, 1), (1, 2)], [(1, 0), (2, 1), (2, 3)]
     tokens = torch.tensor([4, 9, 120])
     patched = patch_queries(model.residual, clean, other, senders, receivers, tokens, start, through_mlps)
-    plain = model(clean)[:, -1, tokens]
+    plain = model.bridge(clean)[:, -1, tokens]
     assert (patched.logits - plain).abs().max() > 1e-3
     for i, sender in enumerate(senders):
         difference = sender_difference(model, clean, other, sender)
@@ -213,7 +213,7 @@ def test_path_patching_is_that_of_hooks(small_model: Models, kind: str, start: i
 def test_transformer_lens_agrees_where_it_is_said_to_be_exact(small_model: Models, kind: str) -> None:
     model = small_model(kind)
     clean, other = draw(6, 2, 9), draw(7, 2, 9)
-    caches = [model.run_with_cache(tokens)[1] for tokens in (other, clean)]
+    caches = [model.bridge.run_with_cache(tokens)[1] for tokens in (other, clean)]
 
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, -1, 5] - logits[:, -1, 7]).mean()
@@ -227,7 +227,7 @@ def test_transformer_lens_agrees_where_it_is_said_to_be_exact(small_model: Model
             theirs()
         return
     expected = theirs()
-    assert (expected[1:] - metric(model(clean))).abs().max() > 1e-3
+    assert (expected[1:] - metric(model.bridge(clean))).abs().max() > 1e-3
     for layer in (1, 2):
         for head in range(4):
             patched = patch_queries(model.residual, clean, other, [(0, 1)], [(layer, head)], torch.tensor([5, 7]), 0, False)
@@ -240,14 +240,14 @@ def test_a_sender_in_the_receivers_layer_changes_nothing(small_model: Models) ->
     clean, other = draw(6, 2, 9), draw(7, 2, 9)
     tokens = torch.tensor([4, 9])
     patched = patch_queries(model.residual, clean, other, [(1, 0), (2, 1)], [(1, 3)], tokens, 8)
-    torch.testing.assert_close(patched.logits[0], model(clean)[:, -1, tokens], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(patched.logits[0], model.bridge(clean)[:, -1, tokens], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(patched.logits[1], patched.logits[0])
 
 
 def test_oracle_results_are_the_writers_outputs(small_model: Models) -> None:
     """The oracle and the library agree on what a head adds under norms on outputs."""
     model, tokens = small_model("gemma2"), draw(6, 1, 5)
-    _, cache = model.run_with_cache(tokens)
+    _, cache = model.bridge.run_with_cache(tokens)
     decoder = model.residual
     outputs = writer_outputs(decoder, tokens)
     place = list(decoder.graph().writers).index("a1.h2")

@@ -109,7 +109,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def hash_of(folder: Path) -> str:
-    return model_hash(load_model(str(folder), device="cpu"))
+    return load_model(str(folder), device="cpu").hash
 
 
 def test_a_list_of_folders_keeps_its_order(family: dict[str, Path], tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_local_checkpoint_is_loaded_under_its_name(family: dict[str, Path]) ->
     assert model.hash == hash_of(family["step8"])
     assert model.hash != hash_of(family["step512"])
     assert model.name == str(family["step8"])
-    assert next(load_checkpoint(checkpoint, device="cpu", dtype="bfloat16").parameters()).dtype == torch.bfloat16
+    assert next(load_checkpoint(checkpoint, device="cpu", dtype="bfloat16").bridge.parameters()).dtype == torch.bfloat16
 
 
 def test_families_that_cannot_be(family: dict[str, Path], tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_hub_that_fails_for_a_while_is_asked_again(hub: Hub, family: dict[str,
     """Ours: the client gives up at a status such as 503; what it has is not asked for again."""
     faults = iter([("status", 503), ("status", 500)])
     hub.fault = lambda revision, asked: next(faults, None)
-    assert model_hash(load_checkpoint(at(8), device="cpu")) == hash_of(family["step8"])
+    assert load_checkpoint(at(8), device="cpu").hash == hash_of(family["step8"])
     assert len(hub.weights_asked("step8")) == 3
     assert len([asked for asked in hub.asked if asked.method == "GET" and asked.path.endswith("/tokenizer.json")]) == 1
 
@@ -314,7 +314,7 @@ def test_one_checkpoint_at_a_time_is_on_disk(hub: Hub, family: dict[str, Path], 
 
 def weights_sum(model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
     """A measure over training that reads the weights."""
-    total = sum(float(parameter.double().sum()) for parameter in model.parameters())
+    total = sum(float(parameter.double().sum()) for parameter in model.bridge.parameters())
     row = {"task": "", "seed": 0, "quantity": "weights", "part": "", "value": total, "note": ""}
     return pd.DataFrame([row]).reindex(columns=list(MEASURED))
 
@@ -389,7 +389,7 @@ def test_weights_in_one_format_are_fetched(hub: Hub, family: dict[str, Path], tm
     (both / "pytorch_model.bin").write_bytes(b"not to be fetched")
     (both / "modeling_own.py").write_text("raise SystemExit\n")
     hub.folders = {"step8": both}
-    assert model_hash(load_checkpoint(at(8), device="cpu")) == hash_of(family["step8"])
+    assert load_checkpoint(at(8), device="cpu").hash == hash_of(family["step8"])
     fetched = {asked.path.rpartition("/")[2] for asked in hub.asked if "/resolve/" in asked.path}
     assert "model.safetensors" in fetched
     assert not fetched & {"pytorch_model.bin", "modeling_own.py"}

@@ -17,7 +17,6 @@ from kc_lib.errors import ModelError
 from kc_lib.metrics import METRICS
 from kc_lib.residual.activations import ablation
 from kc_lib.residual.backward_rules import GIM, NATIVE, RELP, BackwardRules
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import TokenPair, make_batch
 
@@ -40,7 +39,7 @@ def oracle(folder: Path, pairs: list[TokenPair], method: str, grouped: bool) -> 
 
 
 def kernel(model: object, pairs: list[TokenPair], using: BackwardRules, grouped: bool = True) -> Tensor:
-    decoder, batch = wiring_of(model), make_batch(pairs)
+    decoder, batch = model.residual, make_batch(pairs)
     context = shared_context(decoder, batch, "patching")
     ablated = ablation(decoder, "patching", batch, context=context)
     metric = METRICS["logit_difference"]
@@ -75,7 +74,7 @@ def test_scores_are_the_oracles(
     ids=lambda change: next(iter(change)),
 )
 def test_rules_change_gradients_and_no_value(small_model: SmallModel, kind: str, change: dict) -> None:
-    decoder, using = wiring_of(small_model(kind)), BackwardRules(**change)
+    decoder, using = small_model(kind).residual, BackwardRules(**change)
     tokens = make_batch(random_pairs(seed=22)).clean
     resid = decoder.embed(tokens)
     for layer, block in enumerate(decoder.blocks):
@@ -104,7 +103,7 @@ def test_the_secant_of_an_activation_at_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlps_in_parts_are_the_modules(small_model: SmallModel, kind: str) -> None:
-    decoder = wiring_of(small_model(kind))
+    decoder = small_model(kind).residual
     x = torch.randn(2, 5, decoder.W_U.shape[0], generator=torch.Generator().manual_seed(0))
     for block in decoder.blocks:
         parts = block.mlp_parts
@@ -116,7 +115,7 @@ def test_an_mlp_that_is_more_than_its_parts_is_refused(small_model: SmallModel) 
     """As one with experts is, or one in which a user's hook acts; native methods go on."""
     model, pairs = small_model("llama"), random_pairs(seed=23)
     native = kernel(model, pairs, NATIVE)
-    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda value, hook: 2 * value)]):
+    with model.bridge.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda value, hook: 2 * value)]):
         assert relative_gap(kernel(model, pairs, NATIVE), native) > 0.01
         for using in (RELP, GIM):
             with pytest.raises(ModelError, match=r"MLP of layer 1 is not its weights and activation alone.*native"):

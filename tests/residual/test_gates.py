@@ -26,7 +26,6 @@ from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
 from kc_lib.residual.activations import INTERVENTIONS, ablation, writer_outputs
 from kc_lib.residual.decoder import Decoder, frozen
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.patch import clean_run, patch_edges
 from kc_lib.residual.prefix_cache import EMPTY, shared_context
@@ -42,7 +41,7 @@ def test_the_full_mask_is_the_model_and_the_empty_mask_the_corrupted_prompt(
     small_model: SmallModel, kind: str, grouped: bool, full_answer: bool
 ) -> None:
     model = small_model(kind)
-    decoder = wiring_of(model)
+    decoder = model.residual
     graph = decoder.graph(grouped)
     batch = make_batch(random_pairs(), full_answer)
     clean, corrupted = native_logits(model, batch.clean, batch), native_logits(model, batch.corrupted, batch)
@@ -64,7 +63,7 @@ def test_the_full_mask_is_the_model_under_every_intervention(
     small_model: SmallModel, kind: str, grouped: bool, intervention: str
 ) -> None:
     model, pairs = small_model(kind), random_pairs()
-    decoder = wiring_of(model)
+    decoder = model.residual
     graph = decoder.graph(grouped)
     batch = make_batch(pairs)
     context = shared_context(decoder, batch, intervention)
@@ -76,7 +75,7 @@ def test_the_full_mask_is_the_model_under_every_intervention(
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_the_context_ends_where_prompts_differ_or_the_answer_is_read(small_model: SmallModel, kind: str) -> None:
-    decoder = wiring_of(small_model(kind))
+    decoder = small_model(kind).residual
     graph = decoder.graph()
     first = TokenPair((1, 5, 6, 7), (1, 9, 6, 7), (8,), 10, {}, {})
     late = TokenPair((1, 5, 6, 7, 11), (1, 5, 6, 9, 11), (8,), 10, {}, {})
@@ -89,7 +88,7 @@ def test_the_context_ends_where_prompts_differ_or_the_answer_is_read(small_model
         ablated = ablation(decoder, "patching", batch, context=context)
         for mask, tokens in ((graph.edges, batch.clean), (torch.zeros_like(graph.edges), batch.corrupted)):
             logits = run_circuit(decoder, graph, mask, batch, ablated, context)
-            assert relative_gap(logits, native_logits(decoder.bridge, tokens, batch)) <= 1e-5
+            assert relative_gap(logits, native_logits(small_model(kind), tokens, batch)) <= 1e-5
 
 
 # --- edges -------------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def test_the_context_ends_where_prompts_differ_or_the_answer_is_read(small_model
 def test_one_removed_edge_is_that_edge_patched_with_hooks(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool
 ) -> None:
-    decoder, hf = wiring_of(small_model(kind)), hf_model(small_folder(kind))
+    decoder, hf = small_model(kind).residual, hf_model(small_folder(kind))
     check_single_edges(decoder, hf, grouped, make_batch(random_pairs()), random_edges(decoder.graph(grouped), 3))
 
 
@@ -136,7 +135,7 @@ def check_single_edges(
 def test_one_edge_ablated_by_other_values(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, intervention: str
 ) -> None:
-    decoder, hf, pairs = wiring_of(small_model(kind)), hf_model(small_folder(kind)), random_pairs()
+    decoder, hf, pairs = small_model(kind).residual, hf_model(small_folder(kind)), random_pairs()
     graph, batch = decoder.graph(), make_batch(pairs)
     means = reference_means(decoder, intervention, pairs, 2)
     ablated = ablation(decoder, intervention, batch, means)
@@ -164,7 +163,7 @@ def test_one_edge_ablated_by_other_values(
 def test_random_circuits_are_what_the_sums_written_out_give(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool, intervention: str, share: float
 ) -> None:
-    decoder, hf, pairs = wiring_of(small_model(kind)), hf_model(small_folder(kind)), random_pairs(seed=1)
+    decoder, hf, pairs = small_model(kind).residual, hf_model(small_folder(kind)), random_pairs(seed=1)
     graph, batch = decoder.graph(grouped), make_batch(pairs)
     clean = full_logits(decoder, batch)
     generator = torch.Generator().manual_seed(2)
@@ -187,7 +186,7 @@ def test_random_circuits_are_what_the_sums_written_out_give(
 @views
 def test_a_mask_and_its_pruned_mask_give_the_same_when_patching(small_model: SmallModel, kind: str, grouped: bool) -> None:
     """With values from a real run an edge that is on no path carries nothing; sparse masks leave most nodes out."""
-    decoder = wiring_of(small_model(kind))
+    decoder = small_model(kind).residual
     graph, batch = decoder.graph(grouped), make_batch(random_pairs(seed=3))
     ablated = ablation(decoder, "patching", batch)
     if kind.startswith("gemma"):
@@ -204,7 +203,7 @@ def test_a_mask_and_its_pruned_mask_give_the_same_when_patching(small_model: Sma
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_writer_outputs_are_the_oracles(small_model: SmallModel, small_folder: SmallFolder, kind: str) -> None:
-    decoder, hf, batch = wiring_of(small_model(kind)), hf_model(small_folder(kind)), make_batch(random_pairs())
+    decoder, hf, batch = small_model(kind).residual, hf_model(small_folder(kind)), make_batch(random_pairs())
     actual = writer_outputs(decoder, batch.clean)
     assert relative_gap(actual, patching.writer_outputs(hf, batch.clean)) <= 1e-5
     for row in (0, 1, 4, len(actual) - 1):
@@ -213,7 +212,7 @@ def test_writer_outputs_are_the_oracles(small_model: SmallModel, small_folder: S
 
 
 def test_means_leave_pads_out_and_count_every_token_once(small_model: SmallModel) -> None:
-    decoder, pairs = wiring_of(small_model("gpt2")), random_pairs()
+    decoder, pairs = small_model("gpt2").residual, random_pairs()
     each = [writer_outputs(decoder, torch.tensor([pair.clean]))[:, 0] for pair in pairs]
     means = reference_means(decoder, "mean", pairs, 3)
     assert means is not None
@@ -232,7 +231,7 @@ def test_means_leave_pads_out_and_count_every_token_once(small_model: SmallModel
 def test_architectures_without_a_sum_of_writers_are_refused(small_folder: SmallFolder, kind: str, why: str) -> None:
     model = load_model(str(small_folder(kind)), device="cpu")
     with pytest.raises(ModelError, match=why) as caught:
-        wiring_of(model)
+        _ = model.residual
     assert "\n" not in str(caught.value)
 
 
@@ -240,33 +239,33 @@ def test_architectures_without_a_sum_of_writers_are_refused(small_folder: SmallF
 def test_a_model_that_does_something_else_is_refused(small_folder: SmallFolder, part: str) -> None:
     """A forward pass whose weights do not tell what it does: its logits are not those of the sum of writers."""
     model = load_model(str(small_folder("llama")), device="cpu")
-    wiring_of(model)
-    block = model.blocks[1]
-    parts = {"attention": block.attn.o, "norm": block.ln2, "logits": model.unembed}
+    _ = model.residual
+    block = model.bridge.blocks[1]
+    parts = {"attention": block.attn.o, "norm": block.ln2, "logits": model.bridge.unembed}
     handle = parts[part].original_component.register_forward_hook(lambda _module, _arguments, output: 1.1 * output)
     with pytest.raises(ModelError, match="differ by"):
-        wiring_of(model)
+        _ = model.residual
     handle.remove()
-    wiring_of(model)
+    _ = model.residual
 
 
 def test_frozen_gives_gradient_flags_back_after_an_exception(small_folder: SmallFolder) -> None:
     model = load_model(str(small_folder("gpt2")), device="cpu")
-    trained = list(model.parameters())[::2]
+    trained = list(model.bridge.parameters())[::2]
     for parameter in trained:
         parameter.requires_grad_(True)
-    before = [parameter.requires_grad for parameter in model.parameters()]
+    before = [parameter.requires_grad for parameter in model.bridge.parameters()]
     assert any(before)
     assert not all(before)
 
     def fail_inside() -> None:
-        with frozen(model):
-            assert not any(parameter.requires_grad for parameter in model.parameters())
+        with frozen(model.bridge):
+            assert not any(parameter.requires_grad for parameter in model.bridge.parameters())
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
         fail_inside()
-    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert [parameter.requires_grad for parameter in model.bridge.parameters()] == before
 
 
 # --- the real model ----------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def test_frozen_gives_gradient_flags_back_after_an_exception(small_folder: Small
 
 @pytest.mark.slow
 def test_smollm2_passes_the_gates(smollm2: TransformerBridge) -> None:
-    decoder, hf = wiring_of(smollm2), hf_model(cached_smollm2())
+    decoder, hf = smollm2.residual, hf_model(cached_smollm2())
     batch = make_batch(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     clean, corrupted = native_logits(smollm2, batch.clean, batch), native_logits(smollm2, batch.corrupted, batch)
     context = shared_context(decoder, batch, "patching")

@@ -103,8 +103,8 @@ def test_nano_is_wired_and_read_without_bos_unless_asked() -> None:
     prompt = "The capital city of France is"
     without, asked = tokenizer_of(model).encode(prompt), tokenizer_of(model, prepend_bos=True).encode(prompt)
     assert asked == (model.tokenizer.bos_token_id, *without)
-    assert tuple(model.to_tokens(prompt)[0].tolist()) == without
-    assert tuple(model.to_tokens(prompt, prepend_bos=True)[0].tolist()) == asked
+    assert tuple(model.bridge.to_tokens(prompt)[0].tolist()) == without
+    assert tuple(model.bridge.to_tokens(prompt, prepend_bos=True)[0].tolist()) == asked
 
 
 def test_checkpoints_are_other_weights() -> None:

@@ -35,7 +35,7 @@ def random_fact(model: Model, n_tokens: int, subject: tuple[int, ...], seed: int
     rng = random.Random(seed)
     tokens = (1, *(rng.randrange(3, 200) for _ in range(n_tokens - 1)))
     with torch.no_grad():
-        answer = int(model(torch.tensor([tokens]))[0, -1].argmax())
+        answer = int(model.bridge(torch.tensor([tokens]))[0, -1].argmax())
     words = [f"w{token}" for token in tokens[1:]]
     text = {"prompt": " ".join(words), "subject": " ".join(words[i - 1] for i in subject), "answer": f"w{answer}"}
     return FactPrompt(tokens, subject, answer, text)

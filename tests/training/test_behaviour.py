@@ -103,7 +103,7 @@ def test_logits_that_are_no_numbers_have_no_ranks(small_folder: Callable[[str], 
     model = load_model(str(small_folder("neox")), device="cpu")
     pair = drawn_pairs(1)[0]
     with torch.no_grad():
-        model.embed.W_E[pair.clean[1]] = torch.nan
+        model.bridge.embed.W_E[pair.clean[1]] = torch.nan
     with pytest.raises(MethodError, match="no finite numbers"):
         behaviour(model, [pair])
 

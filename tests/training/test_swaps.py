@@ -214,7 +214,7 @@ def test_what_cannot_be_exchanged(folders: Callable[[str], list[Path]]) -> None:
         assert repr(name) in message
         assert "a2.h3" in message
     assert "MLP for an MLP" in refused(MethodError, swapped, host, donor, "m0", "a0.h1")
-    other = wiring_of(loaded(folders("neox"))[0])
+    other = loaded(folders("neox"))[0].residual
     assert "one training" in refused(ModelError, check_exchangeable, host, other)
     wide = wiring_of(load_model(str(folders("llama")[1]), device="cpu", dtype="float64"))
     message = refused(ModelError, check_exchangeable, host, wide)
@@ -320,7 +320,7 @@ def test_the_donor_into_itself_changes_nothing(nano: Model, drawn: DrawnTasks) -
 
 def test_weights_stay_when_a_swap_fails(nano: Model, drawn: DrawnTasks, monkeypatch: pytest.MonkeyPatch) -> None:
     host = load_checkpoint(checkpoints_of("nano")[-4], device="cpu")
-    before = [{name: p.clone() for name, p in model.named_parameters()} for model in (host, nano)]
+    before = [{name: p.clone() for name, p in model.bridge.named_parameters()} for model in (host, nano)]
     calls = []
 
     def fails(*args: object) -> Tensor:
@@ -332,7 +332,7 @@ def test_weights_stay_when_a_swap_fails(nano: Model, drawn: DrawnTasks, monkeypa
     monkeypatch.setattr("kc_lib.training.swaps.is_right", fails)
     assert "fails here" in refused(MethodError, swap_rows, host, drawn, donor=nano, components=("a3.h2", "m0"))
     for model, kept in zip((host, nano), before, strict=True):
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.bridge.named_parameters():
             assert torch.equal(parameter, kept[name])
 
 

@@ -428,7 +428,7 @@ def test_measures_that_cannot_be(options: Mapping[str, object], said: str) -> No
 def values_of_both(model: Model, pair: TokenPair) -> float:
     """What the clean prompt has over the corrupted one."""
     with torch.no_grad():
-        clean, corrupted = (model(torch.tensor([tokens]))[0, -1] for tokens in (pair.clean, pair.corrupted))
+        clean, corrupted = (model.bridge(torch.tensor([tokens]))[0, -1] for tokens in (pair.clean, pair.corrupted))
     return values_of(clean, pair) - values_of(corrupted, pair)
 
 
