@@ -17,11 +17,11 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from kc_lib.circuits.areas import areas
 from measure import timed
 from rich.console import Console
 
 from kc_lib.circuits.acdc.search import acdc
-from kc_lib.circuits.areas import areas
 from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.baselines import circuits_by_size
 from kc_lib.circuits.ensembles import ensemble

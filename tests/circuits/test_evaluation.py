@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from helpers import NAMED, SmallModel, native_logits, random_pairs
+from kc_lib.circuits.conclusion import conclusion, headline
 
 from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.baselines import SHARES, circuits_by_size, random_nulls
-from kc_lib.circuits.conclusion import conclusion, headline
 from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.scores import EdgeScores

@@ -11,18 +11,18 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from helpers import FOUND, SPLITS, SmallModel
-
 from kc_lib.circuits.areas import areas
+from kc_lib.circuits.minimality import Minimality, minimality
+from kc_lib.circuits.stability import Stability, jaccard_matrix, resampled_circuits, stability
+
 from kc_lib.circuits.attribution import attribute_facts
 from kc_lib.circuits.baselines import circuits_by_size, complements, random_nulls
 from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
 from kc_lib.circuits.figures_comparison import method_bars, overlap_figure, verdict_table
 from kc_lib.circuits.figures_judge import area_curves, completeness_figure, null_figure
 from kc_lib.circuits.figures_minimality import minimality_figure
-from kc_lib.circuits.minimality import Minimality, minimality
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.stability import Stability, jaccard_matrix, resampled_circuits, stability
 from kc_lib.circuits.verdict import verdict
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit

@@ -19,12 +19,12 @@ from helpers import (
     resamples,
     single_values,
 )
-
 from kc_lib.circuits.areas import areas
-from kc_lib.circuits.baselines import complement, complements, kind_of, random_nulls, ranking_of
 from kc_lib.circuits.completeness import completeness
-from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits, metric_values
 from kc_lib.circuits.faithfulness import faithfulness_of
+
+from kc_lib.circuits.baselines import complement, complements, kind_of, random_nulls, ranking_of
+from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits, metric_values
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from helpers import FOUND, HELD_OUT, SPLITS, SmallModel, faithful, resamples, single_values
+from kc_lib.circuits.minimality import Minimality, edges_between_nodes, minimality
 
 from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.minimality import Minimality, edges_between_nodes, minimality
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph

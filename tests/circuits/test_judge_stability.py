@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kc_lib.circuits.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
+from kc_lib.circuits.truth import edge_auroc, recovery
 
 from kc_lib.circuits.scores import EdgeScores, FactScores
 from kc_lib.circuits.selection import random_circuit, select, select_bootstrap
-from kc_lib.circuits.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
-from kc_lib.circuits.truth import edge_auroc, recovery
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 

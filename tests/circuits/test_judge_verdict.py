@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import FOUND, SPLITS, SmallModel
+from kc_lib.circuits.completeness import completeness
+from kc_lib.circuits.minimality import Minimality, minimality
+from kc_lib.circuits.stability import Stability, resampled_circuits, stability
 
 from kc_lib.circuits.attribution import attribute_facts
 from kc_lib.circuits.baselines import complements, kind_of, random_nulls
-from kc_lib.circuits.completeness import completeness
 from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
-from kc_lib.circuits.minimality import Minimality, minimality
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.stability import Stability, resampled_circuits, stability
 from kc_lib.circuits.verdict import COLUMNS, verdict
 from kc_lib.metrics import METRICS
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from ground_truth.circuits import HAND_WIRED, HandWired, hand_wired
 from jaxtyping import Bool
+from kc_lib.circuits.truth import edge_auroc
 from torch import Tensor
 
 from kc_lib.circuits.acdc.search import acdc
 from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.selection import top_edges
-from kc_lib.circuits.truth import edge_auroc
 
 PAGE = Path(__file__).parents[2] / "docs" / "ground_truth.md"
 N_TRUE = {"induction": 5, "saturated": 5, "fact": 3, "cancelling": 3, "redundant": 6}
