@@ -280,12 +280,6 @@ def undefined_on(splits: Sequence[str]) -> str:
     return f"undefined on {', '.join(map(shown_split, splits))}" if splits else ""
 
 
-def marks(text: Sequence[str], colour: Any, symbol: str = "circle", size: int = 8, opacity: float = 1.0) -> dict[str, Any]:
-    """Markers that say ``text`` on hover."""
-    marker = {"color": colour, "symbol": symbol, "size": size, "opacity": opacity}
-    return {"mode": "markers", "marker": marker, "hovertext": text, "hovertemplate": "%{hovertext}<extra></extra>"}
-
-
 def whiskers(rows: Iterable[Row], name: str) -> dict[str, Any]:
     """Error bars of a figure with an interval (columns name, name_low, name_high); of no length where there is none."""
     ends = [[row.get(f"{name}{end}", float("nan")) for end in ENDS] for row in rows]
