@@ -67,7 +67,7 @@ def completeness(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
         faithfulness = faithfulness_of(values, seed)
         for name, circuit in group[["circuit", "of"]].itertuples(index=False):
             (estimate,), draws = faithfulness.of(name)
-            row = {"circuit": circuit, **kinds.get(circuit, {"kind": "circuit", "of": ""}), "split": split, "n": len(values)}
+            row: dict[Any, Any] = {"circuit": circuit, **kinds.get(circuit, {"kind": "circuit", "of": ""}), "split": split, "n": len(values)}
             row |= with_interval("completeness", estimate, draws[:, 0])
             rows.append(row | with_interval("necessity", 1 - estimate, 1 - draws[:, 0]))
     return pd.DataFrame(rows)

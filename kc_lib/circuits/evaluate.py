@@ -34,25 +34,14 @@ from kc_lib.results import Result, load_table, save_table
 from kc_lib.stats import MINIMAL_EFFECT, resampled_means, with_interval
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 
-MEASURED = [
-    "value",
-    "faithfulness",
-    "faithfulness_low",
-    "faithfulness_high",
-    "hit_at_10",
-    "rank_median",
-    "probability",
-    "kl",
-]
-
 
 @dataclass(frozen=True)
 class Evaluation(Result):
     """What every circuit gives on every split.
 
-    ``table`` has one row per circuit and split: what the circuit is (``Labelled``), n_edges, share (of the graph's edges), n
-    (facts), the means over facts of value (of the metric), probability and kl, Hit@10, the median rank, and faithfulness with
-    its 95% interval. ``examples`` has one row per circuit, split and fact: value, probability, rank, kl.
+    ``table`` has one row per circuit and split: what the circuit is (``Labelled``), n_edges, share (of the graph's edges),
+    n (facts), the means over facts of value (of the metric), probability and kl, Hit@10, the median rank, and faithfulness
+    with its 95% interval. ``examples`` has one row per circuit, split and fact: value, probability, rank, kl.
     """
 
     table: pd.DataFrame
@@ -70,8 +59,9 @@ class Evaluation(Result):
         drawn = rows["draw"] > 0
         ends = {end: rows[end].mask(drawn, rows["faithfulness"]) for end in ("faithfulness_low", "faithfulness_high")}
         named = rows.assign(circuit=rows["circuit"].mask(drawn, rows["kind"] + "s of " + rows["of"]), **ends)
-        how = {"draw": "max", "n_edges": "max", "n": "max"} | dict.fromkeys(MEASURED, "mean")
+        how = {"draw": "max", "n_edges": "max", "n": "max", "value": "mean", "faithfulness": "mean"}
         how |= {"faithfulness_low": "min", "faithfulness_high": "max"}
+        how |= dict.fromkeys(("hit_at_10", "rank_median", "probability", "kl"), "mean")
         means = named.groupby(["split", "circuit"], sort=False).agg(how).reset_index()
         return means.rename(columns={"draw": "draws"})
 

@@ -83,7 +83,7 @@ def areas(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
                 "cmd": trapezoid(np.abs(1 - heights), shares),
                 "log_area": trapezoid(heights, logs) / (logs[-1] - logs[0]),
             }
-            row = name | {"split": split, "n": len(values), "n_sizes": len(shares), "smallest": shares[0]}
+            row: dict[Any, Any] = name | {"split": split, "n": len(values), "n_sizes": len(shares), "smallest": shares[0]}
             for area, drawn in measured.items():
                 row |= with_interval(area, drawn[0], drawn[1:])
             rows.append(row)

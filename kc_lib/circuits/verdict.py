@@ -63,14 +63,14 @@ def verdict(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _row(criterion: str, split: str, measure: str, bar: str, **found: float | str) -> Row:
+def _row(criterion: str, split: str, measure: str, bar: str, **found: Any) -> Row:
     """A row without a verdict yet; what is not found is not measured."""
     nothing: Row = dict.fromkeys(("figure", "low", "high", "baseline"), float("nan"))
     about = {"criterion": criterion, "split": split, "measure": measure, "bar": bar, "verdict": "undefined"}
     return nothing | about | {"note": ""} | found
 
 
-def _measured(row: pd.Series, name: str, baseline: float) -> dict[str, float]:
+def _measured(row: pd.Series, name: str, baseline: float) -> dict[str, Any]:
     """A figure of a table with its interval, beside its baseline."""
     return {"figure": row[name], "low": float(row[f"{name}_low"]), "high": float(row[f"{name}_high"]), "baseline": baseline}
 
