@@ -60,14 +60,15 @@ def completeness(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
     complements = table[table["kind"] == "complement"]
     if complements.empty:
         raise MethodError("no complement was evaluated: give evaluate circuits | complements(circuits)")
-    kinds = table.drop_duplicates("circuit").set_index("circuit")[["kind", "of"]].to_dict("index")
+    kinds = {name: (kind, of) for name, kind, of in table[["circuit", "kind", "of"]].itertuples(index=False)}
     rows = []
     for split, group in complements.groupby("split", sort=False):
         values = evaluation.values(str(split))
         faithfulness = faithfulness_of(values, seed)
         for name, circuit in group[["circuit", "of"]].itertuples(index=False):
             (estimate,), draws = faithfulness.of(name)
-            row: dict[Any, Any] = {"circuit": circuit, **kinds.get(circuit, {"kind": "circuit", "of": ""}), "split": split, "n": len(values)}
+            kind, of = kinds.get(circuit, ("circuit", ""))
+            row = {"circuit": circuit, "kind": kind, "of": of, "split": split, "n": len(values)}
             row |= with_interval("completeness", estimate, draws[:, 0])
             rows.append(row | with_interval("necessity", 1 - estimate, 1 - draws[:, 0]))
     return pd.DataFrame(rows)
@@ -125,7 +126,7 @@ def minimality(
     for kind, mask in masks.items():
         positions = _sample(mask, n, generator)
         ends = [(graph.writers[row], graph.readers[column].name) for row, column in positions]
-        frame = pd.DataFrame(ends, columns=["writer", "reader"], dtype=object)
+        frame = pd.DataFrame(ends, columns=["writer", "reader"], dtype="str")
         sampled[kind] = frame.assign(kind=kind, edge=frame["writer"] + "->" + frame["reader"])
         for edge, position in zip(sampled[kind]["edge"], positions, strict=True):
             changed = circuit.mask.clone()

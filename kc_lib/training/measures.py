@@ -23,12 +23,13 @@ import pandas as pd
 
 from kc_lib.circuits.attribution import attribute_facts
 from kc_lib.circuits.baselines import complement, random_baselines
+from kc_lib.circuits.criteria import jaccard, resampled_circuits
 from kc_lib.circuits.evaluate import evaluate, metric_values
+from kc_lib.circuits.evaluation_options import RANKINGS
 from kc_lib.circuits.options import check_attribution
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.circuits.sizes import smallest_faithful
-from kc_lib.circuits.criteria import jaccard, resampled_circuits
 from kc_lib.errors import MethodError, check_counts
 from kc_lib.graph import Circuit
 from kc_lib.heads.general import check_scores, general_head_scores

@@ -8,11 +8,12 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.circuits.evaluate import Evaluation
 from kc_lib.circuits.evaluation_figures import PANELS, comparison_bars, faithfulness_figure
 from kc_lib.circuits.figures import circuit_graph, score_distribution, top_edges_table, top_nodes_table
 from kc_lib.circuits.scores import EdgeScores
-from kc_lib.circuits.selection import random_circuit, top_edges
+from kc_lib.circuits.selection import top_edges
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.metrics import METRICS

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from ground_truth.circuits import HAND_WIRED, HandWired, hand_wired
+from ground_truth.known_circuit import edge_auroc
 from jaxtyping import Bool
-from kc_lib.circuits.truth import edge_auroc
 from torch import Tensor
 
 from kc_lib.circuits.acdc.search import acdc

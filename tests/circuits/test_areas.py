@@ -19,14 +19,13 @@ from helpers import (
     resamples,
     single_values,
 )
-from kc_lib.circuits.areas import areas
-from kc_lib.circuits.completeness import completeness
-from kc_lib.circuits.faithfulness import faithfulness_of
 
-from kc_lib.circuits.baselines import complement, complements, kind_of, random_nulls, ranking_of
-from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits, metric_values
+from kc_lib.circuits.baselines import complement, complements, kind_of, random_baselines, ranking_of
+from kc_lib.circuits.criteria import completeness
+from kc_lib.circuits.evaluate import Evaluation, evaluate, faithfulness_of, metric_values
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
+from kc_lib.circuits.sizes import areas
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS
@@ -34,7 +33,7 @@ from kc_lib.metrics import METRICS
 
 @pytest.fixture(scope="module")
 def evaluation(small_model: SmallModel, circuits: dict[str, Circuit]) -> Evaluation:
-    return evaluate_circuits(small_model("llama"), circuits, SPLITS, batch_size=3)
+    return evaluate(small_model("llama"), circuits, SPLITS, batch_size=3)
 
 
 def test_areas_by_hand(small_model: SmallModel, circuits: dict[str, Circuit], evaluation: Evaluation) -> None:
@@ -82,7 +81,7 @@ def made_up(values: Mapping[str, Sequence[float]], split: str = "held_out") -> E
 
 
 def test_areas_need_sizes(small_model: SmallModel, circuits: dict[str, Circuit]) -> None:
-    alone = evaluate_circuits(small_model("llama"), {"circuit": circuits["top 0.2"]}, SPLITS)
+    alone = evaluate(small_model("llama"), {"circuit": circuits["top 0.2"]}, SPLITS)
     with pytest.raises(MethodError, match="circuits_by_size"):
         areas(alone)
 
@@ -121,8 +120,8 @@ def test_names_say_what_a_circuit_is(name: str, kind: str, place: tuple[str, flo
 
 def test_completeness_by_hand(small_model: SmallModel, scores: EdgeScores) -> None:
     circuit = select(scores, size=0.2)
-    judged = {"circuit": circuit} | random_nulls(circuit, 2) | random_nulls(circuit, 1, kind="profile")
-    evaluation = evaluate_circuits(small_model("llama"), judged | complements(judged), SPLITS, batch_size=2)
+    judged = {"circuit": circuit} | random_baselines(circuit, 2) | random_baselines(circuit, 1, kind="profile")
+    evaluation = evaluate(small_model("llama"), judged | complements(judged), SPLITS, batch_size=2)
     found = completeness(evaluation).set_index(["circuit", "split"])
     assert [name for name, split in found.index if split == "discovery"] == list(judged)
     assert found["kind"].unique().tolist() == ["circuit", "null", "profile null"]
@@ -149,7 +148,7 @@ def test_nothing_is_left_without_the_whole_model_and_all_without_nothing(small_m
     graph = small_model(kind).residual.graph()
     judged = {"whole": Circuit(graph, graph.edges), "none": Circuit(graph, torch.zeros_like(graph.edges))}
     for intervention in ("patching", "zero"):
-        evaluation = evaluate_circuits(small_model(kind), complements(judged), SPLITS, intervention=intervention)
+        evaluation = evaluate(small_model(kind), complements(judged), SPLITS, intervention=intervention)
         found = completeness(evaluation).set_index(["circuit", "split"])
         assert found.loc["whole", "completeness"].tolist() == pytest.approx([0.0, 0.0], abs=1e-3)
         assert found.loc["none", "necessity"].tolist() == pytest.approx([0.0, 0.0], abs=1e-3)
@@ -175,7 +174,7 @@ def test_completeness_needs_complements(evaluation: Evaluation) -> None:
 def test_values_are_the_same_from_both_ways_to_run(small_model: SmallModel, circuits: dict[str, Circuit]) -> None:
     chosen = {name: circuits[name] for name in ("top 0.2", "random 0.2 #1")}
     for metric in ("logit_difference", "kl"):
-        evaluation = evaluate_circuits(small_model("llama"), chosen, SPLITS, metric=metric, batch_size=2)
+        evaluation = evaluate(small_model("llama"), chosen, SPLITS, metric=metric, batch_size=2)
         values = metric_values(small_model("llama"), chosen, HELD_OUT, metric=metric, batch_size=4)
         assert list(values) == list(evaluation.values("held_out")) == ["full", "empty", *chosen]
         assert values.to_numpy() == pytest.approx(evaluation.values("held_out").to_numpy(), rel=1e-3, abs=1e-4)
@@ -198,7 +197,7 @@ def test_faithfulness_and_its_draws_by_hand() -> None:
 
 def test_names_of_the_two_ends_are_taken(small_model: SmallModel, circuits: dict[str, Circuit]) -> None:
     with pytest.raises(MethodError, match="named 'full'"):
-        evaluate_circuits(small_model("llama"), {"full": circuits["top 0.2"]}, SPLITS)
+        evaluate(small_model("llama"), {"full": circuits["top 0.2"]}, SPLITS)
 
 
 def test_circuits_that_were_not_judged(evaluation: Evaluation) -> None:

@@ -11,12 +11,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from helpers import FOUND, SPLITS, SmallModel
-from kc_lib.circuits.areas import areas
-from kc_lib.circuits.minimality import Minimality, minimality
 
 from kc_lib.circuits.attribution import attribute_facts
-from kc_lib.circuits.baselines import circuits_by_size, complements, random_nulls
-from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
+from kc_lib.circuits.baselines import circuits_by_size, complements, random_baselines
+from kc_lib.circuits.criteria import Minimality, Stability, jaccard_matrix, minimality, resampled_circuits, stability
+from kc_lib.circuits.evaluate import Evaluation, evaluate
 from kc_lib.circuits.evaluation_figures import (
     area_curves,
     baseline_figure,
@@ -26,9 +25,9 @@ from kc_lib.circuits.evaluation_figures import (
     overlap_figure,
     verdict_table,
 )
-from kc_lib.circuits.criteria import Minimality, Stability, jaccard_matrix, minimality, resampled_circuits, stability
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select
+from kc_lib.circuits.sizes import areas
 from kc_lib.circuits.verdict import verdict
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
@@ -54,11 +53,11 @@ def circuit(fact_scores: FactScores) -> Circuit:
 
 @pytest.fixture(scope="module")
 def evaluation(small_model: SmallModel, fact_scores: FactScores, circuit: Circuit) -> Evaluation:
-    named = {"circuit": circuit} | random_nulls(circuit, N_NULLS) | random_nulls(circuit, N_NULLS, kind="profile")
+    named = {"circuit": circuit} | random_baselines(circuit, N_NULLS) | random_baselines(circuit, N_NULLS, kind="profile")
     sizes = circuits_by_size(fact_scores.mean(), "absolute", SIZES, n_random=2)
     sizes |= circuits_by_size(fact_scores.mean(), "signed", SIZES, n_random=0, label="by <sign>")
     circuits = named | complements(named) | sizes
-    return evaluate_circuits(small_model("llama"), circuits, SPLITS | {"same": UNDEFINED})
+    return evaluate(small_model("llama"), circuits, SPLITS | {"same": UNDEFINED})
 
 
 @pytest.fixture(scope="module")
@@ -433,9 +432,9 @@ def test_what_an_evaluation_lacks_is_said_in_one_line(evaluation: Evaluation) ->
 
 
 def test_one_fact_has_no_intervals_and_is_shown(small_model: SmallModel, fact_scores: FactScores, circuit: Circuit) -> None:
-    circuits = {"circuit": circuit} | random_nulls(circuit, 1)
+    circuits = {"circuit": circuit} | random_baselines(circuit, 1)
     circuits |= complements(circuits) | circuits_by_size(fact_scores.mean(), shares=(0.1,), n_random=0)
-    evaluation = evaluate_circuits(small_model("llama"), circuits, {"discovery": FOUND[:1]})
+    evaluation = evaluate(small_model("llama"), circuits, {"discovery": FOUND[:1]})
     curves, nulls = area_curves(evaluation), baseline_figure(evaluation)
     assert not named(list(curves.data), "band of top")[0].x
     assert "[" not in named(list(curves.data), "top")[0].name
