@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib import cli, runs
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import circuits_by_size
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.scores import EdgeScores
@@ -310,7 +310,7 @@ def faithful(values: Mapping[str, np.ndarray], name: str, facts: np.ndarray | No
 
 @pytest.fixture(scope="module")
 def scores(small_model: SmallModel) -> EdgeScores:
-    return attribute_edges(small_model("llama"), FOUND, steps=2)
+    return score_edges(small_model("llama"), FOUND, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from helpers import FOUND, SPLITS, SmallModel
 
 from kc_lib.circuits.areas import areas
-from kc_lib.circuits.attribution import attribute_facts
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import circuits_by_size, complements, random_nulls
 from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
 from kc_lib.circuits.figures_comparison import method_bars, overlap_figure, verdict_table
@@ -38,7 +38,7 @@ KINDS = {"connected": "null", "profile": "profile null"}
 
 @pytest.fixture(scope="module")
 def fact_scores(small_model: SmallModel) -> FactScores:
-    return attribute_facts(small_model("llama"), FOUND, steps=2)
+    return score_edges(small_model("llama"), FOUND, steps=2, per="fact")
 
 
 @pytest.fixture(scope="module")
