@@ -151,7 +151,7 @@ class Settings:
         values = self.cell.determining() if only_determining else dict(**self.cell)
         for group, options in self.groups.items():
             for name, value in (options.determining() if only_determining else dict(**options)).items():
-                if name not in self.cell.names() or value != self.cell[name]:
+                if name not in self.cell.declared() or value != self.cell[name]:
                     values[f"{group}.{name}"] = value
         return values
 
@@ -187,15 +187,15 @@ def settings(name: str, values: Mapping[str, Any]) -> Settings:
     notebook = notebook_of(name)
     if notebook is None:
         raise RunError(f"no notebook {name!r} has settings: there are {', '.join(DECLARED_IN)}")
-    plain = {key: values[key] for key in notebook.cell.names()}
+    plain = {key: values[key] for key in notebook.cell.declared()}
     given = dict(values.get("options") or {})
     unknown = [key for key in given if key not in notebook.option_names()]
     if unknown:
         raise RunError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(notebook.option_names())}")
     groups = {}
     for group, options in notebook.groups.items():
-        named = {key: given[f"{group}.{key}"] for key in options.names() if f"{group}.{key}" in given}
-        groups[group] = options(**{key: value for key, value in plain.items() if key in options.names()} | named)
+        named = {key: given[f"{group}.{key}"] for key in options.declared() if f"{group}.{key}" in given}
+        groups[group] = options(**{key: value for key, value in plain.items() if key in options.declared()} | named)
     return Settings(name, notebook.cell(**plain), groups)
 
 
