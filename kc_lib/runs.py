@@ -209,6 +209,11 @@ def open_run(
 ) -> Run:
     """The run with these parameters: found when it was finished before, resumed when interrupted, else new.
 
+    Example:
+        >>> run = kc.open_run("my_experiment", model, task, {"steps": 5})
+        >>> scores = run.keep("scores.parquet", kc.score_edges, model, task.discovery, steps=5)
+        >>> run.finish({"edges": scores.graph.n_edges})
+
     Raises:
         RunError: the output folder cannot be written, or a found run's record cannot be read.
     """
@@ -278,7 +283,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def catalogue(out: str | Path | None = None) -> pd.DataFrame:
-    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder."""
+    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder.
+
+    Example:
+        >>> kc.catalogue().query("experiment == 'circuit_discovery'")
+    """
     rows = []
     root = OUTPUTS if out is None else Path(out)
     for path in root.glob("*/*/*/*/run.json"):
