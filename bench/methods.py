@@ -21,7 +21,7 @@ from measure import timed
 from rich.console import Console
 
 from kc_lib.circuits.acdc.search import acdc
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import circuits_by_size
 from kc_lib.circuits.ensembles import ensemble
 from kc_lib.circuits.evaluate import evaluate
@@ -72,7 +72,7 @@ def compare(model: Model, task: Task, methods: Sequence[str], pairs: int, prefil
     scores: dict[str, EdgeScores] = {}
     seconds: dict[str, float] = {}
     for method in methods:
-        scores[method], seconds[method] = timed(lambda method=method: attribute_edges(model, discovery, method))
+        scores[method], seconds[method] = timed(lambda method=method: score_edges(model, discovery, method))
     circuits: dict[str, Circuit] = {}
     for method, found in scores.items():
         for selection in ("absolute", "signed"):

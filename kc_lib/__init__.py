@@ -20,6 +20,9 @@ _FROM = {
     "tasks.task": ("load_task",),
     "tasks.facts": ("load_facts",),
     "graph": ("Circuit",),
+    "circuits.attribution": ("score_edges",),
+    "circuits.selection": ("select",),
+    "circuits.acdc.search": ("acdc",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

@@ -34,12 +34,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from kc_lib.circuits.evaluate import Evaluation, faithfulness_of, metric_values
-from kc_lib.circuits.evaluation_options import EvaluateOptions
+from kc_lib.circuits.options import EvaluateOptions
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select, select_bootstrap
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
-from kc_lib.metrics import Metric
 from kc_lib.models.model import Model
 from kc_lib.results import Result
 from kc_lib.stats import interval, share_interval, with_interval
@@ -102,7 +101,6 @@ def minimality(
     splits: Mapping[str, Sequence[TokenPair]],
     *,
     n: int = 50,
-    metric: str | Metric = "logit_difference",
     reference: Sequence[TokenPair] = (),
     progress: bool = False,
     **options: Any,
@@ -134,7 +132,7 @@ def minimality(
             circuits[f"{kind} {edge}"] = replace(circuit, mask=changed)
     edges, totals = [], []
     for split, pairs in splits.items():
-        values = metric_values(model, circuits, pairs, metric=metric, reference=reference, progress=progress, **options)
+        values = metric_values(model, circuits, pairs, reference=reference, progress=progress, **asked)
         faithfulness = faithfulness_of(values, asked.seed)
         (whole,), whole_draws = faithfulness.of("circuit")
         for kind, frame in sampled.items():

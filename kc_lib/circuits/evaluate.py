@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kc_lib.circuits.baselines import LABELS, RANDOM, Circuits, Labelled, labelled
-from kc_lib.circuits.evaluation_options import EvaluateOptions
+from kc_lib.circuits.options import EvaluateOptions
 from kc_lib.circuits.run import run_circuit
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
@@ -157,7 +157,6 @@ def evaluate(
     circuits: Circuits,
     splits: Mapping[str, Sequence[TokenPair]],
     *,
-    metric: str | Metric = "logit_difference",
     reference: Sequence[TokenPair] = (),
     progress: bool = False,
     **options: Any,
@@ -166,7 +165,6 @@ def evaluate(
 
     Args:
         circuits: by name, plain or ``Labelled`` (``random_baselines``, ``circuits_by_size``, ``complements``).
-        metric: by name, or one of your own.
         reference: pairs whose clean prompts give the means of a mean intervention (those of discovery, not held-out ones).
         options: fields of ``EvaluateOptions``.
 
@@ -178,7 +176,8 @@ def evaluate(
     Raises:
         MethodError: an option out of range, or a circuit of the name "full" or "empty".
     """
-    asked, metric, decoder, named = EvaluateOptions.of(options), get_metric(metric), model.residual, labelled(circuits)
+    asked, decoder, named = EvaluateOptions.of(options), model.residual, labelled(circuits)
+    metric = get_metric(asked.metric)
     means = reference_means(decoder, asked.intervention, reference, asked.batch_size, asked.full_answer)
     frames = [
         _measure(logits, full, batch, metric).assign(circuit=name, split=split)
@@ -198,7 +197,6 @@ def metric_values(
     circuits: Circuits,
     pairs: Sequence[TokenPair],
     *,
-    metric: str | Metric = "logit_difference",
     reference: Sequence[TokenPair] = (),
     progress: bool = False,
     **options: Any,
@@ -207,7 +205,8 @@ def metric_values(
 
     For many circuits of which nothing else is asked.
     """
-    asked, metric = EvaluateOptions.of(options), get_metric(metric)
+    asked = EvaluateOptions.of(options)
+    metric = get_metric(asked.metric)
     means = reference_means(model.residual, asked.intervention, reference, asked.batch_size, asked.full_answer)
     values: dict[str, list[Tensor]] = {}
     for name, logits, full, batch in _runs(model.residual, labelled(circuits), pairs, means, asked, progress):

@@ -6,12 +6,13 @@
   ``apply_greedy``, by |score|).
 - ``bootstrap``: every edge whose mean score's interval over resamples of the facts excludes 0; needs the scores of each
   fact and has a function of its own, ``select_bootstrap``.
+- ``faithful``: the smallest circuit of the ``absolute`` ranking that is faithful enough; it runs the model and is
+  ``smallest_faithful``.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,11 +21,15 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
+from kc_lib.circuits.options import SelectOptions
 from kc_lib.circuits.scores import EdgeScores, FactScores
 from kc_lib.errors import MethodError, checked
 from kc_lib.graph import Circuit, Graph
 
-SELECTIONS = ("absolute", "signed", "threshold", "greedy", "bootstrap")
+ELSEWHERE = {  # selections that need more than scores
+    "bootstrap": "needs the scores of each fact: select_bootstrap(score_edges(..., per='fact'))",
+    "faithful": "runs the model: smallest_faithful(model, scores, pairs)",
+}
 
 
 def select(
@@ -40,13 +45,17 @@ def select(
         fill: size counts the edges left after pruning: as many are ranked as give a pruned circuit of at most that size.
             False prunes the top n, as EAP-IG does, which leaves fewer than n.
 
+    Example:
+        >>> circuit = kc.select(scores, size=0.005)
+        >>> circuit.save("circuit.json")
+
     Raises:
         MethodError: unknown selection, one that needs the scores of each fact, a size or threshold out of range, or one
             too small for any path.
     """
-    check_selection(selection, size, threshold)
-    if selection == "bootstrap":
-        raise MethodError("selection 'bootstrap' needs the scores of each fact: select_bootstrap(attribute_facts(...))")
+    SelectOptions(selection=selection, size=size, threshold=threshold, fill=fill)
+    if selection in ELSEWHERE:
+        raise MethodError(f"selection {selection!r} {ELSEWHERE[selection]}")
     graph = scores.graph
     ranking = scores.scores if selection == "signed" else scores.scores.abs()
     if threshold is not None and selection == "threshold":
@@ -88,7 +97,7 @@ def select_bootstrap(
         raise MethodError(f"bootstrap needs at least 2 facts and 2 resamples, not {n_facts} and {n_resamples}")
     if not 0 < confidence < 1:
         raise MethodError(f"confidence is {confidence!r}; it must lie between 0 and 1, as 0.95")
-    check_selection("bootstrap", 1.0 if size is None else size)
+    SelectOptions(size=1.0 if size is None else size)
     scores = fact_scores.mean()
     facts = np.random.default_rng(seed).integers(0, n_facts, (n_resamples, n_facts))
     means = torch.stack([fact_scores.mean(draw.tolist()).scores for draw in facts])
@@ -103,21 +112,6 @@ def select_bootstrap(
         )
     provenance = {**scores.provenance, "selection": "bootstrap", "size": size, "confidence": confidence}
     return Circuit(graph, mask, scores.scores, provenance | {"n_resamples": n_resamples, "seed": seed})
-
-
-def check_selection(selection: str, size: int | float = 0.005, threshold: float | None = None) -> None:
-    """Refuse what ``select`` or ``select_bootstrap`` would refuse, before anything is computed.
-
-    Raises:
-        MethodError: unknown selection, or a size or threshold out of range.
-    """
-    if selection not in SELECTIONS:
-        raise MethodError(f"unknown selection {selection!r}: use one of {', '.join(SELECTIONS)}")
-    if selection == "threshold" and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
-        raise MethodError(f"selection 'threshold' needs a threshold >= 0, not {threshold}")
-    is_number = isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size)
-    if not is_number or size < 0 or (size > 1 and size != int(size)):
-        raise MethodError(f"size {size!r}: give a whole number of edges, or a share between 0.0 and 1.0")
 
 
 def number_of_edges(graph: Graph, size: int | float) -> int:

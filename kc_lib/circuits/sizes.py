@@ -23,12 +23,11 @@ from scipy.integrate import trapezoid
 
 from kc_lib.circuits.baselines import LABELS
 from kc_lib.circuits.evaluate import Evaluation, faithfulness_of, metric_values
-from kc_lib.circuits.evaluation_options import SmallestOptions
+from kc_lib.circuits.options import EvaluateOptions, SmallestOptions
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
-from kc_lib.metrics import Metric
 from kc_lib.models.model import Model
 from kc_lib.stats import with_interval
 from kc_lib.tasks.batches import TokenPair
@@ -96,7 +95,6 @@ def smallest_faithful(
     pairs: Sequence[TokenPair],
     faithfulness: float = 0.8,
     *,
-    metric: str | Metric = "logit_difference",
     progress: bool = False,
     **options: Any,
 ) -> tuple[Circuit, pd.DataFrame]:
@@ -121,7 +119,7 @@ def smallest_faithful(
             faithfulness.
     """
     asked = SmallestOptions.of({"faithfulness": faithfulness, **options})
-    running = {name: asked[name] for name in ("intervention", "full_answer", "batch_size")}
+    running = {name: asked[name] for name in EvaluateOptions.declared()}
     tried: dict[int, dict[str, float]] = {0: {"n_edges": 0, "faithfulness": 0.0}}
     above = scores.graph.n_edges
     sizes = [*_between(0, above, asked.at_once), above]
@@ -131,7 +129,7 @@ def smallest_faithful(
         known = {int(row["n_edges"]): row for row in tried.values() if "n" in row}
         fresh = {str(circuit.n_edges): circuit for circuit in circuits.values() if circuit.n_edges not in known}
         if fresh:
-            values = metric_values(model, fresh, pairs, metric=metric, reference=pairs, progress=progress, **running)
+            values = metric_values(model, fresh, pairs, reference=pairs, progress=progress, **running)
             measured = faithfulness_of(values, asked.seed)
             for name, circuit in fresh.items():
                 row = {"n_edges": circuit.n_edges, "n": len(pairs)}

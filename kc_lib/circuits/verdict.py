@@ -15,7 +15,7 @@ import pandas as pd
 from kc_lib.circuits.baselines import LAYER_MATCHED, RANDOM
 from kc_lib.circuits.criteria import Minimality, Stability, completeness
 from kc_lib.circuits.evaluate import Evaluation
-from kc_lib.circuits.evaluation_options import VerdictOptions
+from kc_lib.circuits.options import VerdictOptions
 from kc_lib.graph import Circuit
 from kc_lib.stats import empirical_p
 

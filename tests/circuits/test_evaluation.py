@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import NAMED, SmallModel, native_logits, random_pairs
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import SHARES, circuits_by_size, layer_matched, random_baselines, random_circuit
 from kc_lib.circuits.evaluate import Evaluation, evaluate
 from kc_lib.circuits.run import run_circuit
@@ -29,7 +29,7 @@ SPLITS = {"discovery": FOUND, "held_out": HELD_OUT}
 
 @pytest.fixture(scope="module")
 def scores(small_model: SmallModel) -> EdgeScores:
-    return attribute_edges(small_model("llama"), FOUND, steps=2)
+    return score_edges(small_model("llama"), FOUND, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 from helpers import FOUND, SPLITS, SmallModel
 
-from kc_lib.circuits.attribution import attribute_facts
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import circuits_by_size, complements, random_baselines
 from kc_lib.circuits.criteria import Minimality, Stability, jaccard_matrix, minimality, resampled_circuits, stability
 from kc_lib.circuits.evaluate import Evaluation, evaluate
@@ -43,7 +43,7 @@ KINDS = {"connected": "null", "profile": "profile null"}
 
 @pytest.fixture(scope="module")
 def fact_scores(small_model: SmallModel) -> FactScores:
-    return attribute_facts(small_model("llama"), FOUND, steps=2)
+    return score_edges(small_model("llama"), FOUND, steps=2, per="fact")
 
 
 @pytest.fixture(scope="module")

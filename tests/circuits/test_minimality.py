@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import FOUND, HELD_OUT, SPLITS, SmallModel, faithful, resamples, single_values
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.criteria import Minimality, edges_between_nodes, minimality
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
@@ -22,7 +22,7 @@ N = 12
 
 @pytest.fixture(scope="module")
 def circuit(small_model: SmallModel) -> Circuit:
-    return select(attribute_edges(small_model("llama"), FOUND, steps=2), size=60)
+    return select(score_edges(small_model("llama"), FOUND, steps=2), size=60)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import FOUND, SmallModel, faithful, resamples, single_values
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
 from kc_lib.circuits.sizes import smallest_faithful
@@ -19,7 +19,7 @@ PAIRS = FOUND[:3]
 
 @pytest.fixture(scope="module")
 def scores(small_model: SmallModel) -> EdgeScores:
-    return attribute_edges(small_model("llama"), PAIRS, steps=2)
+    return score_edges(small_model("llama"), PAIRS, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers import FOUND, SPLITS, SmallModel
 
-from kc_lib.circuits.attribution import attribute_facts
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import complements, kind_of, random_baselines
 from kc_lib.circuits.criteria import Minimality, Stability, completeness, minimality, resampled_circuits, stability
 from kc_lib.circuits.evaluate import Evaluation, evaluate
@@ -180,7 +180,7 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
 
 def test_a_whole_judgement(small_model: SmallModel) -> None:
     model = small_model("qwen2")
-    fact_scores = attribute_facts(model, FOUND, steps=2)
+    fact_scores = score_edges(model, FOUND, steps=2, per="fact")
     circuit = select(fact_scores.mean(), size=0.5)
     named = {"mine": circuit} | random_baselines(circuit, 3) | random_baselines(circuit, 3, kind="profile")
     evaluation = evaluate(model, named | complements(named), SPLITS)

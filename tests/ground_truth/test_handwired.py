@@ -12,7 +12,7 @@ import torch
 
 from ground_truth.circuits import HAND_WIRED, HandWired, edge_set, hand_wired
 from ground_truth.wires import noisy_gpt2
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.errors import ModelError
@@ -115,7 +115,7 @@ def test_norms_are_harmless(name: str) -> None:
 @every_model
 def test_random_parts_write_everywhere_and_little(name: str) -> None:
     wired = built(name)
-    scores = attribute_edges(wired.model, wired.pairs, "exact").scores / full_effect(wired)
+    scores = score_edges(wired.model, wired.pairs, "exact").scores / full_effect(wired)
     for circuit in (wired.circuit, *wired.others.values()):
         scores = scores.masked_fill(circuit.mask, 0.0)
     rest = scores[wired.circuit.graph.edges].abs()

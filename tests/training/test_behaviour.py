@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from oracles import eap
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.evaluate import evaluate
 from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, is_right, right_rank
@@ -179,7 +179,7 @@ def test_edges_are_scored_by_sets_of_answers(
         alphas,
         metric="probability_difference",
     )
-    found = attribute_edges(
+    found = score_edges(
         small_model(kind), pairs, "eap_ig", steps=3, ig_rule="midpoint", metric="probability_difference", batch_size=2
     )
     assert expected.abs().max() > 1e-4
