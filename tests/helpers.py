@@ -26,10 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib import cli, runs
-from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.baselines import Circuits, Labelled, circuits_by_size, labelled
+from kc_lib.circuits.baselines import Circuits, labelled
 from kc_lib.circuits.run import run_circuit
-from kc_lib.circuits.scores import EdgeScores
 from kc_lib.errors import KnowledgeCircuitsError
 from kc_lib.graph import Graph
 from kc_lib.models.model import Model
@@ -307,17 +305,6 @@ def faithful(values: Mapping[str, np.ndarray], name: str, facts: np.ndarray | No
     chosen = slice(None) if facts is None else facts
     full, empty, own = (values[key][chosen].mean(-1) for key in ("full", "empty", name))
     return (own - empty) / (full - empty)
-
-
-@pytest.fixture(scope="module")
-def scores(small_model: SmallModel) -> EdgeScores:
-    return score_edges(small_model("llama"), FOUND, steps=2)
-
-
-@pytest.fixture(scope="module")
-def circuits(scores: EdgeScores) -> dict[str, Labelled]:
-    signed = circuits_by_size(scores, "signed", SIZES, n_random=1, label="ig signed")
-    return circuits_by_size(scores, "absolute", SIZES, n_random=2) | signed
 
 
 # test_knowledge_neurons_kernel

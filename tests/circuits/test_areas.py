@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import (
+    FOUND,
     HELD_OUT,
     NAMED,
     SIZES,
@@ -20,7 +21,8 @@ from helpers import (
     single_values,
 )
 
-from kc_lib.circuits.baselines import Labelled, complement, complements, labelled, random_baselines
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import Labelled, circuits_by_size, complement, complements, labelled, random_baselines
 from kc_lib.circuits.criteria import completeness
 from kc_lib.circuits.evaluate import Evaluation, evaluate, faithfulness_of, metric_values
 from kc_lib.circuits.scores import EdgeScores
@@ -29,6 +31,17 @@ from kc_lib.circuits.sizes import areas
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS
+
+
+@pytest.fixture(scope="module")
+def scores(small_model: SmallModel) -> EdgeScores:
+    return score_edges(small_model("llama"), FOUND, steps=2)
+
+
+@pytest.fixture(scope="module")
+def circuits(scores: EdgeScores) -> dict[str, Labelled]:
+    signed = circuits_by_size(scores, "signed", SIZES, n_random=1, label="ig signed")
+    return circuits_by_size(scores, "absolute", SIZES, n_random=2) | signed
 
 
 @pytest.fixture(scope="module")

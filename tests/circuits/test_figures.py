@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from kc_lib.circuits.baselines import random_circuit
+from kc_lib.circuits.baselines import RANDOM, random_circuit
 from kc_lib.circuits.evaluate import Evaluation
 from kc_lib.circuits.evaluation_figures import PANELS, comparison_bars, faithfulness_figure
 from kc_lib.circuits.figures import circuit_graph, score_distribution, top_edges_table, top_nodes_table
