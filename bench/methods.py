@@ -21,14 +21,14 @@ from measure import timed
 from rich.console import Console
 
 from kc_lib.circuits.acdc.search import acdc
-from kc_lib.circuits.areas import areas
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import circuits_by_size
 from kc_lib.circuits.ensembles import ensemble
-from kc_lib.circuits.evaluate import evaluate_circuits
-from kc_lib.circuits.figures_comparison import method_bars
+from kc_lib.circuits.evaluate import evaluate
+from kc_lib.circuits.evaluation_figures import method_bars
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.scores import EdgeScores
+from kc_lib.circuits.sizes import areas
 from kc_lib.graph import Circuit
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
@@ -99,7 +99,7 @@ def compare(model: Model, task: Task, methods: Sequence[str], pairs: int, prefil
                 progress=True,
             )
         )
-    judged = evaluate_circuits(model, circuits, {"held_out": held_out}, batch_size=len(held_out), progress=True)
+    judged = evaluate(model, circuits, {"held_out": held_out}, batch_size=len(held_out), progress=True)
     found_areas = areas(judged).set_index("ranking")
     rows = []
     for method in [*ranked, "random"]:

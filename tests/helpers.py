@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib import cli, runs
 from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.baselines import circuits_by_size
+from kc_lib.circuits.baselines import Circuits, Labelled, circuits_by_size, labelled
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.errors import KnowledgeCircuitsError
-from kc_lib.graph import Circuit, Graph
+from kc_lib.graph import Graph
 from kc_lib.models.model import Model
 from kc_lib.residual.activations import ablation
 from kc_lib.stats import RESAMPLES
@@ -282,16 +282,17 @@ SPLITS = {"discovery": FOUND, "held_out": HELD_OUT}
 SIZES = (0.05, 0.2, 0.5, 1.0)
 
 
-def single_values(model, circuits: Mapping[str, Circuit], pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
+def single_values(model, circuits: Circuits, pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
     """Logit differences, one run per fact and circuit; the full and the empty circuit by the model's own logits."""
     decoder, values = model.residual, {name: [] for name in ("full", "empty", *circuits)}
+    plain = {name: one.circuit for name, one in labelled(circuits).items()}
     for pair in pairs:
         batch = make_batch([pair])
         ablated = ablation(decoder, "patching", batch)
         logits = {
             "full": native_logits(model, batch.clean, batch),
             "empty": native_logits(model, batch.corrupted, batch),
-        } | {name: run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated) for name, circuit in circuits.items()}
+        } | {name: run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated) for name, circuit in plain.items()}
         for name, found in logits.items():
             values[name].append((found[0, 0, pair.answer[0]] - found[0, 0, pair.distractor]).item())
     return {name: np.array(facts) for name, facts in values.items()}
@@ -314,7 +315,7 @@ def scores(small_model: SmallModel) -> EdgeScores:
 
 
 @pytest.fixture(scope="module")
-def circuits(scores: EdgeScores) -> dict[str, Circuit]:
+def circuits(scores: EdgeScores) -> dict[str, Labelled]:
     signed = circuits_by_size(scores, "signed", SIZES, n_random=1, label="ig signed")
     return circuits_by_size(scores, "absolute", SIZES, n_random=2) | signed
 

@@ -29,7 +29,7 @@ from helpers import (
 from papermill.exceptions import PapermillExecutionError
 
 from kc_lib import cli, runs
-from kc_lib.circuits.selection import random_circuit
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError, TaskError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.models.smollm2 import wheel_file

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -148,72 +147,6 @@ def top_edges(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> 
     mask = torch.zeros(graph.edges.numel(), dtype=torch.bool)
     mask[order[:n]] = True
     return mask.view_as(graph.edges)
-
-
-def random_circuit(graph: Graph, n_edges: int, seed: int) -> Circuit:
-    """A connected circuit of ``n_edges`` random edges, the null for a circuit of that size.
-
-    Edges are drawn uniformly from the graph, and each is joined to the circuit by random walks, down to the input and up
-    to the logits, until they meet a node that is already in it. So every edge lies on a path from the input to the
-    logits; edges drawn independently would be pruned to almost nothing, a null that is too easy. Its profile over
-    layers is close to the graph's. Where the last edges do not fit, a few are missing.
-    """
-    generator = random.Random(seed)
-    possible = graph.edges.nonzero().tolist()
-    readers_of = [graph.serves[row].nonzero()[:, 0].tolist() for row in range(len(graph.writers))]
-    owners_of = [graph.serves[:, column].nonzero()[:, 0].tolist() for column in range(len(graph.readers))]
-    last = len(graph.readers) - 1
-    mask = torch.zeros_like(graph.edges)
-    nodes, count = {0}, 0
-    for _ in range(1000 * max(n_edges, 1)):
-        if count == n_edges:
-            break
-        row, column = generator.choice(possible)
-        walk, fresh = [(row, column)], set()
-        while row not in nodes:  # down to the input
-            fresh.add(row)
-            reader = generator.choice(readers_of[row])
-            row = generator.randrange(graph.readers[reader].n_writers)
-            walk.append((row, reader))
-        while column != last:  # up to the logits
-            owner = generator.choice(owners_of[column])
-            if owner in nodes:
-                break
-            fresh.add(owner)
-            column = generator.choice(graph.edges[owner].nonzero()[:, 0].tolist())
-            walk.append((owner, column))
-        new = {edge for edge in walk if not mask[edge]}
-        if count + len(new) > n_edges:
-            continue
-        for edge in new:
-            mask[edge] = True
-        count += len(new)
-        nodes |= fresh
-    return Circuit(graph, mask, None, {"selection": "random", "size": n_edges, "seed": seed})
-
-
-def profile_null(circuit: Circuit, seed: int) -> Circuit:
-    """The circuit with its heads exchanged at random within every layer, the null for a circuit of that profile.
-
-    The exchange is a symmetry of the graph: key-value groups change places within a layer, and heads within their group
-    (in the ungrouped view every head has keys and values of its own and may take any place). So every writer's and
-    reader's layer and type, the number of edges between any two of them, and all connections stay; *which* heads do it
-    changes. Edges between input, MLPs and logits stay as they are, and by chance a head may keep its place.
-    """
-    graph = circuit.graph
-    generator = torch.Generator().manual_seed(seed)
-    group = graph.n_heads // graph.n_kv_readers
-    writers, readers = torch.arange(len(graph.writers)), torch.arange(len(graph.readers))
-    for layer in range(graph.n_layers):
-        groups = torch.randperm(graph.n_kv_readers, generator=generator)
-        within = torch.stack([torch.randperm(group, generator=generator) for _ in range(graph.n_kv_readers)])
-        heads = (groups[:, None] * group + within).flatten()
-        writers[graph.head_writers(layer)] = graph.head_writers(layer).start + heads
-        for kind, order in {"q": heads, "k": groups, "v": groups}.items():
-            columns = graph.reader_columns(layer, kind)
-            readers[columns] = columns.start + order
-    mask = circuit.mask[writers][:, readers]
-    return Circuit(graph, mask, None, {"selection": "profile null", "size": circuit.n_edges, "seed": seed})
 
 
 def _greedy(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:

@@ -22,13 +22,13 @@ import numpy as np
 import pandas as pd
 
 from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.baselines import complement, random_nulls
-from kc_lib.circuits.evaluate import evaluate_circuits, metric_values
-from kc_lib.circuits.options import ScoreOptions, check_method
+from kc_lib.circuits.baselines import complement, random_baselines
+from kc_lib.circuits.criteria import jaccard, resampled_circuits
+from kc_lib.circuits.evaluate import evaluate, metric_values
+from kc_lib.circuits.options import RANKINGS, ScoreOptions, check_method
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.scoring.exact import patch_single_edges
-from kc_lib.circuits.smallest import RANKINGS, smallest_faithful
-from kc_lib.circuits.stability import jaccard, resampled_circuits
+from kc_lib.circuits.sizes import smallest_faithful
 from kc_lib.errors import MethodError, check_counts
 from kc_lib.graph import Circuit
 from kc_lib.heads.general import check_scores, general_head_scores
@@ -311,9 +311,9 @@ def _judged(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """The rows of a circuit as run on held-out prompts."""
-    nulls = random_nulls(circuit, n_random, draw.seed)
+    nulls = random_baselines(circuit, n_random, draw.seed)
     circuits = {"circuit": circuit, "without circuit": complement(circuit)} | nulls
-    judgement = evaluate_circuits(model, circuits, {"held_out": pairs}, metric=metric, batch_size=batch_size, seed=draw.seed)
+    judgement = evaluate(model, circuits, {"held_out": pairs}, metric=metric, batch_size=batch_size, seed=draw.seed)
     own, without = (judgement.row(name, "held_out") for name in ("circuit", "without circuit"))
     null = [float(judgement.row(name, "held_out")["faithfulness"]) for name in nulls]
     ends = [f"faithfulness{end}" for end in ("", "_low", "_high")]

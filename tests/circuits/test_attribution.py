@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kc_lib.circuits.attribution import path_points, score_edges
-from kc_lib.circuits.evaluate import evaluate_circuits
+from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.scoring.edges import edge_scores
@@ -152,10 +152,10 @@ def test_evaluations_do_not_depend_on_the_batches(small_model: SmallModel, kind:
     model, pairs = small_model(kind), random_pairs((5, 9, 9, 7, 4, 12), seed=5)
     circuit = select(score_edges(model, pairs, "eap"), size=0.3)
     columns = ["value", "probability", "kl"]
-    alone = evaluate_circuits(model, {"circuit": circuit}, {"all": pairs}, batch_size=1).examples
+    alone = evaluate(model, {"circuit": circuit}, {"all": pairs}, batch_size=1).examples
     alone = alone.sort_values(["circuit", "fact"])
     for batch_size in (3, 100):
-        found = evaluate_circuits(model, {"circuit": circuit}, {"all": pairs}, batch_size=batch_size).examples
+        found = evaluate(model, {"circuit": circuit}, {"all": pairs}, batch_size=batch_size).examples
         found = found.sort_values(["circuit", "fact"])
         assert found["circuit"].tolist() == alone["circuit"].tolist()
         assert found["rank"].tolist() == alone["rank"].tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ground_truth.circuits import HAND_WIRED, HandWired, hand_wired
+from ground_truth.known_circuit import edge_auroc
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from kc_lib.circuits.acdc.search import acdc
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.selection import top_edges
-from kc_lib.circuits.truth import edge_auroc
 
 PAGE = Path(__file__).parents[2] / "docs" / "ground_truth.md"
 N_TRUE = {"induction": 5, "saturated": 5, "fact": 3, "cancelling": 3, "redundant": 6}

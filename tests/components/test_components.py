@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.circuits.evaluate import metric_values
-from kc_lib.circuits.selection import random_circuit, select
+from kc_lib.circuits.selection import select
 from kc_lib.components.attention import SOURCES, attention_pattern, attention_sources, sources_frame, sources_of
 from kc_lib.components.circuit_table import CircuitTable, circuit_table
 from kc_lib.components.contributions import constant_contribution

@@ -13,7 +13,7 @@ import torch
 from ground_truth.circuits import HAND_WIRED, HandWired, edge_set, hand_wired
 from ground_truth.wires import noisy_gpt2
 from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.evaluate import evaluate_circuits
+from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.errors import ModelError
 from kc_lib.graph import Circuit
@@ -61,13 +61,13 @@ def without(circuit: Circuit, edge: str) -> Circuit:
 
 
 def faithfulness(wired: HandWired, circuits: Mapping[str, Circuit]) -> dict[str, float]:
-    summary = evaluate_circuits(wired.model, circuits, {"all": wired.pairs}).summary.set_index("circuit")
+    summary = evaluate(wired.model, circuits, {"all": wired.pairs}).summary.set_index("circuit")
     return {name: float(summary.loc[name, "faithfulness"]) for name in circuits}
 
 
 def full_effect(wired: HandWired) -> float:
     """Logit difference of the full model minus that on the corrupted prompts, mean over pairs."""
-    values = evaluate_circuits(wired.model, {}, {"all": wired.pairs}).summary.set_index("circuit")["value"]
+    values = evaluate(wired.model, {}, {"all": wired.pairs}).summary.set_index("circuit")["value"]
     return float(values["full"] - values["empty"])
 
 

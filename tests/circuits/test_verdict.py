@@ -10,12 +10,10 @@ import pytest
 from helpers import FOUND, SPLITS, SmallModel
 
 from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.baselines import complements, kind_of, random_nulls
-from kc_lib.circuits.completeness import completeness
-from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
-from kc_lib.circuits.minimality import Minimality, minimality
+from kc_lib.circuits.baselines import complements, kind_of, random_baselines
+from kc_lib.circuits.criteria import Minimality, Stability, completeness, minimality, resampled_circuits, stability
+from kc_lib.circuits.evaluate import Evaluation, evaluate
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.stability import Stability, resampled_circuits, stability
 from kc_lib.circuits.verdict import COLUMNS, verdict
 from kc_lib.metrics import METRICS
 
@@ -184,8 +182,8 @@ def test_a_whole_judgement(small_model: SmallModel) -> None:
     model = small_model("qwen2")
     fact_scores = score_edges(model, FOUND, steps=2, per="fact")
     circuit = select(fact_scores.mean(), size=0.5)
-    named = {"mine": circuit} | random_nulls(circuit, 3) | random_nulls(circuit, 3, kind="profile")
-    evaluation = evaluate_circuits(model, named | complements(named), SPLITS)
+    named = {"mine": circuit} | random_baselines(circuit, 3) | random_baselines(circuit, 3, kind="profile")
+    evaluation = evaluate(model, named | complements(named), SPLITS)
     removed = minimality(model, circuit, SPLITS, n=5)
     resampled = stability(resampled_circuits(fact_scores, n=4, size=0.5), circuit)
     found = verdict(evaluation, removed, resampled, circuit="mine").set_index("criterion")
