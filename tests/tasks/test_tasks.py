@@ -18,7 +18,7 @@ from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, batches, make_batch
 from kc_lib.tasks.files import read_pairs
-from kc_lib.tasks.ioi import NAMES, ioi_pairs
+from kc_lib.tasks.generated import NAMES, ioi_pairs
 from kc_lib.tasks.known import answer_ranks
 from kc_lib.tasks.relations import load_relation
 from kc_lib.tasks.task import Task, load_task
