@@ -746,7 +746,7 @@ def test_full_answers_are_teacher_forced() -> None:
 
 def test_padding_does_not_change_what_is_read(llama: Model) -> None:
     batch = make_batch(PAIRS, full_answer=True)
-    logits = llama(batch.clean)
+    logits = llama.bridge(batch.clean)
     for row, pair in enumerate(PAIRS):
         alone = llama.bridge(torch.tensor([[*pair.clean, *pair.answer[:-1]]]))[0]
         for column in range(len(pair.answer)):
