@@ -162,6 +162,7 @@ NOTEBOOKS = {
             "score": ScoreOptions,
             "acdc": AcdcOptions,
             "select": SelectOptions,
+            "evaluate": EvaluateOptions,
         },
     ),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kc_lib.circuits.options import GRADIENT_METHODS
 from kc_lib.errors import MethodError
-from kc_lib.graph import Graph, edge_frame, scores_from_frame
+from kc_lib.graph import Circuit, Graph, edge_frame, scores_from_frame
 from kc_lib.results import Result
 
 N_STRONGEST = 10  # rows of a summary
@@ -52,6 +52,12 @@ class EdgeScores(_Scores):
     graph: Graph
     scores: Float[Tensor, "writer reader"]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, circuit: Circuit) -> Self:
+        """The scores that a circuit was found by; edges that ACDC did not test score 0."""
+        scores = torch.zeros(circuit.mask.shape) if circuit.scores is None else circuit.scores.nan_to_num()
+        return cls(circuit.graph, scores, circuit.provenance)
 
     def to_frame(self) -> pd.DataFrame:
         """Every edge as a row: writer, reader, score."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib.circuits.acdc.edge_tests import CALL, chance_to_stand, how_many
-from kc_lib.circuits.acdc.rows import rows_of
+from kc_lib.circuits.acdc.plans import rows_of
 from kc_lib.circuits.acdc.search import acdc
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.run import run_circuit

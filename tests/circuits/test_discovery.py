@@ -9,7 +9,7 @@ from oracles import discovery
 from torch import Tensor
 
 from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.ensembles import ensemble
+from kc_lib.circuits.discovery import ensemble
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.scoring.activation_path import activation_edge_scores
 from kc_lib.circuits.scoring.edges import edge_scores

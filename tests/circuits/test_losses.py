@@ -8,9 +8,8 @@ import pytest
 import torch
 from helpers import SmallModel, random_pairs
 
-from kc_lib.circuits.acdc.edge_sums import edge_sums
 from kc_lib.circuits.acdc.losses import stream_losses
-from kc_lib.circuits.acdc.packed import packed_linear, packed_mlp
+from kc_lib.circuits.acdc.products import edge_sums, packed_linear, packed_mlp
 from kc_lib.metrics import METRICS, Metric
 from kc_lib.tasks.batches import make_batch
 

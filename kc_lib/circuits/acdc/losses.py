@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kc_lib.circuits.acdc.packed import can_pack, packed_linear
+from kc_lib.circuits.acdc.products import can_pack, packed_linear
 from kc_lib.metrics import Metric
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch

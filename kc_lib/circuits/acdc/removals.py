@@ -3,8 +3,8 @@
 A ``RunningCircuit`` holds the activations of a circuit: what every writer adds to the stream, as its difference from the
 ablated value, and what every reader sees. Trials at one reader leave all nodes below it as they are. Above it, a node runs
 again only if an edge of the circuit leads to it from a node that changed, and only at the positions from which the circuit
-leads on to an answer (``needs.py``). All trials of a call are one batch, and positions that prompts share run once
-(``rows.py``). So a trial's cost follows the circuit above the reader, not the model.
+leads on to an answer. All trials of a call are one batch, and positions that prompts share run once
+(``plans.py``). So a trial's cost follows the circuit above the reader, not the model.
 
 Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are the first n of a contiguous block.
 """
@@ -18,12 +18,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kc_lib.circuits.acdc.edge_sums import edge_sums
 from kc_lib.circuits.acdc.losses import StreamLosses
-from kc_lib.circuits.acdc.needs import Needs
-from kc_lib.circuits.acdc.packed import packed_mlp
-from kc_lib.circuits.acdc.plans import Heads, Plan, Projection, Run, Sums, layer_projection, slices
-from kc_lib.circuits.acdc.rows import rows_of
+from kc_lib.circuits.acdc.plans import Heads, Needs, Plan, Projection, Run, Sums, layer_projection, rows_of, slices
+from kc_lib.circuits.acdc.products import edge_sums, packed_mlp
 from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.graph import Graph
 from kc_lib.residual.activations import ablated_inputs

@@ -119,7 +119,7 @@ def acdc(
 
 
 def _from_the_logits(graph: Graph, place: int) -> Iterator[tuple[int, list[int]]]:
-    """Readers from the logits down, those of a layer's attention together, each with the first one's place; from a place on."""
+    """Readers from the logits down, from a place on; those of a layer's attention together, with the first's place."""
 
     def together(place: int) -> tuple[int, bool]:
         reader = graph.readers[-1 - place]

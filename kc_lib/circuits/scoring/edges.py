@@ -92,6 +92,7 @@ class Differences:
         return self.groups.contract(self.outputs[writers], gradient)
 
 
+@torch.no_grad()
 @checked
 def edge_scores(
     decoder: Decoder,

@@ -59,6 +59,7 @@ def neuron_ablation(
     return ablation(decoder, kind, batch, means, context, neuron_outputs).outputs
 
 
+@torch.no_grad()
 @checked
 def neuron_scores(
     decoder: Decoder,
