@@ -346,7 +346,7 @@ def overlap_figure(overlap: pd.DataFrame | Stability, title: str | None = None) 
         raise MethodError(f"an overlap is a share from 0 to 1, not {values[(values < 0) | (values > 1)][0]:g}")
     n = len(names)
     pairs = pd.Series(values[np.triu_indices(n, 1)]).dropna()
-    about = [f"{n} circuits"]
+    about = [f"{n} circuits" if n > 1 else "one circuit: there is no other to compare it with"]
     if isinstance(overlap, Stability):
         about += [f"found on n = {overlap.n_facts} facts"] if overlap.n_facts else []
         summary = overlap.summary().to_dict("records")

@@ -153,7 +153,51 @@ class DiscoveryCell(Options):
             check_method(self.method, self.intervention)
 
 
+@dataclass(frozen=True)
+class StabilityOptions(Options):
+    """Which circuits the notebook circuit_evaluation compares with the one it found."""
+
+    n_resamples: int = option(10, "resamples of the facts", least=2)
+    other_methods: list[str] = option(("eap", "relp", "gim"), "methods whose circuits of that size are compared", among=METHODS)
+
+
+@dataclass(frozen=True)
+class EvaluationCell(Options):
+    """First cell of the notebook circuit_evaluation."""
+
+    model: str = option("smollm2", "embedded model, local folder or hub name", determines=False)
+    task: str = option("country_capital", 'relation, "ioi", or a file of facts or pairs', determines=False)
+    circuit: str | None = option(
+        None, "a circuit file, ours or EAP-IG's json; none: discover one by the method", determines=False
+    )
+    method: str = option("eap_ig", "of the ranking and of the discovered circuit", among=METHODS)
+    size: int | float = option(0.005, "share of the edges, or a number of edges", least=0)
+    metric: str = option("logit_difference", "what is measured at the answer", among=METRICS)
+    intervention: str = option("patching", "what edges outside the circuit carry", among=INTERVENTIONS)
+    full_answer: bool = option(False, "all answer tokens, teacher-forced, instead of the first")
+    n_random: int = option(19, "random circuits of each kind; 19 are the fewest that can give a p of 0.05", least=1)
+    n_edges: int = option(24, "edges taken out one by one", least=1)
+    seed: int = option(0, "of splits, random circuits, samples and intervals")
+    out: str | None = option(None, "folder for results; none: outputs/", determines=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_method(self.method, self.intervention)
+
+
 NOTEBOOKS = {
+    "circuit_evaluation": Notebook(
+        cell=EvaluationCell,
+        groups={
+            "model": ModelOptions,
+            "task": TaskOptions,
+            "score": ScoreOptions,
+            "select": SelectOptions,
+            "evaluate": EvaluateOptions,
+            "stability": StabilityOptions,
+            "verdict": VerdictOptions,
+        },
+    ),
     "circuit_discovery": Notebook(
         cell=DiscoveryCell,
         groups={
