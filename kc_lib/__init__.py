@@ -23,6 +23,10 @@ _FROM = {
     "circuits.attribution": ("score_edges",),
     "circuits.selection": ("select",),
     "circuits.acdc.search": ("acdc",),
+    "circuits.evaluate": ("evaluate",),
+    "circuits.baselines": ("random_baselines",),
+    "circuits.figures": ("circuit_graph",),
+    "circuits.evaluation_figures": ("faithfulness_figure",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

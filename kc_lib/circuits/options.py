@@ -90,6 +90,11 @@ class SelectOptions(Options):
         if self.selection == "threshold" and self.threshold is None:
             raise MethodError("selection 'threshold' needs a threshold: give a number, at least 0")
 
+    @property
+    def ranking(self) -> str:
+        """How edges are ranked where circuits of several sizes are compared."""
+        return self.selection if self.selection in RANKINGS else "absolute"
+
 
 @dataclass(frozen=True)
 class EvaluateOptions(Options):
@@ -136,7 +141,7 @@ class DiscoveryCell(Options):
     """First cell of the notebook circuit_discovery."""
 
     model: str = option("smollm2", "embedded model, local folder or hub name", determines=False)
-    task: str = option("country_capital", 'relation, "ioi", or a file', determines=False)
+    task: str = option("country_capital", 'relation, "ioi", or a file of facts or pairs', determines=False)
     method: str = option("eap_ig", "how edges are found", among=(*METHODS, "acdc"))
     metric: str = option("logit_difference", "what is measured at the answer", among=METRICS)
     intervention: str = option("patching", "what an ablated edge carries", among=INTERVENTIONS)

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.circuits.options import ScoreOptions
 from kc_lib.circuits.scoring.prepared import Prepared, prepared_batches
 from kc_lib.graph import Graph
-from kc_lib.metrics import Metric, get_metric
+from kc_lib.metrics import get_metric
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits
@@ -22,27 +23,21 @@ from kc_lib.tasks.batches import TokenPair
 EDGES_AT_ONCE = 32  # edges patched as one batch
 
 
-def patch_single_edges(
-    model: Model,
-    pairs: Sequence[TokenPair],
-    edges: Sequence[str],
-    *,
-    metric: str | Metric = "logit_difference",
-    intervention: str = "patching",
-    grouped: bool = True,
-    full_answer: bool = False,
-    batch_size: int = 8,
-) -> pd.DataFrame:
+def patch_single_edges(model: Model, pairs: Sequence[TokenPair], edges: Sequence[str], **options: Any) -> pd.DataFrame:
     """The exact effect of ablating each named edge (``"a3.h5->m7"``) alone: columns edge, writer, reader, score.
+
+    Args:
+        options: fields of ``ScoreOptions``; steps make no difference.
 
     Raises:
         GraphError: an edge the model's graph does not have.
+        MethodError: an option out of range.
     """
-    metric, decoder = get_metric(metric), model.residual
-    graph = decoder.graph(grouped)
+    asked, decoder = ScoreOptions.of(options), model.residual
+    metric, graph = get_metric(asked.metric), decoder.graph(asked.grouped)
     positions = [graph.edge_positions(edge) for edge in edges]
     total = torch.zeros(len(edges), device=decoder.device)
-    for prepared in prepared_batches(decoder, pairs, metric, intervention, batch_size, full_answer):
+    for prepared in prepared_batches(decoder, pairs, metric, asked.intervention, asked.batch_size, asked.full_answer):
         run = clean_run(decoder, graph, prepared.batch, prepared.prefix)
         clean_loss = prepared.loss(full_logits(decoder, prepared.batch, prepared.prefix))
         for i, (row, column) in enumerate(positions):
