@@ -123,15 +123,19 @@ def save_whole(result: Savable | pd.DataFrame, path: Path) -> None:
     os.replace(draft, path)
 
 
-def kept(path: Path, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def kept(path: Path, compute: Callable[..., Any] | Savable, *args: Any, **options: Any) -> Any:
     """The result of ``compute`` in a file: read where it is there already, else computed and kept.
 
-    The kind of result is what ``compute`` says that it returns, of several the one that the file holds; a DataFrame is kept
+    ``compute`` may be a result itself, which is then written. The kind of result is what ``compute`` says that it returns, of several the one that the file holds; a DataFrame is kept
     as a plain table.
 
     Raises:
         KnowledgeCircuitsError: the file is there and cannot be read; what ``compute`` raises.
     """
+    if not callable(compute):
+        if not path.exists():
+            save_whole(compute, path)
+        return compute
     kind = get_type_hints(compute).get("return")
     if kind is None:
         raise TypeError(f"{compute} does not say what it returns, so that its result could not be read back")
