@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.options import ScoreOptions, SelectOptions
+from kc_lib.circuits.options import ChooseOptions, ScoreOptions
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select, select_bootstrap
 from kc_lib.circuits.sizes import smallest_faithful
@@ -36,7 +36,7 @@ COMBINATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def choose(
-    model: Model, pairs: Sequence[TokenPair], scores: EdgeScores, asked: SelectOptions, scoring: ScoreOptions
+    model: Model, pairs: Sequence[TokenPair], scores: EdgeScores, asked: ChooseOptions, scoring: ScoreOptions
 ) -> Circuit:
     """The circuit that any selection makes of scores, also those that need more than scores.
 

@@ -75,14 +75,12 @@ class AcdcOptions(Options):
 
 @dataclass(frozen=True)
 class SelectOptions(Options):
-    """How edges are selected by their scores; see the head of ``selection.py``."""
+    """Keywords of ``select``; see the head of ``selection.py``."""
 
     selection: str = option("absolute", "which edges to keep; faithful: the smallest circuit that is", among=SELECTIONS)
     size: int | float = option(0.005, "share of the edges, or a number of edges", least=0)
-    fill: bool = option(True, "size counts edges after pruning; false: prune the top n, as published")
     threshold: float | None = option(None, "least |score| of an edge, for selection threshold", least=0)
-    faithfulness: float = option(0.8, "on the discovery facts, for selection faithful", above=0)
-    seed: int = option(0, "of the resamples, for selection bootstrap")
+    fill: bool = option(True, "size counts edges after pruning; false: prune the top n, as published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +92,14 @@ class SelectOptions(Options):
     def ranking(self) -> str:
         """How edges are ranked where circuits of several sizes are compared."""
         return self.selection if self.selection in RANKINGS else "absolute"
+
+
+@dataclass(frozen=True)
+class ChooseOptions(SelectOptions):
+    """Options of ``choose``, which takes selections that need more than scores."""
+
+    faithfulness: float = option(0.8, "on the discovery facts, for selection faithful", above=0)
+    seed: int = option(0, "of the resamples, for selection bootstrap")
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,9 @@ class StabilityOptions(Options):
     """Which circuits the notebook circuit_evaluation compares with the one it found."""
 
     n_resamples: int = option(10, "resamples of the facts", least=2)
-    other_methods: list[str] = option(("eap", "relp", "gim"), "methods whose circuits of that size are compared", among=METHODS)
+    other_methods: list[str] = option(
+        ("eap", "relp", "gim"), "methods whose circuits of that size are compared", among=METHODS
+    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ NOTEBOOKS = {
             "task": TaskOptions,
             "score": ScoreOptions,
             "acdc": AcdcOptions,
-            "select": SelectOptions,
+            "select": ChooseOptions,
             "evaluate": EvaluateOptions,
         },
     ),
