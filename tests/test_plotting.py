@@ -1,4 +1,4 @@
-"""What all figures are drawn with: bands that break, whiskers where there are intervals, and figures with nothing to show."""
+"""What figures are drawn with: bands that break, whiskers where there are intervals, and figures with nothing to show."""
 
 import numpy as np
 import pandas as pd
