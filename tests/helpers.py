@@ -138,7 +138,7 @@ def rows(n: int = 8) -> list[dict[str, str]]:
 
 
 def run_cells(notebook: Path = NOTEBOOK, /, **parameters: Any) -> None:
-    """The notebook's cells in this process with these parameters (``group.name``: an option), as papermill would run them."""
+    """The notebook's cells in this process with these parameters (``group.name``: an option), as papermill runs them."""
     document = nbformat.read(notebook, as_version=4)
     names: dict[str, Any] = {}
     options = {name: parameters.pop(name) for name in list(parameters) if "." in name}
