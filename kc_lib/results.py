@@ -126,8 +126,8 @@ def save_whole(result: Savable | pd.DataFrame, path: Path) -> None:
 def kept(path: Path, compute: Callable[..., Any] | Savable, *args: Any, **options: Any) -> Any:
     """The result of ``compute`` in a file: read where it is there already, else computed and kept.
 
-    ``compute`` may be a result itself, which is then written. The kind of result is what ``compute`` says that it returns, of several the one that the file holds; a DataFrame is kept
-    as a plain table.
+    ``compute`` may be a result itself, which is then written. The kind of result is what ``compute`` says that it returns,
+    of several the one that the file holds; a DataFrame is kept as a plain table.
 
     Raises:
         KnowledgeCircuitsError: the file is there and cannot be read; what ``compute`` raises.

@@ -359,15 +359,19 @@ def test_every_way_to_choose_a_circuit_runs_to_the_end(
     assert runs.read_record(folder)["headline"]["size"].startswith(f"{found.n_edges} of ")
 
 
+EVERY_FACT = {"task.known_only": False, "model.device": "cpu"}
+
+
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "ungrouped"])
-def test_the_judge_takes_a_saved_circuit_and_tells_one_from_another(
+def test_the_evaluation_takes_a_saved_circuit_and_tells_one_from_another(
     grouped: bool, small_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_csv(Path("own.csv"), rows(12))
     graph = Graph(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32, grouped=grouped)  # the small llama's
-    usual = SMALL_RUN | {"model": str(small_folder("llama")), "task": "own.csv", "circuit": "mine.json"}
-    usual |= {"n_random": 1, "n_edges": 3, "n_resamples": 2, "other_methods": "eap"}
+    usual = {"model": str(small_folder("llama")), "task": "own.csv", "circuit": "mine.json", "size": 0.2, "out": "out"}
+    usual |= {"n_random": 1, "n_edges": 3}
+    usual["options"] = EVERY_FACT | {"score.steps": 2, "stability.n_resamples": 2, "stability.other_methods": "eap"}
     folders = []
     for seed in (0, 1):  # the same file name, another circuit in it
         mine = random_circuit(graph, 60, seed)
@@ -375,9 +379,9 @@ def test_the_judge_takes_a_saved_circuit_and_tells_one_from_another(
         run_cells(runs.NOTEBOOKS / "circuit_evaluation.ipynb", **usual)
         (folder,) = [folder for folder in visible_runs(tmp_path / "out") if folder not in folders]
         folders.append(folder)
-        judged = Circuit.load(folder / "circuit.json")
-        assert judged.graph == graph
-        assert torch.equal(judged.mask, mine.mask)
+        evaluated = Circuit.load(folder / "circuit.json")
+        assert evaluated.graph == graph
+        assert torch.equal(evaluated.mask, mine.mask)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +394,7 @@ def test_the_judge_takes_a_saved_circuit_and_tells_one_from_another(
         ("unknown.json", ("unknown.json", "a9.h0")),
     ],
 )
-def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_judge(
+def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_evaluation(
     name: str,
     parts: tuple[str, ...],
     small_folder: Callable[[str], Path],
@@ -406,7 +410,7 @@ def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_judge(
     Path("unknown.json").write_text(whole.replace('"input->m0"', '"input->a9.h0<q>"'))
     other = Graph(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
     Circuit(other, other.edges).save("foreign.json")
-    usual = {"model": str(small_folder("llama")), "task": "good.csv", "known_only": False, "device": "cpu", "out": "out"}
+    usual = {"model": str(small_folder("llama")), "task": "good.csv", "out": "out", "options": EVERY_FACT}
     with pytest.raises(KnowledgeCircuitsError) as error:
         run_cells(runs.NOTEBOOKS / "circuit_evaluation.ipynb", **usual, circuit=name)
     message = str(error.value)

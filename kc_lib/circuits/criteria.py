@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kc_lib.circuits.evaluate import Evaluation, faithfulness_of, metric_values
+from kc_lib.circuits.evaluate import Evaluation, estimated, faithfulness_of, metric_values
 from kc_lib.circuits.options import EvaluateOptions
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select, select_bootstrap
@@ -65,11 +65,10 @@ def completeness(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
         values = evaluation.values(str(split))
         faithfulness = faithfulness_of(values, seed)
         for name, circuit in group[["circuit", "of"]].itertuples(index=False):
-            (estimate,), draws = faithfulness.of(name)
             kind, of = kinds.get(circuit, ("circuit", ""))
             row = {"circuit": circuit, "kind": kind, "of": of, "split": split, "n": len(values)}
-            row |= with_interval("completeness", estimate, draws[:, 0])
-            rows.append(row | with_interval("necessity", 1 - estimate, 1 - draws[:, 0]))
+            row |= estimated("completeness", faithfulness[name]) | estimated("necessity", 1 - faithfulness[name])
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -134,16 +133,15 @@ def minimality(
     for split, pairs in splits.items():
         values = metric_values(model, circuits, pairs, reference=reference, progress=progress, **asked)
         faithfulness = faithfulness_of(values, asked.seed)
-        (whole,), whole_draws = faithfulness.of("circuit")
+        whole = faithfulness["circuit"]
         for kind, frame in sampled.items():
             sign = 1 if kind == "circuit" else -1
-            estimate, draws = faithfulness.of(*(kind + " " + frame["edge"]))
-            drops, drop_draws = sign * (whole - estimate), sign * (whole_draws - draws)
-            low, high = interval(drop_draws)
-            measured = {"drop": drops, "drop_low": low, "drop_high": high, "relative": drops / (whole or np.nan)}
-            edges.append(frame.assign(split=split, **measured))
+            drops = -sign * faithfulness[kind + " " + frame["edge"]].sub(whole, axis=0).to_numpy()
+            low, high = interval(drops[1:])
+            relative = drops[0] / (whole[0] or np.nan)
+            edges.append(frame.assign(split=split, drop=drops[0], drop_low=low, drop_high=high, relative=relative))
             row = {"split": split, "kind": kind, "n_edges": int(masks[kind].sum()), "n_sampled": len(frame)}
-            totals.append(row | {"n": len(values), "faithfulness": float(whole)} | _totals(edges[-1], drop_draws))
+            totals.append(row | {"n": len(values), "faithfulness": whole[0]} | _totals(edges[-1], drops))
     columns = ["split", "kind", "edge", "writer", "reader", "drop", "drop_low", "drop_high", "relative"]
     return Minimality(pd.concat(edges, ignore_index=True)[columns], pd.DataFrame(totals))
 
@@ -163,24 +161,18 @@ def _sample(mask: Bool[Tensor, "writer reader"], n: int, generator: np.random.Ge
     return [(int(row), int(column)) for row, column in positions[torch.from_numpy(np.sort(chosen))]]
 
 
-def _totals(edges: pd.DataFrame, draws: np.ndarray) -> dict[str, float]:
+def _totals(edges: pd.DataFrame, drops: Float[np.ndarray, "drawn edge"]) -> dict[str, float]:
     """Mean and sum over the sampled edges, and the shares whose interval lies on one side of 0; NaN where undefined."""
-    n, drops = len(edges), edges["drop"]
-    if not n or edges[["drop_low", "drop_high"]].isna().any(axis=None):
-        names = [f"{name}{end}" for name in ("mean_drop", "sum_drop", "share") for end in ("", "_low", "_high")]
-        known = {"mean_drop": float(drops.mean()), "sum_drop": float(drops.sum())} if n else {}
-        return dict.fromkeys([*names, "share_lowers", "share_raises"], float("nan")) | known
+    n = len(edges)
+    if not n:
+        return {}
     lowers, raises = int((edges["drop_low"] > 0).sum()), int((edges["drop_high"] < 0).sum())
     low, high = share_interval(lowers + raises, n)
-    return {
-        **with_interval("mean_drop", drops.mean(), draws.mean(1)),
-        **with_interval("sum_drop", drops.sum(), draws.sum(1)),
-        "share": (lowers + raises) / n,
-        "share_low": low,
-        "share_high": high,
-        "share_lowers": lowers / n,
-        "share_raises": raises / n,
-    }
+    shares = {"share": (lowers + raises) / n, "share_low": low, "share_high": high}
+    shares |= {"share_lowers": lowers / n, "share_raises": raises / n}
+    if edges["drop_low"].isna().any():
+        shares = dict.fromkeys(shares, float("nan"))
+    return estimated("mean_drop", drops.mean(1)) | estimated("sum_drop", drops.sum(1)) | shares
 
 
 @dataclass(frozen=True)

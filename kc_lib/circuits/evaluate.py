@@ -118,38 +118,25 @@ def _examples_path(path: Path) -> Path:
     return path.with_name(f"{path.name.lstrip('.').removesuffix('.parquet')}_examples.parquet")
 
 
-@dataclass(frozen=True)
-class Faithfulness:
-    """Faithfulness by circuit, with one draw per resample of the facts; a resample serves all circuits."""
+def faithfulness_of(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Faithfulness of every column of ``values`` (fact x circuit, with "full" and "empty" among the circuits).
 
-    circuits: list[str]
-    estimate: Float[np.ndarray, " circuit"]
-    draws: Float[np.ndarray, "resample circuit"]
-
-    def of(self, *circuits: str) -> tuple[Float[np.ndarray, " chosen"], Float[np.ndarray, "resample chosen"]]:
-        """Estimates and draws of some circuits, in that order."""
-        columns = [self.circuits.index(name) for name in circuits]
-        return self.estimate[columns], self.draws[:, columns]
-
-    def columns(self, name: str, circuit: str) -> dict[str, float]:
-        """One circuit's faithfulness and its 95% interval as columns of a table."""
-        (estimate,), draws = self.of(circuit)
-        return with_interval(name, estimate, draws[:, 0])
-
-
-def faithfulness_of(values: pd.DataFrame, seed: int = 0) -> Faithfulness:
-    """Faithfulness of every column of ``values`` (fact x circuit, with "full" and "empty" among the circuits)."""
+    Row 0 is the estimate. The other rows are one per resample of the facts; a resample serves all circuits.
+    """
     matrix = values.to_numpy(dtype=float)
-    names = [str(name) for name in values.columns]
-    full, empty = names.index("full"), names.index("empty")
-    means = np.concatenate([matrix.mean(0, keepdims=True), resampled_means(matrix, seed)])
-    effect = means[:, [full]] - means[:, [empty]]
-    if abs(effect[0, 0]) <= MINIMAL_EFFECT:
-        ratios = np.full_like(means, np.nan)
-    else:
-        with np.errstate(divide="ignore", invalid="ignore"):  # a resample may have an effect of 0
-            ratios = (means - means[:, [empty]]) / effect
-    return Faithfulness(names, ratios[0], ratios[1:])
+    means = pd.DataFrame(
+        np.concatenate([matrix.mean(0, keepdims=True), resampled_means(matrix, seed)]), columns=values.columns
+    )
+    effect = means["full"] - means["empty"]
+    if abs(effect[0]) <= MINIMAL_EFFECT:
+        return means * np.nan
+    return means.sub(means["empty"], axis=0).div(effect, axis=0)  # a resample may have an effect of 0
+
+
+def estimated(name: str, drawn: pd.Series | Float[np.ndarray, " drawn"]) -> dict[str, float]:
+    """A figure and its 95% interval as columns of a table; ``drawn`` is the estimate and then its resamples."""
+    values = np.asarray(drawn)
+    return with_interval(name, values[0], values[1:])
 
 
 def evaluate(
@@ -266,7 +253,7 @@ def _table(examples: pd.DataFrame, circuits: Mapping[str, Labelled], metric: Met
                     "n": len(group),
                     "metric": metric.name,
                     "value": group["value"].mean(),
-                    **faithfulness.columns("faithfulness", str(name)),
+                    **estimated("faithfulness", faithfulness[name]),
                     "hit_at_10": (group["rank"] <= 10).mean(),
                     "rank_median": group["rank"].median(),
                     "probability": group["probability"].mean(),

@@ -169,9 +169,7 @@ class StabilityOptions(Options):
     """Which circuits the notebook circuit_evaluation compares with the one it found."""
 
     n_resamples: int = option(10, "resamples of the facts", least=2)
-    other_methods: list[str] = option(
-        ("eap", "relp", "gim"), "methods whose circuits of that size are compared", among=METHODS
-    )
+    other_methods: list[str] = option(("eap", "relp", "gim"), "methods whose circuits are compared", among=METHODS)
 
 
 @dataclass(frozen=True)

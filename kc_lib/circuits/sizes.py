@@ -22,14 +22,13 @@ import pandas as pd
 from scipy.integrate import trapezoid
 
 from kc_lib.circuits.baselines import LABELS
-from kc_lib.circuits.evaluate import Evaluation, faithfulness_of, metric_values
+from kc_lib.circuits.evaluate import Evaluation, estimated, faithfulness_of, metric_values
 from kc_lib.circuits.options import EvaluateOptions, SmallestOptions
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.models.model import Model
-from kc_lib.stats import with_interval
 from kc_lib.tasks.batches import TokenPair
 
 NOISE = 1e-5  # the whole graph gives 1 but for float error
@@ -75,8 +74,8 @@ def areas(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
         faithfulness = faithfulness_of(values, seed)
         for name in names.to_dict("records"):
             curve = points[(points[CURVE] == name).all(axis=1) & (points["split"] == split)]
-            shares, (estimate, draws) = curve["size"].to_numpy(), faithfulness.of(*curve["circuit"])
-            heights, logs = np.concatenate([estimate[None], draws]), np.log10(shares)
+            shares, heights = curve["size"].to_numpy(), faithfulness[curve["circuit"]].to_numpy()
+            logs = np.log10(shares)
             measured = {
                 "cpr": trapezoid(heights, shares),
                 "cmd": trapezoid(np.abs(1 - heights), shares),
@@ -84,7 +83,7 @@ def areas(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
             }
             row: dict[Any, Any] = name | {"split": split, "n": len(values), "n_sizes": len(shares), "smallest": shares[0]}
             for area, drawn in measured.items():
-                row |= with_interval(area, drawn[0], drawn[1:])
+                row |= estimated(area, drawn)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -133,7 +132,7 @@ def smallest_faithful(
             measured = faithfulness_of(values, asked.seed)
             for name, circuit in fresh.items():
                 row = {"n_edges": circuit.n_edges, "n": len(pairs)}
-                known[circuit.n_edges] = row | measured.columns("faithfulness", name)
+                known[circuit.n_edges] = row | estimated("faithfulness", measured[name])
         tried |= {size: known[circuit.n_edges] for size, circuit in circuits.items()}
         suffices = {row["n_edges"]: row["faithfulness"] >= faithfulness - NOISE for row in tried.values()}
         lucky = {n for n, larger in pairwise(sorted(suffices)) if asked.stable and not suffices[larger]}

@@ -32,7 +32,12 @@ REDUCED = {
 REDUCED_OF = {
     # nano has 463 edges: half a percent of them, which the real model needs, are two
     "circuit_discovery": {"size": "0.05", "task.max_facts": "12", "score.steps": "2"},
-    "circuit_evaluation": {"size": "0.05"},
+    "circuit_evaluation": {
+        "size": "0.05",
+        "task.max_facts": "12",
+        "score.steps": "2",
+        "stability.n_resamples": "2",
+    },
     "component_analysis": {"size": "0.05"},
     "circuits_over_training": {
         "schedule": "0 750 6000",

@@ -2,8 +2,7 @@
 
 The unembedding is often the larger part of a run that starts high in the model. Where a metric reads the answers' logits
 only, only these are computed. Where it is a cross-entropy (``Metric.target``: log-probability, match-NLL, KL), the loss is
-the logits' logsumexp less a product of the normed stream with one vector per answer, the target's mean unembedding: no table
-of logits is kept, and the vocabulary is gone through in parts that stay in the processor's cache.
+the logits' logsumexp less a product of the normed stream with one vector per answer, the target's mean unembedding.
 """
 
 from __future__ import annotations
