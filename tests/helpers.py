@@ -138,9 +138,11 @@ def rows(n: int = 8) -> list[dict[str, str]]:
 
 
 def run_cells(notebook: Path = NOTEBOOK, /, **parameters: Any) -> None:
-    """The notebook's cells in this process with these parameters, as papermill would run them."""
+    """The notebook's cells in this process with these parameters (``group.name``: an option), as papermill runs them."""
     document = nbformat.read(notebook, as_version=4)
     names: dict[str, Any] = {}
+    options = {name: parameters.pop(name) for name in list(parameters) if "." in name}
+    parameters |= {"options": options | parameters.get("options", {})} if options else {}
     for cell in document.cells:
         if cell.cell_type == "code":
             exec(compile(cell.source, notebook.name, "exec"), names)

@@ -31,7 +31,7 @@ REDUCED = {
 # what single notebooks need beside or instead
 REDUCED_OF = {
     # nano has 463 edges: half a percent of them, which the real model needs, are two
-    "circuit_discovery": {"size": "0.05"},
+    "circuit_discovery": {"size": "0.05", "task.max_facts": "12", "score.steps": "2"},
     "circuit_evaluation": {
         "size": "0.05",
         "task.max_facts": "12",

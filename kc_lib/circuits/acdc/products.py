@@ -19,7 +19,6 @@ from transformers.activations import SiLUActivation
 from kc_lib.errors import ModelError
 from kc_lib.residual.parts import Block, Mlp, Norm
 
-ROWS_AT_ONCE = 256
 Linear = Callable[[Float[Tensor, "*batch d_in"]], Float[Tensor, "*batch d_out"]]
 Activation = Callable[[Tensor], Tensor]
 
@@ -71,19 +70,14 @@ def packed_mlp(block: Block) -> Callable[[Float[Tensor, "*batch d_model"]], Floa
 
 
 def _packed_parts(mlp: Mlp, norm: Norm) -> Callable[[Tensor], Tensor]:
-    """So many rows at a time that the neurons stay in the processor's cache."""
     into = _after_norm(norm, mlp.W_in, mlp.b_in, mlp.activation if mlp.W_gate is None else None)
     gate = None if mlp.W_gate is None else _after_norm(norm, mlp.W_gate, mlp.b_gate, mlp.activation)
     out = packed_linear(mlp.W_out.T, mlp.b_out)
 
-    def run(rows: Tensor) -> Tensor:
-        scaled = rows * norm.scale(rows)
+    def mlp_of(x: Tensor) -> Tensor:
+        scaled = x * norm.scale(x)
         neurons = into(scaled)
         return out(neurons if gate is None else neurons.mul_(gate(scaled)))
-
-    def mlp_of(x: Tensor) -> Tensor:
-        parts = [run(rows) for rows in x.flatten(0, -2).split(ROWS_AT_ONCE)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x)
 
     return mlp_of
 
