@@ -20,6 +20,12 @@ _FROM = {
     "tasks.task": ("load_task",),
     "tasks.facts": ("load_facts",),
     "graph": ("Circuit",),
+    "components.lens": ("logit_lens",),
+    "components.direct": ("direct_attribution",),
+    "components.figures": ("lens_figure",),
+    "heads.general": ("head_scores",),
+    "heads.classes": ("classify_heads",),
+    "heads.figures_scores": ("head_score_grid",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

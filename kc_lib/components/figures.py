@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.components.direct import DirectAttribution
-from kc_lib.components.lens import LayerLens
+from kc_lib.components.lens import LogitLens
 from kc_lib.errors import MethodError
 from kc_lib.plotting import (
     DARK,
@@ -44,7 +44,7 @@ NO_BREAK = "\u00a0"  # a space at which no line ends
 LINE = 18  # px
 
 
-def lens_figure(lens: LayerLens, title: str | None = None, seed: int = 0) -> go.Figure:
+def lens_figure(lens: LogitLens, title: str | None = None, seed: int = 0) -> go.Figure:
     """Rank (log axis, best on top) and probability along the stream: mean over facts with its 95% band, median dashed.
 
     The title says which norm the readings went through. Curves over the subject are left out where none is named.
@@ -62,7 +62,7 @@ def lens_figure(lens: LayerLens, title: str | None = None, seed: int = 0) -> go.
     unnamed = "" if "subject_probability" in summary else "no subject is named: no curves over it"
     about = [*origin({"model": lens.provenance.get("model")}), f"n = {summary['n'].iloc[0]} facts"]
     about += [f"mean, band: {OVER_FACTS}; dashed: median", unnamed]
-    titled(figure, title or f"Layer lens, {norm}", about)
+    titled(figure, title or f"Logit lens, {norm}", about)
     for row, curves in enumerate((RANKS, PROBABILITIES), start=1):
         for measure, (name, colour) in curves.items():
             if measure in summary:
@@ -93,7 +93,7 @@ def _add_curve(figure: go.Figure, summary: pd.DataFrame, measure: str, name: str
 
 def direct_heatmap(direct: DirectAttribution, title: str | None = None, seed: int = 0) -> go.Figure:
     """Mean direct contribution of every head (layers left to right), and of every MLP in a row above: logits, 0 is white."""
-    frame = direct.to_frame(seed)
+    frame = direct.summary(seed)
     heads, mlps = frame[frame["kind"] == "head"], frame[frame["kind"] == "mlp"]
     n_layers = int(frame["layer"].max()) + 1
     n_heads = len(heads) // n_layers

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import KINDS, NAMED, SmallFolder, SmallModel, facts, hf_model, random_pairs, relative_gap
+from kc_lib.components.contributions import constant_contribution
+from kc_lib.components.node_ablation import ablated_values
 from oracles import eap, patching
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,11 +19,9 @@ from kc_lib.circuits.evaluate import metric_values
 from kc_lib.circuits.selection import random_circuit, select
 from kc_lib.components.attention import SOURCES, attention_pattern, attention_sources, sources_frame, sources_of
 from kc_lib.components.circuit_table import CircuitTable, circuit_table
-from kc_lib.components.contributions import constant_contribution
 from kc_lib.components.direct import BIASES, DirectAttribution, direct_attribution, promoted_tokens
 from kc_lib.components.lens import LayerLens, layer_lens
 from kc_lib.components.neuron_readout import neuron_contributions, top_neurons
-from kc_lib.components.node_ablation import ablated_values
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Circuit
 from kc_lib.heads.ablation import HeadAblation, ablate_heads, random_heads

@@ -12,12 +12,12 @@ import pytest
 import torch
 from ground_truth.circuits import hand_wired
 from helpers import SmallFolder, SmallModel, facts, hf_model
+from kc_lib.heads.promoted_tokens import head_promotion
 
 from kc_lib.components.attention import SOURCES, attention_sources
 from kc_lib.errors import MethodError
 from kc_lib.heads.ablation import recurrence
 from kc_lib.heads.classes import CLASSES, HeadClasses, check_enough, classify_heads, mover_null, range_null
-from kc_lib.heads.promoted_tokens import head_promotion
 from kc_lib.models.model import Model
 from kc_lib.tasks.answers import answer_tokens
 from kc_lib.tasks.batches import TokenPair, make_batch

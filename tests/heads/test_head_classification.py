@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from helpers import relation, run_cells, visible_runs
+from kc_lib.heads.conclusion import head_conclusion, head_headline
 
 from kc_lib import runs
 from kc_lib.errors import KnowledgeCircuitsError
 from kc_lib.heads.ablation import HeadAblation
 from kc_lib.heads.classes import HeadClasses
-from kc_lib.heads.conclusion import head_conclusion, head_headline
 from kc_lib.heads.general import GeneralHeadScores
 from kc_lib.heads.head_scores import HeadScores
 

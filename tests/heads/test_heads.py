@@ -11,12 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from ground_truth.heads import NAMES, NUMBERS, WORDS, KnownHeads, general_heads, ioi_heads
-
-from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
-from kc_lib.heads.copying import copy_scores, name_mover_scores, negative_name_mover_scores
-from kc_lib.heads.general import SCORES, GeneralHeadScores, general_head_scores
-from kc_lib.heads.head_scores import HeadScores, head_scores
-from kc_lib.heads.inhibition import ioi_prompts, name_movers, s_inhibition_scores
 from kc_lib.heads.repeats import (
     duplicate_token_scores,
     induction_scores,
@@ -24,6 +18,12 @@ from kc_lib.heads.repeats import (
     repeat_scores,
     repeated_tokens,
 )
+
+from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
+from kc_lib.heads.copying import copy_scores, name_mover_scores, negative_name_mover_scores
+from kc_lib.heads.general import SCORES, GeneralHeadScores, general_head_scores
+from kc_lib.heads.head_scores import HeadScores, head_scores
+from kc_lib.heads.inhibition import ioi_prompts, name_movers, s_inhibition_scores
 from kc_lib.heads.successor import CYCLIC, ORDINALS, successor_pairs, successor_scores
 from kc_lib.heads.suppression import content_tokens, copy_suppression_scores, text_windows
 from kc_lib.models.model import Model

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kc_lib.heads.repeats import repeat_scores, repeated_tokens
+from kc_lib.heads.transformer_lens import direct_path_obstacle
 from oracles.heads import oracle_copied, oracle_cspa, oracle_path_patch, oracle_readout, oracle_result
 from transformer_lens.head_detector import detect_head
 from transformer_lens.patching import get_act_patch_direct_path
@@ -14,10 +16,8 @@ from kc_lib.components.head_runs import copied, copies_in_top, mean_pattern_by_o
 from kc_lib.errors import MethodError
 from kc_lib.heads.copying import names_after_block_0
 from kc_lib.heads.path_patching import patch_queries
-from kc_lib.heads.repeats import repeat_scores, repeated_tokens
 from kc_lib.heads.successor import successor_choices
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
-from kc_lib.heads.transformer_lens import direct_path_obstacle
 from kc_lib.models.model import Model
 from kc_lib.residual.activations import writer_outputs
 
