@@ -25,7 +25,7 @@ from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
 from kc_lib.heads.options import COPIES
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
-from kc_lib.tasks.ioi import ioi_pairs
+from kc_lib.tasks.generated import ioi_pairs
 from kc_lib.tasks.tokens import tokenizer_of
 
 THRESHOLD, TOP = 0.10, 5
