@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kc_lib.errors import MethodError
 from kc_lib.models.options import ModelOptions
 from kc_lib.options import Notebook, Options, option
 from kc_lib.tasks.options import TaskOptions
@@ -48,6 +49,11 @@ class AnalysisCell(Options):
     batch_size: int = option(8, "facts at once; circuits run on four times as many", least=1, determines=False)
     seed: int = option(0, "of the split and of intervals")
     out: str | None = option(None, "folder for results; none: outputs/", determines=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size > 1 and self.size != int(self.size):
+            raise MethodError(f"size is {self.size}; it must be a whole number of edges, or a share of them up to 1.0")
 
 
 NOTEBOOKS = {

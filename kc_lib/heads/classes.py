@@ -38,8 +38,8 @@ from kc_lib.heads.options import ClassOptions
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.results import Result
-from kc_lib.tasks.answers import answer_tokens
 from kc_lib.tasks.batches import Batch, TokenPair, batches
+from kc_lib.tasks.known import answer_tokens
 from kc_lib.tasks.task import Task
 from kc_lib.tasks.tokens import tokenizer_of
 
