@@ -25,7 +25,7 @@ _FROM = {
     "components.figures": ("lens_figure",),
     "heads.general": ("head_scores",),
     "heads.classes": ("classify_heads",),
-    "heads.figures_scores": ("head_score_grid",),
+    "heads.figures": ("head_score_grid",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}
