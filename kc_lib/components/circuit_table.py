@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.selection import select
 from kc_lib.components.attention import SOURCES, head_names, source_table
-from kc_lib.components.direct import direct_attribution, promoted_tokens
+from kc_lib.components.direct import DirectAttribution, direct_attribution, promoted_tokens
+from kc_lib.components.lens import LogitLens
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.metrics import Metric, get_metric
@@ -35,6 +36,8 @@ from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
 
 LISTED = 5  # edges and tokens named per node
+NEAR = 10  # a rank that counts as near the top
+WHAT = {"answer": "answer's logit", "difference": "logit difference"}
 SUMMARISED = ["node", "class", "direct", "total", "total_low", "total_high", "strongest_in", "raises"]
 
 
@@ -219,3 +222,46 @@ def _row_of(index: Mapping[str, int], node: str) -> int:
     if node not in index:
         raise MethodError(f"the graph has no node {node!r} that writes: name nodes like a0.h0, m0 or input")
     return index[node]
+
+
+def reading_headline(lens: LogitLens, direct: DirectAttribution, table: CircuitTable, seed: int = 0) -> dict[str, str]:
+    """The figures that matter of a component analysis: where the answer comes near the top, what writes it, and how much of a circuit that tells."""
+    what = WHAT.get(str(direct.provenance.get("direction")), "logit")
+    effects = direct.summary(seed)
+    heads = effects[effects["kind"] == "head"].sort_values("contribution")
+    counts = table.counts()
+    return {
+        f"answer among the first {NEAR}": _arrival(lens, NEAR),
+        "answer first": _arrival(lens, 1),
+        what: f"{direct.totals.mean():.2f} logits (n = {len(direct.values)} facts)",
+        f"{what}, attention": _sum_of(direct, effects["kind"] == "head", seed),
+        f"{what}, MLPs": _sum_of(direct, effects["kind"] == "mlp", seed),
+        "head that adds most": _effect(heads.iloc[-1]),
+        "head that takes most": _effect(heads.iloc[0]),
+        "nodes of the circuit": f"{len(table.nodes)}: {counts['direct']} with a direct effect, {counts['through others']} "
+        f"through others only, {counts['none']} with none",
+    }
+
+
+def _arrival(lens: LogitLens, rank: int) -> str:
+    """From where on the median rank stays within ``rank``."""
+    summary = lens.summary()
+    beyond = (summary["answer_rank_median"] > rank).to_numpy().nonzero()[0]
+    first = int(beyond[-1]) + 1 if len(beyond) else 0
+    if first == len(summary):
+        return "never"
+    layer = summary["layer"].iloc[first]
+    if layer == 0:
+        return "at the embedding"
+    return f"after layer {int(layer)}'s attention" if layer % 1 else f"after layer {int(layer) - 1}"
+
+
+def _sum_of(direct: DirectAttribution, chosen: pd.Series, seed: int) -> str:
+    """What some components add together, with its interval over facts."""
+    values = direct.values[:, chosen.tolist()].sum(1).double().numpy()
+    low, high = interval(resampled_means(values[:, None], seed))
+    return f"{values.mean():.2f} [{low[0]:.2f}, {high[0]:.2f}]"
+
+
+def _effect(row: pd.Series) -> str:
+    return f"{row['component']} ({row['contribution']:+.2f} [{row['contribution_low']:.2f}, {row['contribution_high']:.2f}])"

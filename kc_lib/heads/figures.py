@@ -198,10 +198,9 @@ def recurrence_figure(classes: Mapping[str, Sequence[tuple[int, int]]], title: s
 
 
 def _criterion(classes: HeadClasses) -> str:
-    about = classes.provenance
-    if not {"level", "least_attention"} <= set(about):
-        return ""
-    return f"classified: corrected p at most {about['level']:g}, attention at least {about['least_attention']:g}"
+    level, attention = classes.provenance.get("level"), classes.provenance.get("least_attention")
+    known = level is not None and attention is not None
+    return f"classified: corrected p at most {level:g}, attention at least {attention:g}" if known else ""
 
 
 def _head_hover(head: plot.Row, score: str) -> str:

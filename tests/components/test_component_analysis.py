@@ -16,12 +16,11 @@ from helpers import SmallModel, random_pairs, rows, run_cells, visible_runs, wri
 from kc_lib import runs
 from kc_lib.circuits.selection import random_circuit
 from kc_lib.components.attention import heads_of
-from kc_lib.components.circuit_table import CircuitTable, circuit_table
+from kc_lib.components.circuit_table import CircuitTable, circuit_table, reading_headline
 from kc_lib.components.direct import DirectAttribution, direct_attribution, largest_error, strongest_components
 from kc_lib.components.figures import lens_figure
 from kc_lib.components.lens import LogitLens
 from kc_lib.components.options import AnalysisCell
-from kc_lib.components.readings import reading_headline
 from kc_lib.errors import KnowledgeCircuitsError, MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.heads.classes import HeadClasses
