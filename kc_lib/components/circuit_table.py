@@ -225,7 +225,7 @@ def _row_of(index: Mapping[str, int], node: str) -> int:
 
 
 def reading_headline(lens: LogitLens, direct: DirectAttribution, table: CircuitTable, seed: int = 0) -> dict[str, str]:
-    """The figures that matter of a component analysis: where the answer comes near the top, what writes it, and how much of a circuit that tells."""
+    """The figures that matter: where the answer comes near the top, what writes it, how much of a circuit that tells."""
     what = WHAT.get(str(direct.provenance.get("direction")), "logit")
     effects = direct.summary(seed)
     heads = effects[effects["kind"] == "head"].sort_values("contribution")
