@@ -48,6 +48,9 @@ def lens_figure(lens: LogitLens, title: str | None = None, seed: int = 0) -> go.
 
     The title says which norm the readings went through. Curves over the subject are left out where none is named.
 
+    Example:
+        >>> kc.lens_figure(kc.logit_lens(model, task.test))
+
     Raises:
         MethodError: a lens without facts.
     """

@@ -152,6 +152,9 @@ def head_score_grid(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
 
     ``frame`` is ``GeneralHeadScores.to_frame()``. Colours run from 0 to the panel's largest score: what counts as high
     differs between scores, so each panel's subtitle gives its threshold.
+
+    Example:
+        >>> kc.head_score_grid(kc.head_scores(model).to_frame())
     """
     if frame.empty:
         return plot.empty("no head score is asked for, or none is defined for the model", title or "General head scores")

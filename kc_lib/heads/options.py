@@ -71,7 +71,7 @@ class ClassificationCell(Options):
     )
     n_random: int = option(19, "random sets of heads beside each class; 19 are the fewest that give a p of 0.05", least=0)
     scores: list[str] = option("all", "general head scores by name; none leaves them out", among=("all", "none", *SCORES))
-    batch_size: int = option(8, "facts at once", least=1, determines=False)
+    batch_size: int = option(8, "facts at once; ablations run on twice as many", least=1, determines=False)
     seed: int = option(0, "of the split, random baselines and intervals")
     out: str | None = option(None, "folder for results; none: outputs/", determines=False)
 
@@ -84,12 +84,6 @@ class ClassificationCell(Options):
 NOTEBOOKS = {
     "head_classification": Notebook(
         cell=ClassificationCell,
-        groups={
-            "model": ModelOptions,
-            "task": TaskOptions,
-            "classes": ClassOptions,
-            "ablation": AblationOptions,
-            "scores": HeadScoreOptions,
-        },
+        groups={"model": ModelOptions, "task": TaskOptions, "classes": ClassOptions, "scores": HeadScoreOptions},
     )
 }
