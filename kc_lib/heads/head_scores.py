@@ -132,7 +132,8 @@ class GeneralHeadScores:
 
     def summary(self, n: int = 6) -> pd.DataFrame:
         """The first heads that pass each score."""
-        return self.passing().groupby("name", sort=False).head(n).round(3)
+        first = self.passing().groupby("name", sort=False).head(n)
+        return first.round(3).rename(columns={"null": "random baseline"})
 
     def save(self, folder: str | Path) -> Path:
         """Write every score to ``<name>.parquet`` in the folder, and the undefined ones to ``undefined.json``."""
