@@ -7,12 +7,13 @@ The paper names the classes and gives no criterion. Ours, read at the answer pos
 - relation score: attention mass on the relation's tokens x share of the relation's range (the first tokens of all its
   answers) among those k tokens.
 
-Each has a null. For movers, the answers are shuffled between the facts: a head that writes some answer whatever the subject
-keeps its score. That null cannot serve the relation score, which asks for the range as a whole and is the same under any
-shuffling; there, ranges of as many tokens are drawn from the answers of other relations. P-values are the shares of null
-scores at least as large, corrected over all heads by Benjamini and Hochberg (1995). A head is classified where its score is
-above 0, the corrected p at most ``level``, and the attention mass in question at least ``least_attention``: a score is a
-product, and its null asks about the second factor only. A head in both classes is a mixture head.
+Each has a random baseline. For movers, the answers are shuffled between the facts: a head that writes some answer whatever
+the subject keeps its score. That baseline cannot serve the relation score, which asks for the range as a whole and is the
+same under any shuffling. There, ranges of as many tokens are drawn from the answers of other relations. P-values are the
+shares of random scores at least as large, corrected over all heads by Benjamini and Hochberg (1995). A head is classified
+where its score is above 0, the corrected p at most ``level``, and the attention mass in question at least
+``least_attention``: a score is a product, and its baseline asks about the second factor only. A head in both classes is a
+mixture head.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from kc_lib.tasks.task import Task
 from kc_lib.tasks.tokens import tokenizer_of
 
 CLASSES = ("mover", "relation", "mixture")
-DRAWS_AT_ONCE = 1000  # null draws held in memory together
+DRAWS_AT_ONCE = 1000  # random scores held in memory together
 SUMMARISED = ["class", "layer", "head", "subject", "relation_tokens", "contribution", "mover_score", "mover_p"]
 SUMMARISED += ["relation_score", "relation_p"]
 
 
 @dataclass(frozen=True)
 class HeadClasses(Result):
-    """One row per head: layer, head, both scores with their null's 99th percentile and corrected p, and the class.
+    """One row per head: layer, head, both scores with their baseline's 99th percentile and corrected p, and the class.
 
     The class is "" for none. Also ``subject`` and ``relation_tokens``, the attention masses, and ``contribution``, what the
     head adds to the answer's logit, all averaged over facts.
@@ -81,7 +82,7 @@ class HeadClasses(Result):
 def classify_relations(
     model: Model, tasks: Mapping[str, Task], keep: Callable[..., HeadClasses], **options: Any
 ) -> tuple[dict[str, HeadClasses], dict[str, str]]:
-    """The classes found on every relation's discovery facts, and why a relation is left out: too few facts for its null.
+    """The classes found on every relation's discovery facts, and why a relation is left out: too few facts for its baseline.
 
     Args:
         keep: ``run.keep``, which keeps each relation's classes in ``classes_<task>.parquet``.
@@ -111,7 +112,7 @@ def classify_heads(
 
     Args:
         pairs: facts of one relation, with subject positions; only clean prompts and first answer tokens count.
-        other_answers: first answer tokens of other relations, from which the relation score's null ranges are drawn.
+        other_answers: first answer tokens of other relations, from which the relation score's random ranges are drawn.
         options: fields of ``ClassOptions``.
 
     Example:
@@ -120,7 +121,7 @@ def classify_heads(
         >>> classes.of_class("mover")
 
     Raises:
-        MethodError: too few facts for the null (says how many it takes), no subject, or an option out of range.
+        MethodError: too few facts for the baseline (says how many it takes), no subject, or an option out of range.
     """
     asked = ClassOptions.of(options)
     decoder = model.residual
@@ -130,7 +131,7 @@ def classify_heads(
     others = sorted(set(other_answers) - set(answers))
     if len(others) < 5 * len(answer_range):
         raise MethodError(
-            f"other_answers has {len(others)} tokens that are not the relation's own; its null ranges of "
+            f"other_answers has {len(others)} tokens that are not the relation's own; random ranges of "
             f"{len(answer_range)} tokens need at least {5 * len(answer_range)} to draw from: give the answers of more "
             "relations"
         )
@@ -146,8 +147,8 @@ def classify_heads(
     frame = head_table(decoder.n_layers, decoder.n_heads)
     frame = frame.assign(**{name: values.mean(1).double().numpy() for name, values in means.items()})
     for name, (scores, null) in {
-        "mover": mover_null(subject, writes_answer, n_null, seed),
-        "relation": range_null(weights, n_range, n_null, seed),
+        "mover": mover_baseline(subject, writes_answer, n_null, seed),
+        "relation": range_baseline(weights, n_range, n_null, seed),
     }.items():
         frame[[f"{name}_score", f"{name}_null_99", f"{name}_p"]] = _tested(scores, null)
     mover, of_relation = (
@@ -206,13 +207,13 @@ def check_enough(answers: Sequence[int], n_heads: int, level: float) -> None:
     if arrangements < math.log(needed):
         enough = next(n for n in range(1, 100) if math.factorial(n) >= needed)
         raise MethodError(
-            f"{len(answers)} facts with {len(set(answers))} different answers are too few for the null of {n_heads} heads "
-            f"at level {level:g}: it takes {enough} facts with different answers (or a higher level)"
+            f"{len(answers)} facts with {len(set(answers))} different answers are too few for the random baseline of "
+            f"{n_heads} heads at level {level:g}: it takes {enough} facts with different answers (or a higher level)"
         )
 
 
 @checked
-def mover_null(
+def mover_baseline(
     attention: Float[Tensor, "head fact"], written: Bool[Tensor, "head fact other"], n_draws: int, seed: int
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, "draw head"]]:
     """Mover scores, and those with answers shuffled between facts; ``written[h, i, j]``: does h write j's answer on i?"""
@@ -225,12 +226,12 @@ def mover_null(
 
 
 @checked
-def range_null(
+def range_baseline(
     weights: Float[Tensor, "head token"], n_range: int, n_draws: int, seed: int
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, "draw head"]]:
     """Relation scores, and those of other ranges: a head's score is the sum of its weights over the range's tokens.
 
-    The first ``n_range`` tokens are the relation's; null ranges are as many of the others, drawn without replacement.
+    The first ``n_range`` tokens are the relation's; random ranges are as many of the others, drawn without replacement.
     """
     others = weights[:, n_range:].T
     generator = np.random.default_rng(seed)
@@ -244,7 +245,7 @@ def range_null(
 
 
 def _tested(scores: Float[Tensor, " head"], null: Float[Tensor, "draw head"]) -> np.ndarray:
-    """A score's columns: itself, its null's 99th percentile, and its corrected p."""
+    """A score's columns: itself, its random baseline's 99th percentile, and its corrected p."""
     rounding = 1e-6 * scores.abs().clamp_min(1e-6)  # sums in another order must not count as larger
     p = (1 + (null >= scores - rounding).sum(0)) / (1 + len(null))
     corrected = false_discovery_control(p.double().numpy(), method="bh")

@@ -21,9 +21,9 @@ from kc_lib.heads.classes import (
     HeadClasses,
     check_enough,
     classify_heads,
-    mover_null,
+    mover_baseline,
     promoted_by_heads,
-    range_null,
+    range_baseline,
 )
 from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, make_batch
@@ -83,7 +83,7 @@ def test_the_movers_null_is_that_of_every_arrangement() -> None:
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(3, 4, generator=generator)
     written = torch.rand(3, 4, 4, generator=generator) > 0.5
-    scores, null = mover_null(attention, written, 40_000, 0)
+    scores, null = mover_baseline(attention, written, 40_000, 0)
     assert scores.tolist() == pytest.approx([(attention[h] * written[h].diagonal()).mean().item() for h in range(3)])
     every = []
     for order in torch.cartesian_prod(*[torch.arange(4)] * 4):
@@ -100,7 +100,7 @@ def test_the_movers_null_is_that_of_every_arrangement() -> None:
 
 def test_the_ranges_null_draws_each_token_alike() -> None:
     weights = torch.rand(5, 3 + 12, generator=torch.Generator().manual_seed(1))
-    scores, null = range_null(weights, 3, 20_000, 0)
+    scores, null = range_baseline(weights, 3, 20_000, 0)
     assert scores.tolist() == pytest.approx(weights[:, :3].sum(1).tolist())
     assert (null.mean(0) - 3 * weights[:, 3:].mean(1)).abs().max() <= 0.02
     least, most = weights[:, 3:].sort(1).values[:, :3].sum(1), weights[:, 3:].sort(1).values[:, -3:].sum(1)
@@ -124,7 +124,7 @@ def test_the_hand_wired_mover_is_the_only_head_found() -> None:
     tokens = torch.tensor([pair.answer[0] for pair in pairs])
     promotion = promoted_by_heads(wired.model.residual, make_batch(pairs), tokens, 1)
     written = (promotion.among_top & (promotion.contribution > 0)).flatten(0, 1)
-    scores, null = mover_null(sources, written, 5000, 0)
+    scores, null = mover_baseline(sources, written, 5000, 0)
     names = [f"a{layer}.h{head}" for layer in range(promotion.among_top.shape[0]) for head in range(4)]
     best = dict(zip(names, scores.tolist(), strict=True))
     assert best.pop("a2.h0") > 0.8
