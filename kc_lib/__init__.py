@@ -20,6 +20,9 @@ _FROM = {
     "tasks.task": ("load_task",),
     "tasks.facts": ("load_facts",),
     "graph": ("Circuit",),
+    "neurons.attribute": ("knowledge_neurons",),
+    "neurons.refine": ("refine_neurons",),
+    "neurons.update": ("update_facts",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

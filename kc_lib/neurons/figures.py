@@ -13,14 +13,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
-from kc_lib.neurons.activate import SENTENCES, NeuronActivations
-from kc_lib.neurons.controls import KINDS
-from kc_lib.neurons.effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
-from kc_lib.neurons.erase import RelationErasure
-from kc_lib.neurons.refine import NeuronSets
-from kc_lib.neurons.sets import ALL, METHODS, layer_shares, neurons_per_fact, overlaps, set_sizes
-from kc_lib.neurons.suppress import NeuronChanges
-from kc_lib.neurons.update import FactUpdates
+from kc_lib.neurons.activate import SENTENCES, NeuronActivations, activation_means
+from kc_lib.neurons.effects import ALL, KINDS, METHODS
+from kc_lib.neurons.erase import RelationErasure, erasure_effects
+from kc_lib.neurons.sets import NeuronSets, layer_shares, neurons_per_fact, overlaps, set_sizes
+from kc_lib.neurons.suppress import NeuronChanges, change_ratios
+from kc_lib.neurons.update import FactUpdates, side_effects, update_rates
 from kc_lib.plotting import DARK, HEAD, NEUTRAL, OKABE_ITO, OVER_FACTS, POSITIVE, figure_text, titled, whiskers
 
 COLOURS = {"knowledge": POSITIVE, "base": OKABE_ITO[1], "random": NEUTRAL}

@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 
 from kc_lib.errors import MethodError
 from kc_lib.neurons.attribute import NeuronAttributions
-from kc_lib.neurons.refine import THRESHOLDS, coarse_neurons
+from kc_lib.neurons.options import RefineOptions
+from kc_lib.neurons.refine import coarse_neurons
 from kc_lib.plotting import HEAD, NEUTRAL, POSITIVE, origin, titled
 
 FEW = ("one paraphrase", NEUTRAL)
@@ -26,7 +27,13 @@ def attribution_figure(
     Raises:
         MethodError: no such fact, or no neuron of it has a positive score.
     """
-    rows = coarse_neurons(attributions, method, THRESHOLDS[method] if threshold is None else threshold)
+    rows = coarse_neurons(
+        attributions,
+        method,
+        {"knowledge": RefineOptions.threshold, "base": RefineOptions.base_threshold}[method]
+        if threshold is None
+        else threshold,
+    )
     rows = rows[rows["fact"] == fact]
     if rows.empty:
         raise MethodError(f"fact {fact} has no neurons to show; facts are 0 to {len(attributions.facts) - 1}")

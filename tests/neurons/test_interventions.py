@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import inner
+from kc_lib.neurons.controls import sets_of_facts
+from kc_lib.neurons.value_vectors import edited_values
 from neuron_facts import made_facts, made_sets, stored_fact
 from oracles import neurons as oracle
 
@@ -17,10 +19,8 @@ from kc_lib.errors import MethodError
 from kc_lib.models.model import Model
 from kc_lib.neurons.activate import NeuronActivations, TriggerSentences, activating_prompts, trigger_sentences
 from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.controls import sets_of_facts
 from kc_lib.neurons.sentences import ReadSentence
 from kc_lib.neurons.suppress import NeuronChanges, change_neurons
-from kc_lib.neurons.value_vectors import edited_values
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
 KNOWLEDGE = {0: [(0, 3), (1, 5), (1, 7)], 1: [(1, 0)], 3: [(0, 1), (0, 2)], 5: [(1, 40)]}  # none for facts 2 and 4

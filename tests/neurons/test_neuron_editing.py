@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import inner
+from kc_lib.neurons.controls import sets_of_facts
+from kc_lib.neurons.value_vectors import edited_answers, edited_values, value_vectors
 from neuron_facts import made_facts, made_sets, stored_fact
 from oracles import neurons as oracle
 from torch import Tensor
@@ -18,11 +20,9 @@ from torch import Tensor
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import Cloze
-from kc_lib.neurons.controls import sets_of_facts
 from kc_lib.neurons.erase import RelationErasure, erase_relation
 from kc_lib.neurons.integrate import answer_states
 from kc_lib.neurons.update import FactUpdates, update_answers, update_facts
-from kc_lib.neurons.value_vectors import edited_answers, edited_values, value_vectors
 from kc_lib.neurons.values import mean_activations, updated_values
 from kc_lib.residual.encoder import Encoder, Residual
 

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from kc_lib.neurons.conclusion import neurons_conclusion, neurons_headline
 
 from kc_lib.errors import MethodError
 from kc_lib.neurons.activate import NeuronActivations
 from kc_lib.neurons.attribute import NeuronAttributions
-from kc_lib.neurons.conclusion import neurons_conclusion, neurons_headline
 from kc_lib.neurons.effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
 from kc_lib.neurons.erase import RelationErasure
 from kc_lib.neurons.figures import (
