@@ -225,7 +225,7 @@ def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
     notebook = runs.notebook_of(source.stem) if source.parent == runs.NOTEBOOKS else None
     if notebook is None:
         return _of_foreign(source, given)
-    cell, options = notebook.cell.names(), notebook.option_names()
+    cell, options = notebook.cell.declared(), notebook.option_names()
     unknown = [key for key in given if key not in cell and key not in options]
     if unknown:
         listed = ", ".join(notebook.defaults())

@@ -55,11 +55,11 @@ class Options:
     error: ClassVar[type[KnowledgeCircuitsError]] = MethodError
 
     def __post_init__(self) -> None:
-        for declared in fields(self):
-            value = getattr(self, declared.name)
+        for name, declared in self.declared().items():
+            value = self[name]
             if "list" in _kinds(declared) and isinstance(value, str | tuple):
                 value = names_in(value) if isinstance(value, str) else list(value)
-                object.__setattr__(self, declared.name, value)
+                object.__setattr__(self, name, value)
             problem = _problem(declared, value)
             if problem:
                 raise self.error(problem)
@@ -71,25 +71,25 @@ class Options:
         Raises:
             KnowledgeCircuitsError: of the class's kind; a name that is none, or a value out of range.
         """
-        unknown = [name for name in given if name not in cls.names()]
+        unknown = [name for name in given if name not in cls.declared()]
         if unknown:
-            raise cls.error(f"unknown option {unknown[0]!r}: use some of {', '.join(cls.names())}")
+            raise cls.error(f"unknown option {unknown[0]!r}: use some of {', '.join(cls.declared())}")
         return cls(**given)
 
     @classmethod
-    def names(cls) -> dict[str, Field[Any]]:
+    def declared(cls) -> dict[str, Field[Any]]:
         """The options by name."""
-        return {declared.name: declared for declared in fields(cls)}
+        return {one.name: one for one in fields(cls)}
 
     def keys(self) -> list[str]:
-        return list(self.names())
+        return list(self.declared())
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
     def determining(self) -> dict[str, Any]:
         """The values that a result depends on."""
-        return {declared.name: getattr(self, declared.name) for declared in fields(self) if declared.metadata["determines"]}
+        return {name: self[name] for name, one in self.declared().items() if one.metadata["determines"]}
 
 
 def names_in(text: str) -> list[str]:
@@ -182,9 +182,9 @@ class Notebook:
 
     def option_names(self) -> dict[str, Field[Any]]:
         """Every option by its name, ``acdc.tau``; fields that the first cell has too are among them."""
-        return {f"{group}.{name}": one for group, options in self.groups.items() for name, one in options.names().items()}
+        return {f"{group}.{name}": one for group, options in self.groups.items() for name, one in options.declared().items()}
 
     def defaults(self) -> dict[str, Field[Any]]:
         """What ``kc run --help`` lists: the parameters of the first cell, and the options that these do not give."""
-        plain = self.cell.names()
+        plain = self.cell.declared()
         return plain | {key: one for key, one in self.option_names().items() if one.name not in plain}

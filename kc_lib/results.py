@@ -130,8 +130,10 @@ def kept(path: Path, compute: Callable[..., Any], *args: Any, **options: Any) ->
     Raises:
         KnowledgeCircuitsError: the file is there and cannot be read; what ``compute`` raises.
     """
+    kind = get_type_hints(compute).get("return")
+    if kind is None:
+        raise TypeError(f"{compute} does not say what it returns, so that its result could not be read back")
     if path.exists():
-        kind = get_type_hints(getattr(compute, "func", compute))["return"]
         return load_table(path)[0] if kind is pd.DataFrame else kind.load(path)
     value = compute(*args, **options)
     save_whole(value, path)

@@ -151,7 +151,7 @@ class Settings:
         values = self.cell.determining() if only_determining else dict(**self.cell)
         for group, options in self.groups.items():
             for name, value in (options.determining() if only_determining else dict(**options)).items():
-                if name not in self.cell.names() or value != self.cell[name]:
+                if name not in self.cell.declared() or value != self.cell[name]:
                     values[f"{group}.{name}"] = value
         return values
 
@@ -187,15 +187,15 @@ def settings(name: str, values: Mapping[str, Any]) -> Settings:
     notebook = notebook_of(name)
     if notebook is None:
         raise RunError(f"no notebook {name!r} has settings: there are {', '.join(DECLARED_IN)}")
-    plain = {key: values[key] for key in notebook.cell.names()}
+    plain = {key: values[key] for key in notebook.cell.declared()}
     given = dict(values.get("options") or {})
     unknown = [key for key in given if key not in notebook.option_names()]
     if unknown:
         raise RunError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(notebook.option_names())}")
     groups = {}
     for group, options in notebook.groups.items():
-        named = {key: given[f"{group}.{key}"] for key in options.names() if f"{group}.{key}" in given}
-        groups[group] = options(**{key: value for key, value in plain.items() if key in options.names()} | named)
+        named = {key: given[f"{group}.{key}"] for key in options.declared() if f"{group}.{key}" in given}
+        groups[group] = options(**{key: value for key, value in plain.items() if key in options.declared()} | named)
     return Settings(name, notebook.cell(**plain), groups)
 
 
@@ -208,6 +208,11 @@ def open_run(
     determining: Mapping[str, Any] | None = None,
 ) -> Run:
     """The run with these parameters: found when it was finished before, resumed when interrupted, else new.
+
+    Example:
+        >>> run = kc.open_run("my_experiment", model, task, {"steps": 5})
+        >>> scores = run.keep("scores.parquet", kc.score_edges, model, task.discovery, steps=5)
+        >>> run.finish({"edges": scores.graph.n_edges})
 
     Raises:
         RunError: the output folder cannot be written, or a found run's record cannot be read.
@@ -278,7 +283,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def catalogue(out: str | Path | None = None) -> pd.DataFrame:
-    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder."""
+    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder.
+
+    Example:
+        >>> kc.catalogue().query("experiment == 'circuit_discovery'")
+    """
     rows = []
     root = OUTPUTS if out is None else Path(out)
     for path in root.glob("*/*/*/*/run.json"):

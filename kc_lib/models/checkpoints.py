@@ -102,6 +102,9 @@ def checkpoints_of(
     Args:
         tokens_per_step: how many tokens a step of the training reads; known of Pythia only.
 
+    Example:
+        >>> [checkpoint.step for checkpoint in kc.checkpoints_of("nano", [0, 512, 6000])]
+
     Raises:
         ModelError: no such family, no checkpoints in it, folders of the same step, or as in ``schedule_steps``.
     """

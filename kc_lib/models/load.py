@@ -41,6 +41,10 @@ def load_model(
         dtype: float32, float64, bfloat16 or float16. Scores are float32 whatever the weights are.
         trust_remote_code: run code that comes with the model; off unless asked for.
 
+    Example:
+        >>> model = kc.load_model("smollm2")
+        >>> early = kc.load_model("nano", checkpoint=512)
+
     Raises:
         ModelError: no such model, no hub within reach, an unknown dtype or device, or a model TransformerLens cannot boot.
     """

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kc_lib.errors import ModelError, first_line
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.encoder import Residual
-from kc_lib.residual.from_bridge import decoder_of, is_causal, residual_of
+from kc_lib.residual.from_bridge import decoder_of, encoder_of, is_causal
 
 Kept = TypeVar("Kept")
 
@@ -112,22 +112,27 @@ class Model:
         Raises:
             ModelError: as ``residual``; or MLPs that are no sum over neurons.
         """
-        return self._unchanged("mlp_residual", lambda: residual_of(self.bridge))
+        if not self.is_causal:
+            return self._unchanged("mlp_residual", lambda: encoder_of(self.bridge))
+        for block in self.residual.blocks:
+            _ = block.mlp_parts  # seen to equal the module, or refused
+        return self.residual
 
     def _unchanged(self, name: str, compute: Callable[[], Kept]) -> Kept:
         """What was computed before, unless weights have been written to or hooks set or removed since."""
-        state = hash(
-            (
-                tuple((parameter.data_ptr(), parameter._version) for parameter in self.bridge.parameters()),
-                tuple(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.bridge.modules()),
-            )
-        )
         kept = self._kept.get(name)
-        if kept is None or kept[0] != state:
-            kept = (state, compute())
+        if kept is None or kept[0] != _state(self.bridge):
+            value = compute()
+            kept = (_state(self.bridge), value)  # after it: the first pass sets hooks of transformers' own
             self._kept[name] = kept
-        value: Kept = kept[1]
-        return value
+        return kept[1]
+
+
+def _state(bridge: TransformerBridge) -> int:
+    """A number that changes when weights are written to in place or replaced, and when hooks are set or removed."""
+    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in bridge.parameters())
+    hooks = tuple(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in bridge.modules())
+    return hash((weights, hooks))
 
 
 def _hash(bridge: TransformerBridge) -> str:

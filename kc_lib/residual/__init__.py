@@ -11,7 +11,7 @@ Covered: learned, rotary (full, partial, half-split or adjacent pairs) or no pos
 on queries and keys per head; sliding windows; soft-capped scores and logits; parallel attention and MLP (NeoX, GPT-J,
 Phi), with one norm or two; norms on outputs (Gemma-2/3), where a head's contribution is its output times the norm's
 scale in that same run, so that contributions still sum to the stream. Masked language models of the BERT kind renormalise
-the stream itself after every block, so no sum of writers equals it: ``decoder_of`` refuses them, and ``residual_of`` takes
+the stream itself after every block, so no sum of writers equals it: ``decoder_of`` refuses them, and ``encoder_of`` takes
 them apart as far as methods about MLP neurons need (``encoder.py``).
 
 ``decoder_of`` ends by comparing its own logits with the model's on random tokens. A part of an architecture that is not

@@ -55,21 +55,12 @@ def is_causal(model: TransformerBridge) -> bool:
     return bool(getattr(model.cfg, "attention_dir", "causal") == "causal")
 
 
-def residual_of(model: TransformerBridge) -> Residual:
-    """Take a decoder or a masked language model of the BERT kind apart as far as methods about MLP neurons need it.
+def encoder_of(model: TransformerBridge) -> Encoder:
+    """Take a masked language model of the BERT kind apart as far as methods about MLP neurons need it.
 
     Raises:
-        ModelError: as ``decoder_of``; or MLPs that are no sum over neurons.
+        ModelError: another kind of model.
     """
-    if is_causal(model):
-        decoder = decoder_of(model)
-        for block in decoder.blocks:
-            _ = block.mlp_parts  # seen to equal the module, or refused
-        return decoder
-    return _encoder(model)
-
-
-def _encoder(model: TransformerBridge) -> Encoder:
     name, cfg = str(getattr(model.cfg, "architecture", type(model).__name__)), model.cfg
     try:
         ln_final, activation = _norm(model.ln_final, cfg), ACT2FN[cfg.act_fn]

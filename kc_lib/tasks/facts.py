@@ -102,6 +102,10 @@ def load_facts(
         template, reverse, prepend_bos: as in ``load_task``.
         seed: of generated tasks.
 
+    Example:
+        >>> facts = kc.load_facts("person_occupation", model)
+        >>> facts.facts[0].text["prompt"]
+
     Raises:
         TaskError: unknown task or malformed data; a subject that is not in the prompt, or is all of it.
     """
