@@ -165,7 +165,8 @@ def activation_means(activations: NeuronActivations, seed: int = 0) -> pd.DataFr
     by_fact = by_fact.reindex(columns=list(SENTENCES))
     for name, (one, other) in CONTRASTS.items():
         by_fact[name] = by_fact[one] - by_fact[other]
-    long = by_fact.rename_axis(columns="sentences").stack().dropna().to_frame("activation")
+    long = by_fact.reset_index().melt(["kind", "fact"], var_name="sentences", value_name="activation").dropna()
+    long = long.set_index(["kind", "fact", "sentences"]).sort_index()
 
     def measure(group: pd.DataFrame) -> dict[str, float]:
         means = means_with_draws(group.to_numpy(), seed)[:, 0]

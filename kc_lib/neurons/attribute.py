@@ -194,8 +194,10 @@ def _largest(table: Float[Tensor, "layer d_mlp"], kept: float) -> pd.DataFrame:
 
 
 def _joined(groups: Sequence[NeuronAttributions], provenance: Mapping[str, Any]) -> NeuronAttributions:
-    tables = ([getattr(group, name) for group in groups] for name in ("frame", "prompts", "facts"))
-    return NeuronAttributions(*(pd.concat(frames, ignore_index=True) for frames in tables), provenance)
+    frame, prompts, facts = (
+        pd.concat([getattr(group, name) for group in groups], ignore_index=True) for name in ("frame", "prompts", "facts")
+    )
+    return NeuronAttributions(frame, prompts, facts, provenance)
 
 
 def _resumed(file: Path | None, identity: str) -> NeuronAttributions | None:

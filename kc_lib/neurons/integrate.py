@@ -169,10 +169,8 @@ class Paths:
     def scores(self, at_output: Float[Tensor, "path d_model"]) -> Float[Tensor, "layer batch d_mlp"]:
         """Scores of the neurons from the integrals of the gradients at their layers' outputs."""
         by_layer = rearrange(at_output, "(layer b) d -> layer b d", b=self.batch)
-        vectors = (self.residual.parts(layer).W_out.float().T for layer in range(self.residual.n_layers))
-        return (
-            torch.stack([integral @ W for integral, W in zip(by_layer, vectors, strict=True)]) * self.states.neurons.float()
-        )
+        at_neurons = [at_layer @ self.residual.parts(i).W_out.float().T for i, at_layer in enumerate(by_layer)]
+        return torch.stack(at_neurons) * self.states.neurons.float()
 
     def _pieces(self, paths: Tensor, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """At most ``max_rows`` at once, each piece in the order of its layers, and the order that takes it back."""

@@ -122,11 +122,11 @@ def _adapted(
 
 def _refined(coarse: pd.DataFrame, facts: pd.DataFrame, share: float) -> dict[int, dict[Neuron, int]]:
     """Of every fact, the neurons that enough of its paraphrases found, and how many did."""
-    of_fact = {int(fact): neurons_in(rows) for fact, rows in coarse.groupby("fact")}
+    of_fact = {fact: neurons_in(rows) for fact, rows in coarse.groupby("fact")}
     refined: dict[int, dict[Neuron, int]] = {}
     for fact, n_prompts in zip(facts["fact"], facts["n_prompts"], strict=True):
         # a share of a number of prompts is often a whole number, which rounding must not lift above itself
         needed = max(math.ceil(share * n_prompts - 1e-9), LEAST_PROMPTS)
-        counts = Counter(of_fact.get(int(fact), ()))
+        counts = Counter(of_fact.get(fact, ()))
         refined[int(fact)] = {neuron: count for neuron, count in counts.items() if count >= needed}
     return refined

@@ -190,8 +190,9 @@ def layer_shares(sets: NeuronSets, seed: int = 0) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for method in METHODS:
         of_method = sets.frame[sets.frame["method"] == method]
-        counts = of_method.groupby(["fact", "layer"]).size().unstack(fill_value=0)
-        counts = counts.reindex(index=sets.facts["fact"], columns=range(n_layers), fill_value=0).to_numpy(dtype=float)
+        sizes = of_method.groupby(["fact", "layer"]).size().unstack(fill_value=0)
+        sizes = sizes.reindex(index=sets.facts["fact"], columns=range(n_layers), fill_value=0)
+        counts = sizes.to_numpy(dtype=float)
         means = means_with_draws(counts, seed)
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample, or all facts, may have no neurons
             shares = means / means.sum(1, keepdims=True)
@@ -223,11 +224,8 @@ def overlaps(sets: NeuronSets, n_random: int = 10, seed: int = 0) -> pd.DataFram
     counts = _times_drawn(n_facts, seed)
     rows: list[dict[str, Any]] = []
     for kind in KINDS if n_random else METHODS:
-        tables = [
-            _intersections([of_fact.get((k, draw), ()) for of_fact in of_facts])
-            for k, draw in variants(n_random)
-            if k == kind
-        ]
+        of_kind = [variant for variant in variants(n_random) if variant[0] == kind]
+        tables = [_intersections([neurons.get(variant, ()) for neurons in of_facts]) for variant in of_kind]
         shared = {pairs: _pair_means(np.mean(tables, axis=0), masks[pairs], counts) for pairs in ("intra", "inter")}
         shared["intra - inter"] = shared["intra"] - shared["inter"]
         for pairs, draws in shared.items():

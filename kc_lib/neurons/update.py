@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,20 +134,17 @@ def update_facts(
         n_clozes = [len(facts[seen.fact].all_prompts[seen.number].clozes) for seen in prompts]
         tokens = torch.tensor([[cloze.target, new] for cloze in clozes])
         edits = [_edit(residual, facts[fact], neurons, new, asked) for neurons in of_facts[fact].values()]
-        for variant, answers in zip(
-            of_facts[fact], edited_answers(residual, clozes, tokens, edits, asked.batch_size), strict=True
-        ):
-            named = dict(zip(("kind", "draw", "fact"), (*variant, fact), strict=True))
-            compared = [
-                (seen, before[seen.fact, seen.number], after)
-                for seen, after in zip(prompts, _by_prompt(answers, n_clozes), strict=True)
-            ]
-            rows += [named | row | {"n_neurons": len(of_facts[fact][variant])} for row in _own_rows(compared)]
+        of_edits = edited_answers(residual, clozes, tokens, edits, asked.batch_size)
+        unedited = [before[seen.fact, seen.number] for seen in prompts]
+        for ((kind, draw), neurons), answers in zip(of_facts[fact].items(), of_edits, strict=True):
+            named = {"kind": kind, "draw": draw, "fact": fact}
+            compared = list(zip(prompts, unedited, _by_prompt(answers, n_clozes), strict=True))
+            rows += [named | row | {"n_neurons": len(neurons)} for row in _own_rows(compared)]
             sides += [named | row for row in _side_rows(compared)]
     empty = {method: sum((method, 0) not in of_facts[fact] for fact in targets) for method in METHODS}
     provenance = {
         "model": model.name,
-        **{name: asked[name] for name in EditOptions.names()},
+        **{name: asked[name] for name in EditOptions.declared()},
         "n_other": asked.n_other,
         "n_random": asked.n_random,
         "seed": asked.seed,
@@ -211,13 +208,13 @@ def update_rates(updates: FactUpdates) -> pd.DataFrame:
     """
     frame = updates.frame.assign(success_1=updates.frame["rank"] == 1, success_5=updates.frame["rank"] <= 5)
     numbers = ["p_before", "p", "rank_before", "rank"]
-    by_fact = (
-        frame.astype(dict.fromkeys([*RATES, *numbers], float)).groupby(["on", "kind", "fact"])[[*RATES, *numbers]].mean()
-    )
+    frame = frame.astype(dict.fromkeys([*RATES, *numbers], float))
+    by_fact = frame.groupby(["on", "kind", "fact"])[[*RATES, *numbers]].mean()
 
     def measure(group: pd.DataFrame) -> dict[str, float]:
         rates = {column: value for name in RATES for column, value in rate(name, group[name]).items()}
-        return rates | group[["p_before", "p"]].mean().to_dict() | group[["rank_before", "rank"]].median().to_dict()
+        means = {name: group[name].mean() for name in ("p_before", "p")}
+        return rates | means | {name: group[name].median() for name in ("rank_before", "rank")}
 
     levels = {"on": ("own", "held_out"), "kind": KINDS}
     columns = ["relation", *levels, "n", *ends(*RATES), *numbers]
@@ -317,7 +314,7 @@ def _by_prompt(answers: Answers, n_clozes: Sequence[int]) -> list[_Answer]:
     return by_prompt
 
 
-def _own_rows(compared: Iterable[tuple[_Seen, _Answer, _Answer]]) -> list[dict[str, Any]]:
+def _own_rows(compared: Sequence[tuple[_Seen, _Answer, _Answer]]) -> list[dict[str, Any]]:
     """Rows of ``frame`` for one edit, without what names it."""
     return [
         {

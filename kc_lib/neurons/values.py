@@ -31,6 +31,7 @@ from kc_lib.neurons.options import EditOptions
 from kc_lib.neurons.sets import Neuron, neurons_per_layer
 from kc_lib.residual.encoder import Residual
 
+DEFAULT = EditOptions()
 Values = Mapping[Neuron, Float[Tensor, " d_model"]]
 
 
@@ -60,7 +61,7 @@ def updated_values(
     old: int,
     new: int,
     activations: Float[Tensor, " neuron"] | None = None,
-    how: EditOptions = EditOptions(),
+    how: EditOptions = DEFAULT,
 ) -> dict[Neuron, Float[Tensor, " d_model"]]:
     """The value vectors v - l1 e_old + l2 e_new of the neurons, for ``edited_values``.
 

@@ -20,7 +20,7 @@ from kc_lib.neurons.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, jo
 from kc_lib.tasks.facts import load_facts
 from kc_lib.tasks.pararel import parse_pararel, read_patterns
 from kc_lib.tasks.relations import load_relation
-from kc_lib.tasks.tokens import Tokenizer, is_masked, tokenizer_of
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 PARAREL = Path(__file__).resolve().parents[3] / "shared" / "data" / "pararel"
 PUBLISHED = PARAREL / "data_1-1.json"
@@ -59,7 +59,7 @@ def test_a_causal_model_reads_up_to_its_answer(small_model: SmallModel) -> None:
 
 
 def test_a_masked_model_reads_the_whole_sentence(masked_model: Model) -> None:
-    assert is_masked(masked_model)
+    assert masked_model.is_masked
     tokenizer = tokenizer_of(masked_model)
     sentence = "The capital of France is [MASK]."
     prompt = cloze_prompt(tokenizer, sentence, " Paris ")
@@ -172,7 +172,7 @@ def known_by_hand(model: Model, task: ClozeTask, rank: int) -> list[str]:
             ranks = []
             for cloze in prompt.clozes:
                 with torch.no_grad():
-                    row = model(torch.tensor([cloze.tokens]))[0, cloze.position]
+                    row = model.bridge(torch.tensor([cloze.tokens]))[0, cloze.position]
                 ranks.append(1 + int((row > row[cloze.target]).sum()))
             right += max(ranks) <= rank
         if right >= len(fact.prompts) / 2:

@@ -10,8 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from helpers import inner
-from kc_lib.neurons.controls import sets_of_facts
-from kc_lib.neurons.value_vectors import edited_values
 from neuron_facts import made_facts, made_sets, stored_fact
 from oracles import neurons as oracle
 
@@ -20,7 +18,9 @@ from kc_lib.models.model import Model
 from kc_lib.neurons.activate import NeuronActivations, TriggerSentences, activating_prompts, trigger_sentences
 from kc_lib.neurons.cloze import ClozeFact
 from kc_lib.neurons.sentences import ReadSentence
+from kc_lib.neurons.sets import sets_of_facts
 from kc_lib.neurons.suppress import NeuronChanges, change_neurons
+from kc_lib.neurons.values import edited_values
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
 KNOWLEDGE = {0: [(0, 3), (1, 5), (1, 7)], 1: [(1, 0)], 3: [(0, 1), (0, 2)], 5: [(1, 40)]}  # none for facts 2 and 4
@@ -78,7 +78,7 @@ def test_batches_and_seeds(kind: str, small_model: Load, tmp_path: Path) -> None
     assert not some.frame["of_fact"].equals(other.frame["of_fact"])
     loaded = NeuronChanges.load(some.save(tmp_path / "neuron_changes.parquet"))
     pd.testing.assert_frame_equal(loaded.frame, some.frame)
-    pd.testing.assert_frame_equal(loaded.to_frame(), some.to_frame())
+    pd.testing.assert_frame_equal(loaded.with_facts(), some.with_facts())
     assert loaded.provenance == some.provenance
 
 
@@ -143,7 +143,7 @@ def test_activations_equal_hooks(kind: str, small_folder: Callable[[str], Path],
         assert row["activation"] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-5)
     assert found.provenance["without_sentences"] == 3
     loaded = NeuronActivations.load(found.save(tmp_path / "a.parquet"))
-    pd.testing.assert_frame_equal(loaded.to_frame(), found.to_frame())
+    pd.testing.assert_frame_equal(loaded.with_facts(), found.with_facts())
     with pytest.raises(MethodError, match="sentences of 'T4'"):
         activating_prompts(model, sets, {0: {"T4": read}})
 
