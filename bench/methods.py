@@ -26,7 +26,7 @@ from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.baselines import circuits_by_size
 from kc_lib.circuits.ensembles import ensemble
 from kc_lib.circuits.evaluate import evaluate_circuits
-from kc_lib.circuits.figures_comparison import method_bars
+from kc_lib.circuits.evaluation_figures import method_bars
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.graph import Circuit

@@ -82,6 +82,7 @@ def test_scores_of_a_layer_sum_to_what_its_neurons_do(kind: str, small_model: Ca
     targets = states.logits.argmax(-1)
     layer = 1
     effect = changes_of_layer(decoder, states, layer, targets)
+    paths = Paths(decoder, states, targets)
     gaps = {
         (rule, m): float(
             (integrated_gradients(Paths(decoder, states, targets), m, rule)[layer].sum(-1) - effect).abs().max()

@@ -19,7 +19,7 @@ from kc_lib.errors import MethodError
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
 from kc_lib.models.load import load_model
 from kc_lib.training.drawn import draw_tasks
-from kc_lib.training.figures_sizes import model_size_figure
+from kc_lib.training.figures import model_size_figure
 from kc_lib.training.measures import training_measures
 from kc_lib.training.over_training import TrainingResult, over_training
 from kc_lib.training.sizes import model_sizes, size_correlations, size_over_time

@@ -23,7 +23,7 @@ from kc_lib.residual.decoder import Decoder
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.training.drawn import DrawnTasks, draw_tasks
-from kc_lib.training.figures_swaps import swap_grid
+from kc_lib.training.figures import swap_grid
 from kc_lib.training.measures import direct_rows
 from kc_lib.training.over_training import TrainingResult, over_training
 from kc_lib.training.swapped import check_exchangeable, component_place, swapped
