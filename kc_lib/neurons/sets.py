@@ -65,7 +65,7 @@ class NeuronSets(OfFacts):
     def headline(self, seed: int = 0) -> dict[str, str]:
         """Neurons per fact, and how many two facts share."""
         figures = {}
-        for row in neurons_per_fact(self, seed).query("relation == @ALL").to_dict("records"):
+        for row in neurons_per_fact(self, seed).query("relation == 'all'").to_dict("records"):
             without = f" ({row['n_empty']} of {row['n']} facts without any)" if row["n_empty"] else ""
             figures[f"neurons per fact, {row['method']}"] = figure(row, "neurons", ".2f") + without
         if len(self.facts) > 1 and not self.frame.empty:

@@ -71,7 +71,7 @@ class FactUpdates(OfFacts):
 
     def headline(self, seed: int = 0) -> dict[str, str]:
         """How often the new answer has rank 1, by knowledge neurons and by random ones."""
-        pooled = update_rates(self).query("relation == @ALL and kind != 'base'").to_dict("records")
+        pooled = update_rates(self).query("relation == 'all' and kind != 'base'").to_dict("records")
         return {
             f"update success, {row['kind']}, {row['on'].replace('_', '-')} prompts": figure(row, "success_1", ".1%")
             for row in pooled

@@ -84,9 +84,7 @@ def test_scores_of_a_layer_sum_to_what_its_neurons_do(kind: str, small_model: Ca
     effect = changes_of_layer(decoder, states, layer, targets)
     paths = Paths(decoder, states, targets)
     gaps = {
-        (rule, m): float(
-            (integrated_gradients(Paths(decoder, states, targets), m, rule)[layer].sum(-1) - effect).abs().max()
-        )
+        (rule, m): float((integrated_gradients(paths, m, rule)[layer].sum(-1) - effect).abs().max())
         for rule in ("right", "left", "trapezoid")
         for m in (20, 200)
     }

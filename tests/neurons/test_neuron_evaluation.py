@@ -262,9 +262,9 @@ def test_headline_and_summaries() -> None:
     upper = layer_shares(sets).query("method == 'knowledge' and layer >= 3")["share"].sum()
     assert upper == pytest.approx(1.0)
     opposite = change_ratios(made_changes(effect=-0.4)).query("relation == 'all' and on == 'own' and kind == 'knowledge'")
-    assert (opposite.set_index("factor").loc[0.0, "more_low"] > 0) and (
-        opposite.set_index("factor").loc[2.0, "more_high"] < 0
-    )
+    opposite = opposite.set_index("factor")
+    assert opposite.loc[0.0, "more_low"] > 0
+    assert opposite.loc[2.0, "more_high"] < 0
     better = one(erasure_effects([made_erasure(rise=-0.3)]), on="erased", kind="knowledge")
     others = one(erasure_effects([made_erasure(rise=-0.3)]), on="others", kind="knowledge")
     assert better["ratio_high"] < others["ratio_low"]
