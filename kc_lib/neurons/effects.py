@@ -67,7 +67,7 @@ def by_relation(
         measure: from the rows of a group of facts; groups without facts have no row.
     """
     rows = []
-    for relation, numbers in relations_of(facts):
+    for relation, numbers in relations_of(facts) if len(by_fact) else []:
         of_relation = by_fact[by_fact.index.isin(numbers, level="fact")]
         for values in product(*levels.values()):
             group = of_relation

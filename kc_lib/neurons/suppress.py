@@ -144,6 +144,10 @@ def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
     random neurons on the same facts; ratio and more with their intervals. Facts without neurons are in none.
     """
     p = ["p", "p_changed"]
+    levels = {"factor": sorted(changes.frame["factor"].unique()), "on": ("other", "own"), "kind": KINDS}
+    columns = ["relation", *levels, "n", *p, *ends("ratio", "more")]
+    if changes.frame.empty:
+        return pd.DataFrame(columns=columns)
     prompts = changes.frame.groupby(["factor", "on", "kind", "fact", "of_fact", "prompt"])[p].mean()
     by_fact = prompts.groupby(["factor", "on", "kind", "fact"]).mean()
     is_random = by_fact.index.get_level_values("kind") == "random"
@@ -159,8 +163,6 @@ def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
         intervals = with_interval("ratio", ratio[0], ratio[1:]) | with_interval("more", more[0], more[1:])
         return {"p": means[0, 0], "p_changed": means[0, 1]} | intervals
 
-    levels = {"factor": sorted(changes.frame["factor"].unique()), "on": ("other", "own"), "kind": KINDS}
-    columns = ["relation", *levels, "n", *p, *ends("ratio", "more")]
     return pd.DataFrame(by_relation(by_fact, changes.facts, levels, measure), columns=columns)
 
 
