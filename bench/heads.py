@@ -31,7 +31,7 @@ from kc_lib.heads.successor import successor_scores
 from kc_lib.heads.suppression import SHARE, content_tokens, copy_suppression_scores, text_windows
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.models.load import load_model
-from kc_lib.tasks.text import load_text
+from kc_lib.tasks.files import load_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.heads import oracle_cspa  # the oracle lives with the tests

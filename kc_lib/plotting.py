@@ -24,7 +24,6 @@ SIGNED_SCALE = [[0.0, NEGATIVE], [0.5, "#FFFFFF"], [1.0, POSITIVE]]  # centre it
 SHADES = [[0.0, "#FFFFFF"], [1.0, "#005A8E"]]  # of blue: good in grey, too
 OKABE_ITO = (POSITIVE, "#E69F00", HEAD, MLP, "#56B4E9", NEGATIVE)  # for things without a sign, in this order
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "x")  # as many as not to go with a colour twice
-SPLIT_COLOURS = (POSITIVE, "#E69F00", HEAD, MLP)
 OVER_FACTS = "95% bootstrap over facts"  # what intervals are
 Hover = Sequence[str] | str | None  # texts of marks, a template of plotly, or nothing to say
 Row = Mapping[Any, Any] | pd.Series  # of a table of results
@@ -181,7 +180,7 @@ def layer_axis(figure: go.Figure, n_layers: int, **look: Any) -> None:
 
 def table(columns: Mapping[str, Sequence[str]], widths: Sequence[int] = (), **look: Any) -> go.Figure:
     """Rows of text, as high as their longest cell, in striped columns (header -> cells); ``look`` is of plotly's cells."""
-    heights = [13 + 17 * max(cell.count("<br>") + 1 for cell in row) for row in zip(*columns.values(), strict=True)]
+    heights = [14 + 17 * max(cell.count("<br>") + 1 for cell in row) for row in zip(*columns.values(), strict=True)]
     stripes = [[("white", "#F5F5F5")[row % 2] for row in range(len(heights))]]
     cells = {"values": list(columns.values()), "align": "left", "fill_color": stripes, "height": min(heights)} | look
     header = {"values": [f"<b>{name}</b>" for name in columns], "align": cells["align"]}
@@ -239,9 +238,8 @@ def shown_split(split: Any) -> str:
 
 def sizes(summary: pd.DataFrame) -> str:
     """How many facts each split has."""
-    return ", ".join(
-        f"{shown_split(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items()
-    )
+    counts = summary.groupby("split", sort=False)["n"].first()
+    return ", ".join(f"{shown_split(split)} n = {n}" for split, n in counts.items())
 
 
 def circuit_hover(row: Row) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
@@ -24,7 +23,6 @@ from kc_lib.circuits.completeness import completeness
 from kc_lib.circuits.evaluate import Evaluation
 from kc_lib.circuits.minimality import Minimality
 from kc_lib.circuits.stability import Stability
-from kc_lib.circuits.verdict import COLUMNS
 from kc_lib.errors import MethodError
 from kc_lib.stats import empirical_p
 
@@ -54,8 +52,6 @@ NUMBERS_UP_TO = 24  # circuits: beyond, cells are too small
 AGAINST = {"each other": "mean overlap", "reference": "with reference"}
 MEASURES = {"cpr": "CPR (higher is better)", "cmd": "CMD (lower is better)", "seconds": "seconds (log axis)"}
 METHOD_COLUMNS = ["task", "method", *(f"{name}{end}" for name in ("cpr", "cmd") for end in plot.ENDS), "seconds"]
-VERDICTS = {"yes": ("✓ yes", "#C6E2F2"), "no": ("✗ no", "#F9D3BC"), "undefined": ("? undefined", "#E4E4E4")}
-VERDICT_WIDTHS = {"criterion": 205, "split": 80, "figure [95%]": 160, "null": 65, "bar": 130, "verdict": 105, "note": 215}
 
 
 def faithfulness_figure(evaluation: Evaluation, title: str | None = None) -> go.Figure:
@@ -80,7 +76,7 @@ def faithfulness_figure(evaluation: Evaluation, title: str | None = None) -> go.
     for level, name in ((0, "empty circuit"), (1, "full model")):
         plot.level_lines(figure, "y", level, annotation_text=name, annotation_position="top left")
     of_split = {plot.shown_split(split): rows for split, rows in top.groupby("split", sort=False)}
-    colours = dict(zip(of_split, cycle(plot.SPLIT_COLOURS), strict=False))
+    colours = dict(zip(of_split, cycle(plot.OKABE_ITO), strict=False))
     for split, rows in of_split.items():
         group = {"name": f"95% band, {split}", "legendgroup": split}
         plot.band(figure, rows, "n_edges", "faithfulness", colours[split], **group)
@@ -423,42 +419,6 @@ def method_bars(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
     return plot.titled(figure, title or "Methods of discovery", about, **size)
 
 
-def verdict_table(verdicts: pd.DataFrame) -> go.Figure:
-    """What ``verdict`` returns, as a table: criterion, split, figure with interval, null, bar, verdict, and notes.
-
-    Verdicts are written and coloured: "yes" blue, "no" vermillion, "undefined" grey.
-
-    Raises:
-        MethodError: no rows, a missing column, or a verdict of another name.
-    """
-    missing = [column for column in COLUMNS if column not in verdicts.columns]
-    if missing or verdicts.empty:
-        raise MethodError(f"the verdicts have no column {missing[0]!r}" if missing else "there are no verdicts to show")
-    unknown = set(verdicts["verdict"]) - VERDICTS.keys()
-    if unknown:
-        raise MethodError(f"unknown verdict {unknown.pop()!r}: use one of {', '.join(VERDICTS)}")
-    rows = verdicts.rename(columns={"low": "figure_low", "high": "figure_high"}).to_dict("records")
-    columns = {
-        "criterion": [f"<b>{row['criterion']}</b><br>{_wrapped(row['measure'], 'criterion')}" for row in rows],
-        "split": [plot.shown_split(row["split"]) or "none" for row in rows],
-        "figure [95%]": ["not measured" if pd.isna(row["figure"]) else plot.figure_text(row, "figure", 3) for row in rows],
-        "null": ["none" if pd.isna(row["null"]) else plot.number(row["null"], 3) for row in rows],
-        "bar": [_wrapped(row["bar"], "bar") for row in rows],
-        "verdict": [f"<b>{VERDICTS[row['verdict']][0]}</b>" for row in rows],
-        "note": [_wrapped(row["note"], "note") for row in rows],
-    }
-    if not any(columns["note"]):
-        del columns["note"]
-    cells = {name: [f"<span>{cell}</span>" for cell in column] for name, column in columns.items()}
-    colours = [VERDICTS[row["verdict"]][1] for row in rows]
-    fills = [colours if name == "verdict" else ["white"] * len(rows) for name in columns]
-    widths = [VERDICT_WIDTHS[name] for name in columns]
-    figure = plot.table(cells, widths, fill_color=fills, line_color="#D0D0D0", font_size=12)
-    yes = "yes: bar cleared (faithful, complete, minimal: by the whole 95% interval)"
-    met = f"Verdict: {(verdicts['verdict'] == 'yes').sum()} of {len(rows)} criteria met"
-    return plot.titled(figure, met, [yes, "no: not shown, which is not the opposite shown"])
-
-
 def _hovers(rows: pd.DataFrame) -> list[str]:
     return [plot.circuit_hover(row) for row in rows.to_dict("records")]
 
@@ -503,9 +463,7 @@ def _ranked(evaluation: Evaluation, splits: Sequence[str], rankings: Iterable[st
     """Summary rows of every ranking, by share of the edges (``ranking``, ``at``); the full model is at share 1."""
     summary = evaluation.summary[evaluation.summary["split"].isin(splits)]
     places = summary["circuit"].map(ranking_of)
-    ranked = summary[places.notna()].assign(
-        ranking=[place[0] for place in places.dropna()], at=[place[1] for place in places.dropna()]
-    )
+    ranked = summary[places.notna()].assign(ranking=places.dropna().str[0], at=places.dropna().str[1].astype(float))
     full = summary[summary["circuit"] == "full"]
     ends = [full.assign(ranking=name, at=1.0) for name in rankings]
     both = pd.concat([ranked[ranked["ranking"].isin(list(rankings))], *ends])
@@ -623,8 +581,3 @@ def _short(name: str, letters: int = 36) -> str:
     """A name that fits, with what tells it from others: its two ends."""
     half = letters // 2
     return html.escape(name if len(name) <= letters else f"{name[:half]}…{name[1 - half :]}")
-
-
-def _wrapped(text: Any, column: str) -> str:
-    """A text broken to lines of a column of the verdicts, at 6.6 pixels a letter."""
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), int((VERDICT_WIDTHS[column] - 16) / 6.6)))

@@ -1,8 +1,9 @@
-"""A circuit as a layered graph, its strongest edges and nodes as tables, and the distribution of edge scores."""
+"""A circuit as a layered graph, the distribution of edge scores, and tables: strongest edges and nodes, verdicts."""
 
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import plotly.graph_objects as go
 
 from kc_lib import plotting as plot
 from kc_lib.circuits.scores import EdgeScores
+from kc_lib.circuits.verdict import COLUMNS
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 
@@ -19,6 +21,8 @@ EDGE_QUANTILES = (0.5, 0.8, 0.95)  # of |score|: where edges get wider and darke
 EDGE_WIDTHS, EDGE_OPACITIES = (0.9, 1.6, 2.7, 4.5), (0.35, 0.55, 0.75, 0.95)
 SIGNS = (("no score", plot.NEUTRAL), ("positive score", plot.POSITIVE), ("negative score", plot.NEGATIVE))  # at 0, 1 and -1
 MAX_LABELS, MAX_LABELS_A_LAYER = 60, 14
+VERDICTS = {"yes": ("✓ yes", "#C6E2F2"), "no": ("✗ no", "#F9D3BC"), "undefined": ("? undefined", "#E4E4E4")}
+VERDICT_WIDTHS = {"criterion": 205, "split": 80, "figure [95%]": 160, "null": 65, "bar": 130, "verdict": 105, "note": 215}
 CURVE = np.linspace(0.0, 1.0, 17)
 
 
@@ -43,20 +47,16 @@ def circuit_graph(circuit: Circuit, title: str | None = None, max_edges: int = 3
     name = f"{title or 'Circuit'}: {min(max_edges, len(edges))} of {len(edges)} edges drawn"
     figure = go.Figure()
     _add_edges(figure, drawn, position, unit)
-    _add_nodes(figure, edges, nodes, position, unit, scored)
+    _add_nodes(figure, edges, nodes, position, unit)
     layers = [_place(graph, node)[0] for node in nodes]
     labelled = len(nodes) <= MAX_LABELS and max(map(layers.count, layers)) <= MAX_LABELS_A_LAYER
     for node in nodes if labelled else [end for end in ("input", "logits") if end in wanted]:
         (x, y), font = position[node], {"color": "white", "size": 11}
         figure.add_annotation(x=x, y=y, text=node, font=font, bgcolor=_kind(node)[1], borderpad=2, showarrow=False)
     heads = list(range(0, graph.n_heads, -(-graph.n_heads // 32)))
-    figure.update_xaxes(
-        tickvals=[*heads, _mlp_x(graph)],
-        ticktext=[*(f"h{head}" for head in heads), "MLP"],
-        range=[-0.14 * graph.n_heads - 0.2, 1.26 * graph.n_heads + 0.4],
-        title_text="attention head, MLP",
-        showgrid=False,
-    )
+    ticks: dict[float, str] = {**{float(head): f"h{head}" for head in heads}, _mlp_x(graph): "MLP"}
+    figure.update_xaxes(tickvals=list(ticks), ticktext=list(ticks.values()), title_text="attention head, MLP")
+    figure.update_xaxes(range=[-0.14 * graph.n_heads - 0.2, 1.26 * graph.n_heads + 0.4], showgrid=False)
     top = max(heights.values())
     figure.update_yaxes(tickvals=list(heights.values()), ticktext=list(heights), range=[-0.6, top + 0.6], title_text="layer")
     size = {"width": 1000, "height": 200 + int((40 if labelled else 34) * (top + 1.2))}
@@ -142,6 +142,42 @@ def score_distribution(scores: EdgeScores, circuit: Circuit | None = None) -> go
     figure.update_xaxes(type="log", dtick=1, title_text=rank, tickformat=",", range=[-0.15, last + 0.15])
     figure.update_yaxes(type="log", dtick=1, title_text=plot.with_unit("|score|", unit), exponentformat="power")
     return plot.titled(figure, "Distribution of edge scores", about, width=900, height=500, hovermode="closest")
+
+
+def verdict_table(verdicts: pd.DataFrame) -> go.Figure:
+    """What ``verdict`` returns, as a table: criterion, split, figure with interval, null, bar, verdict, and notes.
+
+    Verdicts are written and coloured: "yes" blue, "no" vermillion, "undefined" grey.
+
+    Raises:
+        MethodError: no rows, a missing column, or a verdict of another name.
+    """
+    missing = [column for column in COLUMNS if column not in verdicts.columns]
+    if missing or verdicts.empty:
+        raise MethodError(f"the verdicts have no column {missing[0]!r}" if missing else "there are no verdicts to show")
+    unknown = set(verdicts["verdict"]) - VERDICTS.keys()
+    if unknown:
+        raise MethodError(f"unknown verdict {unknown.pop()!r}: use one of {', '.join(VERDICTS)}")
+    rows = verdicts.rename(columns={"low": "figure_low", "high": "figure_high"}).to_dict("records")
+    columns = {
+        "criterion": [f"<b>{row['criterion']}</b><br>{_wrapped(row['measure'], 'criterion')}" for row in rows],
+        "split": [plot.shown_split(row["split"]) or "none" for row in rows],
+        "figure [95%]": ["not measured" if pd.isna(row["figure"]) else plot.figure_text(row, "figure", 3) for row in rows],
+        "null": [plot.number(row["null"], 3).replace("undefined", "none") for row in rows],
+        "bar": [_wrapped(row["bar"], "bar") for row in rows],
+        "verdict": [f"<b>{VERDICTS[row['verdict']][0]}</b>" for row in rows],
+        "note": [_wrapped(row["note"], "note") for row in rows],
+    }
+    if not any(columns["note"]):
+        del columns["note"]
+    cells = {name: [f"<span>{cell}</span>" for cell in column] for name, column in columns.items()}
+    colours = [VERDICTS[row["verdict"]][1] for row in rows]
+    fills = [colours if name == "verdict" else ["white"] * len(rows) for name in columns]
+    widths = [VERDICT_WIDTHS[name] for name in columns]
+    figure = plot.table(cells, widths, fill_color=fills, line_color="#D0D0D0", font_size=12)
+    yes = "yes: bar cleared (faithful, complete, minimal: by the whole 95% interval)"
+    met = f"Verdict: {(verdicts['verdict'] == 'yes').sum()} of {len(rows)} criteria met"
+    return plot.titled(figure, met, [yes, "no: not shown, which is not the opposite shown"])
 
 
 def _edges(circuit: Circuit, name: str, n: int, need_scores: bool = False) -> pd.DataFrame:
@@ -230,9 +266,8 @@ def _add_edges(figure: go.Figure, drawn: pd.DataFrame, position: Mapping[str, tu
 
 def _edge_hover(edge: Any, unit: str) -> str:
     kind = {"<q>": "query", "<k>": "key", "<v>": "value"}.get(edge.reader[-3:])
-    return f"<b>{plot.arrow(edge.writer, edge.reader)}</b>{_score(edge.score, unit)}" + (
-        f"<br>{kind} of {edge.node}" if kind else ""
-    )
+    part = f"<br>{kind} of {edge.node}" if kind else ""
+    return f"<b>{plot.arrow(edge.writer, edge.reader)}</b>{_score(edge.score, unit)}{part}"
 
 
 def _score(score: float, unit: str) -> str:
@@ -254,14 +289,10 @@ def _curve(
 
 
 def _add_nodes(
-    figure: go.Figure,
-    edges: pd.DataFrame,
-    nodes: Sequence[str],
-    position: Mapping[str, tuple[float, float]],
-    unit: str,
-    scored: bool,
+    figure: go.Figure, edges: pd.DataFrame, nodes: Sequence[str], position: Mapping[str, tuple[float, float]], unit: str
 ) -> None:
     """Markers by kind of node; their hover is about all of the circuit's edges, drawn or not."""
+    scored = bool(edges["score"].any())
     into, out = dict(list(edges.explode("node").groupby("node"))), dict(list(edges.groupby("writer")))
     by_kind: dict[tuple[str, str, str], dict[str, str]] = {}
     for node in nodes:
@@ -271,9 +302,8 @@ def _add_nodes(
                 total = f", total |score| {joined['score'].abs().sum():.3g} {unit}".rstrip() if scored else ""
                 lines.append(f"{len(joined)} {'edge' if len(joined) == 1 else 'edges'} {direction}{total}")
                 strongest = joined.head(3 if scored else 0).to_dict("records")
-                lines += [
-                    f"   {plot.arrow(edge['writer'], edge['reader'])}{_score(edge['score'], unit)}" for edge in strongest
-                ]
+                names = [plot.arrow(edge["writer"], edge["reader"]) for edge in strongest]
+                lines += [f"   {name}{_score(edge['score'], unit)}" for name, edge in zip(names, strongest, strict=True)]
         by_kind.setdefault(_kind(node), {})[node] = "<br>".join(lines)
     for (kind, colour, symbol), texts in by_kind.items():
         look: dict[str, Any] = {"symbol": symbol, "size": 11, "outline": {"color": "white", "width": 1}, "meta": "nodes"}
@@ -302,3 +332,8 @@ def _table(title: str, circuit: Circuit, columns: Mapping[str, pd.Series]) -> go
 def _thinned(n: int, n_points: int = 500) -> np.ndarray:
     """At most ``n_points`` of the positions 0..n-1, evenly spread on a log axis."""
     return np.unique(np.geomspace(1, n, n_points).round().astype(int)) - 1 if n > n_points else np.arange(n)
+
+
+def _wrapped(text: Any, column: str) -> str:
+    """A text broken to lines of a column of the verdicts, at 6.6 pixels a letter."""
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), int((VERDICT_WIDTHS[column] - 16) / 6.6)))

@@ -108,9 +108,8 @@ def direct_by_layer(direct: DirectAttribution, title: str | None = None, seed: i
     frame = direct.by_layer(seed)
     last = int(frame["layer"].max())
     ends = np.where(frame["kind"] == "embedding", -2, last + 2)
-    frame = frame.assign(
-        x=frame["layer"].where(frame["layer"].notna(), ends), part=frame["kind"].replace("embedding", "bias")
-    )
+    parts = frame["kind"].replace("embedding", "bias")
+    frame = frame.assign(x=frame["layer"].where(frame["layer"].notna(), ends), part=parts)
     figure = go.Figure()
     for part, (name, colour) in PARTS.items():
         rows = frame[frame["part"] == part]

@@ -24,7 +24,7 @@ from kc_lib.errors import MethodError
 from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
-from kc_lib.tasks.ioi import ioi_pairs
+from kc_lib.tasks.generated import ioi_pairs
 from kc_lib.tasks.tokens import tokenizer_of
 
 THRESHOLD, TOP = 0.10, 5

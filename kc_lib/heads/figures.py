@@ -109,10 +109,10 @@ def ablation_figure(ablations: Mapping[str, HeadAblation], title: str | None = N
         MethodError: no ablations, or of several metrics.
     """
     metrics = sorted({ablation.metric for ablation in ablations.values()})
-    if len(metrics) != 1:
-        raise MethodError(
-            f"ablations by {', '.join(metrics)} have no common axis" if metrics else "there are no ablations to show"
-        )
+    if not metrics:
+        raise MethodError("there are no ablations to show")
+    if len(metrics) > 1:
+        raise MethodError(f"ablations by {', '.join(metrics)} have no common axis")
     figure, ticks = go.Figure(), []
     for place, (name, ablation) in enumerate(reversed(list(ablations.items()))):
         summary = {row["ablated"]: row for row in ablation.summary(seed).to_dict("records")}
@@ -200,10 +200,9 @@ def recurrence_figure(classes: Mapping[str, Sequence[tuple[int, int]]], title: s
 
 
 def _criterion(classes: HeadClasses) -> str:
-    about = classes.provenance
-    if not {"level", "least_attention"} <= set(about):
-        return ""
-    return f"classified: corrected p at most {about['level']:g}, attention at least {about['least_attention']:g}"
+    level, attention = classes.provenance.get("level"), classes.provenance.get("least_attention")
+    known = level is not None and attention is not None
+    return f"classified: corrected p at most {level:g}, attention at least {attention:g}" if known else ""
 
 
 def _head_hover(head: plot.Row, score: str) -> str:

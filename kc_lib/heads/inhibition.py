@@ -29,7 +29,7 @@ from kc_lib.heads.path_patching import Head, patch_queries
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.files import PairText
-from kc_lib.tasks.ioi import THINGS, ioi_pairs
+from kc_lib.tasks.generated import THINGS, ioi_pairs
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 

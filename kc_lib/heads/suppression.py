@@ -31,7 +31,7 @@ from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, proven
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks.text import load_text
+from kc_lib.tasks.files import load_text
 from kc_lib.tasks.tokens import tokenizer_of
 
 # fmt: off

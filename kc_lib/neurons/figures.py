@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -37,6 +38,7 @@ RATES = {
     "success_1": "new answer at<br>rank 1",
     "success_5": "new answer within<br>rank 5",
 }
+PASSED = {"one paraphrase": plot.NEUTRAL, "several": plot.HEAD, "every one": plot.POSITIVE}
 FACTORS = {0.0: "suppressed (times 0)", 2.0: "amplified (times 2)"}
 PAIRS = {"intra": "two facts of a relation", "inter": "facts of two relations"}
 OTHERS = {"intra": "other facts of the relation", "inter": "facts of other relations"}
@@ -134,12 +136,9 @@ def attribution_figure(
     n_prompts, n_layers = int(about["n_prompts"]), int(attributions.provenance["n_layers"])
     n_passed: pd.Series = rows.groupby(["layer", "neuron"])["prompt"].transform("size")
     figure, width = go.Figure(), 0.6
-    for name, colour, chosen in (
-        ("one paraphrase", plot.NEUTRAL, n_passed == 1),
-        ("several", plot.HEAD, (n_passed > 1) & (n_passed < n_prompts)),
-        ("every one", plot.POSITIVE, (n_passed == n_prompts) & (n_passed > 1)),
-    ):
-        some = rows[chosen]
+    passed_on = np.select([n_passed == 1, n_passed < n_prompts], list(PASSED)[:2], list(PASSED)[2])
+    for name, colour in PASSED.items():
+        some = rows[passed_on == name]
         x = some["layer"] + width * ((some["prompt"] + 0.5) / n_prompts - 0.5)  # paraphrases side by side
         hover = "layer %{customdata[0]}, neuron %{customdata[1]}<br>paraphrase %{customdata[2]}: %{y:.4f}<extra></extra>"
         look: dict[str, Any] = {"size": 9, "opacity": 0.75, "outline": {"width": 0.5, "color": "white"}}
@@ -162,8 +161,9 @@ def change_ratio_figure(changes: NeuronChanges, on: str = "own", seed: int = 0) 
     title = "What becomes of the answer without its neurons, and with twice as much"
     if table.empty:
         return plot.empty(f"no neurons were changed on {PROMPTS[on]}: there is nothing to show", title)
-    names = {factor: FACTORS.get(factor, f"times {factor:g}") for factor in sorted(table["factor"].unique())}
-    figure = _by_relation(table, "ratio", "kind", KIND_LOOKS, "factor", names)
+    table = table.sort_values("factor", kind="stable")
+    names = {factor: FACTORS.get(factor, f"times {factor:g}") for factor in table["factor"]}
+    figure = _by_relation(table.assign(panel=table["factor"].map(names)), "ratio", KIND_LOOKS)
     figure.update_xaxes(title_text="change of p(answer), share of p", tickformat="+.0%")
     about = [*_model(changes.provenance, table), PROMPTS[on], plot.OVER_FACTS]
     return plot.titled(figure, title, about, width=520 + 260 * len(names))
@@ -176,7 +176,7 @@ def activating_figure(activations: NeuronActivations, kind: str = "knowledge", s
     title = f"Which sentences activate {kind} neurons"
     if table.empty:
         return plot.empty(f"no {kind} neurons were read on sentences: there is nothing to show", title)
-    figure = _by_relation(table, "activation", "sentences", SENTENCE_LOOKS, "kind", {kind: ""})
+    figure = _by_relation(table.assign(panel="", kind=table["sentences"]), "activation", SENTENCE_LOOKS)
     figure.update_xaxes(title_text=f"mean activation of {kind} neurons")
     about = [*_model(activations.provenance, table), plot.OVER_FACTS]
     return plot.titled(figure, title, about, width=820)
@@ -247,40 +247,32 @@ def erase_figure(erasures: Sequence[RelationErasure], seed: int = 0) -> go.Figur
     title = "Relations erased by their most frequent neurons"
     if table.empty:
         return plot.empty("no relation had neurons to erase: there is nothing to show", title)
-    shown = {on: name for on, name in ERASED.items() if on in set(table["on"])}
-    figure = _by_relation(table.assign(relation=table["erased"]), "ratio", "kind", KIND_LOOKS, "on", shown)
+    panels = table["on"].map(ERASED)
+    table = table.assign(relation=table["erased"], panel=panels).sort_values("on", kind="stable")  # erased, others
+    figure = _by_relation(table, "ratio", KIND_LOOKS)
     figure.update_xaxes(title_text="change of perplexity", tickformat="+.0%", matches="x")
     about = [str(erasures[0].provenance.get("model", "")), f"at most {int(table['n_neurons'].max())} neurons"]
-    return plot.titled(figure, title, [*about, plot.OVER_FACTS], width=520 + 260 * len(shown))
+    return plot.titled(figure, title, [*about, plot.OVER_FACTS], width=520 + 260 * panels.nunique())
 
 
-def _by_relation(
-    table: pd.DataFrame,
-    value: str,
-    kind_column: str,
-    looks: dict[str, tuple[str, str]],
-    panel_column: str,
-    panels: dict[Any, str],
-) -> go.Figure:
-    """Horizontal bars, relations from the top with those of all of them first, one bar per kind, one panel per condition.
+def _by_relation(table: pd.DataFrame, value: str, looks: Mapping[str, tuple[str, str]]) -> go.Figure:
+    """Horizontal bars of every ``panel``: relations from the top with all of them first, one bar per ``kind``.
 
     Args:
-        looks: name and colour of each value of ``kind_column``.
-        panels: title of each value of ``panel_column``.
+        looks: name and colour of each kind.
     """
     names = ["all facts" if relation == ALL else relation.replace("_", " ") for relation in table["relation"]]
     table = table.assign(name=names)
-    figure = plot.panels(list(panels.values()), size=16, shared_yaxes=True)
+    panels = table["panel"].unique().tolist()
+    figure = plot.panels(panels, size=16, shared_yaxes=True)
     for column, panel in enumerate(panels, start=1):
-        for kind in reversed(looks):  # bars of a group go up from the bottom
-            rows = table[(table[panel_column] == panel) & (table[kind_column] == kind) & table[value].notna()]
-            if len(rows):
-                hover = [
-                    f"{row['name']}, {kind} (n = {row['n']})<br>{plot.figure_text(row, value, 3)}"
-                    for row in rows.to_dict("records")
-                ]
+        for kind in reversed(list(looks)):  # bars of a group go up from the bottom
+            rows = table[(table["panel"] == panel) & (table["kind"] == kind) & table[value].notna()]
+            records = rows.to_dict("records")
+            texts = [f"{row['name']}, {kind} (n = {row['n']})<br>{plot.figure_text(row, value, 3)}" for row in records]
+            if records:
                 look = {"orientation": "h", "name": looks[kind][0], "legendgroup": kind, "showlegend": column == 1}
-                plot.bars(figure, rows, "name", value, looks[kind][1], hover, row=1, col=column, **look)
+                plot.bars(figure, rows, "name", value, looks[kind][1], texts, row=1, col=column, **look)
     plot.level_lines(figure, "x", 0, dash="solid")
     order = list(dict.fromkeys(names))[::-1]
     figure.update_yaxes(categoryorder="array", categoryarray=order, ticks="", showgrid=False, ticklabelstandoff=8)

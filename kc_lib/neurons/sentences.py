@@ -22,8 +22,8 @@ from kc_lib.neurons.cloze import ClozeTask
 from kc_lib.neurons.options import SentenceOptions
 from kc_lib.results import hash_of
 from kc_lib.tasks.facts import read_json
+from kc_lib.tasks.files import load_text
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, relation_files
-from kc_lib.tasks.text import load_text
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 MAX_TOKENS = 128  # as the published code reads a sentence

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.models.model import Model
-from kc_lib.tasks.relations import SLOT, Relation
-from kc_lib.tasks.tokens import tokenizer_of
+from kc_lib.tasks.relations import SLOT, Relation, load_relation, relation_files
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 
 @torch.no_grad()
@@ -81,3 +81,14 @@ def known_facts(model: Model, relation: Relation, template: str, known_rank: int
     prompts = [tokenizer.encode(text) for text in texts]
     answers = [tokenizer.answer(text, fact.object)[0] for text, fact in zip(texts, relation.facts, strict=True)]
     return sum(rank <= known_rank for rank in answer_ranks(model, prompts, answers))
+
+
+def answer_tokens(tokenizer: Tokenizer, without: Collection[str] = ()) -> list[int]:
+    """First tokens of all answers of the project's relations ``without`` some, each once."""
+    found = set()
+    for name in relation_files():
+        if name not in without:
+            relation = load_relation(name)
+            template = relation.templates[0]
+            found |= {tokenizer.answer(template.replace(SLOT, fact.subject), fact.object)[0] for fact in relation.facts}
+    return sorted(found)

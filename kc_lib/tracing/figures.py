@@ -44,10 +44,8 @@ def fact_heatmap(result: TracingResult, fact: int = 0, mediators: Sequence[str] 
     shown = _mediators(result, mediators)
     about = result.facts.set_index("fact").loc[fact]
     tokens = rows.drop_duplicates("position").sort_values("position").to_dict("records")
-    stars = ["*" if "subject" in row["position_class"] else "" for row in tokens]
-    labels = [
-        html.escape(f"{row['token'].strip() or repr(row['token'])}{star}") for row, star in zip(tokens, stars, strict=True)
-    ]
+    words = [html.escape(row["token"].strip() or repr(row["token"])) for row in tokens]
+    labels = [f"{word}*" if "subject" in row["position_class"] else word for word, row in zip(words, tokens, strict=True)]
     effects = [
         f"p(answer): clean {about['p_clean']:.3g}, corrupted {about['p_corrupted']:.3g}",
         f"indirect effect, mean of {about['n_samples']} noise samples",

@@ -54,10 +54,10 @@ def behaviour_over_training(
     figure = plot.panels([shown(name) for name in behaviours], horizontal_spacing=0.06)
     for column, name in enumerate(behaviours, start=1):
         for i, (task, rows) in enumerate(averages[averages["quantity"] == name].groupby("task", sort=False)):
-            _line(figure, rows, str(task), i, 1, column, legend=column == 1)
+            _line(figure, rows, str(task), i, row=1, col=column, showlegend=column == 1)
         figure.update_yaxes(title_text=BEHAVIOURS[name], row=1, col=column)
     size: dict[str, Any] = {"height": 420, "width": max(420, 300 * len(behaviours)), "legend": plot.below(0.28)}
-    return _over_time(figure, result, title or "Behaviour over training", **size)
+    return _over_time(figure, result, title or "Behaviour over training", [], **size)
 
 
 def circuit_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
@@ -73,8 +73,8 @@ def circuit_over_training(result: TrainingResult, title: str | None = None) -> g
     for i, (task, rows) in enumerate(averages.groupby("task", sort=False)):
         quantities = {str(name): own for name, own in rows.groupby("quantity", sort=False)}
         for column, name in enumerate(CIRCUIT_PANELS, start=1):
-            _line(figure, quantities[name], str(task), i, 1, column, legend=column == 1)
-        _line(figure, quantities["null_faithfulness"], f"{task}: random circuits", i, 1, 2, dash="dot")
+            _line(figure, quantities[name], str(task), i, row=1, col=column, showlegend=column == 1)
+        _line(figure, quantities["null_faithfulness"], f"{task}: random circuits", i, "dot", row=1, col=2)
         hover = f"{html.escape(str(task))}: undefined, next to no effect<extra></extra>"
         _crosses(figure, quantities["faithfulness"], -0.08 - 0.05 * i, plot.OKABE_ITO[i % 6], hover, column=2)
     plot.level_lines(figure, "y", 1.0, dash="dash", colour=plot.NEUTRAL, row=1, col=2)
@@ -102,18 +102,17 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
     titles = [f"{shown(name)}, {against}" for against, name in pairs]
     figure = plot.panels(titles, len(SIMILARITIES), shared_xaxes=True, shared_yaxes=True, **spacing)
     for place, (against, name) in enumerate(pairs):
-        row, column = divmod(place, len(SIMILARITIES))
-        at: dict[str, Any] = {"row": row + 1, "col": column + 1}
+        at: dict[str, Any] = plot.place(place, len(SIMILARITIES))
         chosen = overlaps[(overlaps["against"] == against) & (overlaps["quantity"] == name)]
         for i, (task, rows) in enumerate(chosen.groupby("task", sort=False)):
             single, colour = _timed(result, rows), plot.OKABE_ITO[i % 6]
             hover = "%{y:.2f}<extra></extra>"
             plot.points(figure, single["time"], single["value"], colour, hover, size=5, showlegend=False, **at)
             smooth = _timed(result, rows.assign(value=rows["ewma"]))
-            _line(figure, smooth, str(task), i, row + 1, column + 1, legend=place == 0)
+            _line(figure, smooth, str(task), i, showlegend=place == 0, **at)
             if name == "edge_jaccard":
                 of_task, label = resampled[resampled["task"] == task], f"{task}: resampled prompts"
-                _line(figure, of_task, label, i, row + 1, column + 1, dash="dot", legend=row == 0, fill=False)
+                _line(figure, of_task, label, i, "dot", fill=False, showlegend=against == "previous", **at)
     figure.update_yaxes(range=[-0.03, 1.05]).update_yaxes(title_text="overlap", col=1)
     about = ["lines: exponentially weighted, alpha 0.5", "dots: single checkpoints", "dotted: resampled prompts"]
     size: dict[str, Any] = {"height": 640, "width": 1150, "legend": plot.below(0.16)}
@@ -147,7 +146,7 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
         for i, head in enumerate(heads.sort_values("maximum", ascending=False).head(strongest).to_dict("records")):
             own, colour = rows[rows["part"] == head["part"]], plot.OKABE_ITO[i % 6]
             dash = "solid" if measure == "direct" or head["passes"] else "dot"
-            _line(figure, own, head["part"], i, at["row"], at["col"], dash=dash, legend=False)
+            _line(figure, own, head["part"], i, dash, showlegend=False, **at)
             if dash == "solid":
                 reached = own[own["step"] == head["step"]]
                 ring = {"symbol": "circle-open", "size": 11, "outline": {"width": 2.5}, "showlegend": False}
@@ -180,7 +179,7 @@ def consistency_over_training(result: TrainingResult, title: str | None = None) 
     for column, part in enumerate(parts, start=1):
         for i, (name, dash) in enumerate((("absolute", "solid"), ("signed", "dot"))):
             rows = averages[(averages["part"] == part) & (averages["quantity"] == f"share_{name}")]
-            _line(figure, rows, name, i, 1, column, dash=dash, legend=column == 1)
+            _line(figure, rows, name, i, dash, row=1, col=column, showlegend=column == 1)
             if name == "absolute":
                 _crosses(figure, rows, -0.08, plot.NEUTRAL, "undefined<extra></extra>", column)
     figure.update_yaxes(title_text="share of the effects", row=1, col=1)
@@ -242,12 +241,10 @@ def swap_grid(result: TrainingResult, accuracy: bool = False, title: str | None 
     for column, task in enumerate(tasks, start=1):
         _add_swaps(figure, changes[changes["task"] == task], -95 / sum(heights), column)
     n_draws, n_pairs = int(changes["n"].max()), result.provenance.get("n_pairs")
-    about = [
-        f"n = {n_pairs} pairs" if "n_pairs" in result.provenance else "",
-        f"mean of {n_draws} draws of prompts" if n_draws > 1 else "one draw of prompts",
-        "dot: raises the metric, and more than every null, in every draw",
-        "nulls beyond the scale take its last colour",
-    ]
+    about = [f"n = {n_pairs} pairs" if "n_pairs" in result.provenance else ""]
+    about += [f"mean of {n_draws} draws of prompts" if n_draws > 1 else "one draw of prompts"]
+    about += ["dot: raises the metric, and more than every null, in every draw"]
+    about += ["nulls beyond the scale take its last colour"]
     donor = str(result.provenance.get("measures", {}).get("swap", {}).get("donor", ["a later checkpoint"])[0])
     size: dict[str, Any] = {"height": sum(heights) + 260, "width": 140 + 340 * len(tasks), "margin": {"t": 110, "b": 120}}
     title = title or f"Single components of {donor} put into each checkpoint"
@@ -319,13 +316,7 @@ def _averaged(result: TrainingResult, measure: str, quantities: Sequence[str]) -
 
 
 def _over_time(
-    figure: go.Figure,
-    result: TrainingResult,
-    title: str,
-    about: Sequence[str] = (),
-    n_rows: int = 1,
-    room: float = 1.15,
-    **layout: Any,
+    figure: go.Figure, result: TrainingResult, title: str, about: list[str], n_rows: int = 1, room: float = 1.15, **size: Any
 ) -> go.Figure:
     """The figure with its title and its axis of time, with ``room`` behind the last checkpoint."""
     column, times, zero = _times(result)
@@ -339,30 +330,20 @@ def _over_time(
     n_draws, n_pairs = result.frame["seed"].nunique(), result.provenance.get("n_pairs")
     counts = [f"{result.frame['step'].nunique()} checkpoints", f"n = {n_pairs} pairs" if n_pairs else ""]
     counts += [f"mean and range of {n_draws} draws of prompts" if n_draws > 1 else "one draw of prompts"]
-    return plot.titled(figure, title, [*counts, *about], margin={"t": 110}, **layout)
+    return plot.titled(figure, title, [*counts, *about], margin={"t": 110}, **size)
 
 
 def _line(
-    figure: go.Figure,
-    rows: pd.DataFrame,
-    name: str,
-    i: int,
-    row: int,
-    column: int,
-    *,
-    dash: str = "solid",
-    legend: bool = True,
-    fill: bool = True,
+    figure: go.Figure, rows: pd.DataFrame, name: str, i: int, dash: str = "solid", fill: bool = True, **at: Any
 ) -> None:
     """The ``i``-th line of a panel with its band; broken where it is undefined."""
     colour = plot.OKABE_ITO[i % len(plot.OKABE_ITO)]
-    group: dict[str, Any] = {"legendgroup": name, "row": row, "col": column}
     if fill:
-        plot.band(figure, rows, "time", "value", colour, **group)
+        plot.band(figure, rows, "time", "value", colour, legendgroup=name, **at | {"showlegend": False})
     look: dict[str, Any] = {"dash": dash, "size": 5 if dash == "solid" else 0, "symbol": plot.SYMBOLS[i % len(plot.SYMBOLS)]}
-    look |= {"name": html.escape(name), "showlegend": legend, "customdata": rows["step"]}
+    look |= {"name": html.escape(name), "legendgroup": name, "customdata": rows["step"]}
     hover = f"<b>{html.escape(name)}</b><br>step %{{customdata}}: %{{y:.3g}}<extra></extra>"
-    plot.curve(figure, rows, "time", "value", colour, hover, **look, **group)
+    plot.curve(figure, rows, "time", "value", colour, hover, **look, **at)
 
 
 def _crosses(figure: go.Figure, rows: pd.DataFrame, height: float, colour: str, hover: str, column: int) -> None:

@@ -23,8 +23,8 @@ from kc_lib.circuits.evaluation_figures import (
     method_bars,
     minimality_figure,
     overlap_figure,
-    verdict_table,
 )
+from kc_lib.circuits.figures import verdict_table
 from kc_lib.circuits.minimality import Minimality, minimality
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select

@@ -19,8 +19,8 @@ from kc_lib.heads.ablation import recurrence
 from kc_lib.heads.classes import CLASSES, HeadClasses, check_enough, classify_heads, mover_null, range_null
 from kc_lib.heads.promoted_tokens import head_promotion
 from kc_lib.models.model import Model
-from kc_lib.tasks.answers import answer_tokens
 from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.tasks.known import answer_tokens
 from kc_lib.tasks.tokens import tokenizer_of
 
 LENGTHS = (5, 9, 7, 6, 8, 5, 6, 7)

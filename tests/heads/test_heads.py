@@ -27,7 +27,7 @@ from kc_lib.heads.repeats import (
 from kc_lib.heads.successor import CYCLIC, ORDINALS, successor_pairs, successor_scores
 from kc_lib.heads.suppression import content_tokens, copy_suppression_scores, text_windows
 from kc_lib.models.model import Model
-from kc_lib.tasks.text import load_text
+from kc_lib.tasks.files import load_text
 from kc_lib.tasks.tokens import tokenizer_of
 
 Models = Callable[[str], Model]

@@ -21,8 +21,7 @@ from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.tasks.facts import load_facts
-from kc_lib.tasks.generated import GENERATED, generated_pairs
-from kc_lib.tasks.ioi import NAMES
+from kc_lib.tasks.generated import GENERATED, NAMES, generated_pairs
 from kc_lib.tasks.known import best_ranks
 from kc_lib.tasks.task import load_task
 from kc_lib.tasks.tokens import Tokenizer

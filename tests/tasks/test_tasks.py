@@ -18,7 +18,7 @@ from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, batches, make_batch
 from kc_lib.tasks.files import read_pairs
-from kc_lib.tasks.ioi import NAMES, ioi_pairs
+from kc_lib.tasks.generated import NAMES, ioi_pairs
 from kc_lib.tasks.known import answer_ranks
 from kc_lib.tasks.relations import load_relation
 from kc_lib.tasks.task import Task, load_task
@@ -746,7 +746,7 @@ def test_full_answers_are_teacher_forced() -> None:
 
 def test_padding_does_not_change_what_is_read(llama: Model) -> None:
     batch = make_batch(PAIRS, full_answer=True)
-    logits = llama(batch.clean)
+    logits = llama.bridge(batch.clean)
     for row, pair in enumerate(PAIRS):
         alone = llama.bridge(torch.tensor([[*pair.clean, *pair.answer[:-1]]]))[0]
         for column in range(len(pair.answer)):
