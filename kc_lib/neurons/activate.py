@@ -80,8 +80,8 @@ class TriggerSentences(Result):
 
     def summary(self, n: int = 8) -> pd.DataFrame:
         """The sentences that activate the neurons most, and half as many that do least: activation, token, text."""
-        ends_of = pd.concat([self.top(n), self.bottom(n // 2)], keys=["most", "least"], names=["activate"])
-        return ends_of.reset_index("activate")[["activate", "activation", "token", "text"]]
+        both = pd.concat([self.top(n), self.bottom(n // 2)], keys=["most", "least"], names=["activate"])
+        return both.reset_index("activate")[["activate", "activation", "token", "text"]]
 
 
 def sentences_of_facts(

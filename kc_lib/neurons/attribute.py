@@ -146,7 +146,7 @@ def _attributed(residual: Residual, facts: Mapping[int, ClozeFact], asked: Attri
                 values[number, i] += value / len(facts[number].prompts[i].clozes)
                 log_p[number, i] += float(gold_log_p)
                 predicted[number, i] += residual.bridge.tokenizer.decode([int(top)])
-    frames, rows, about = [], [], []
+    frames, of_prompts, of_facts = [], [], []
     for number, fact in facts.items():
         for i, prompt in enumerate(fact.prompts):
             tables = {"knowledge": torch.as_tensor(scores[number, i]), "base": torch.as_tensor(values[number, i])}
@@ -155,12 +155,12 @@ def _attributed(residual: Residual, facts: Mapping[int, ClozeFact], asked: Attri
                     raise MethodError(f"{prompt.text!r}: a {method} score is no finite number; use dtype float32")
                 frames.append(_largest(table, asked.kept).assign(fact=number, prompt=i, method=method))
             p = float(torch.tensor(log_p[number, i]).exp())
-            said = {"prompt": i, "text": prompt.text, "p": p, "predicted": predicted[number, i]}
-            rows.append(said | {"total": float(tables["knowledge"].sum()), "fact": number})
+            row = {"prompt": i, "text": prompt.text, "p": p, "predicted": predicted[number, i]}
+            of_prompts.append(row | {"total": float(tables["knowledge"].sum()), "fact": number})
         named = {"fact": number, "relation": fact.relation, "subject": fact.subject, "answer": fact.answer}
-        about.append(named | {"n_prompts": len(fact.prompts)})
+        of_facts.append(named | {"n_prompts": len(fact.prompts)})
     frame = pd.concat(frames, ignore_index=True)[list(NeuronAttributions.columns)]
-    return NeuronAttributions(frame, pd.DataFrame(rows), pd.DataFrame(about))
+    return NeuronAttributions(frame, pd.DataFrame(of_prompts), pd.DataFrame(of_facts))
 
 
 def _scores(

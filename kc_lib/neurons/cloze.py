@@ -261,18 +261,18 @@ def cloze_prompt(tokenizer: Tokenizer, sentence: str, answer: str, where: str = 
 
 def _sources(name_or_path: str, relation: str | None, patterns: str | Path | None) -> tuple[str, dict[str, list[FactText]]]:
     """The task's name, and facts with their sentences by relation."""
-    own = name_or_path in relation_files()
-    if not own and Path(name_or_path).suffix != ".json":
+    is_ours = name_or_path in relation_files()
+    if not is_ours and Path(name_or_path).suffix != ".json":
         raise TaskError(
             f"unknown relation {name_or_path!r}: give one of {', '.join(relation_files())}, a .json relation, or ParaRel's "
             "data_1-1.json"
         )
-    document = None if own else read_json(Path(name_or_path))
+    document = None if is_ours else read_json(Path(name_or_path))
     wording = None if patterns is None else read_patterns(patterns)
     if not isinstance(document, list):
         if relation is not None:
             raise TaskError(f"{name_or_path!r} is one relation, so relation={relation!r} does not apply to it; leave it out")
-        loaded = load_relation(name_or_path) if own else parse_relation(document, name_or_path)
+        loaded = load_relation(name_or_path) if is_ours else parse_relation(document, name_or_path)
         rows = [(fact.subject, fact.object) for fact in loaded.facts]
         return loaded.name, {loaded.name: fact_texts(rows, wording or relation_patterns(loaded), loaded.name)}
     by_relation = parse_pararel(document, name_or_path, relation)

@@ -195,8 +195,8 @@ def update_answers(
 def answers_side_by_side(answers: pd.DataFrame, n_answers: int = 3) -> pd.DataFrame:
     """What ``update_answers`` gives, a row for each prompt: the most probable tokens with their p, before and after."""
     top = answers[answers["rank"] <= n_answers]
-    told = top["token"].str.strip() + top["p"].map(" {:.0%}".format)
-    top = top.assign(answers=told, when=top["edited"].map({False: "before", True: "after"}))
+    words = top["token"].str.strip() + top["p"].map(" {:.0%}".format)
+    top = top.assign(answers=words, when=top["edited"].map({False: "before", True: "after"}))
     return top.pivot_table(index=["on", "text"], columns="when", values="answers", aggfunc=", ".join, sort=False)
 
 

@@ -14,9 +14,9 @@ from helpers import SmallModel
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
 
-from kc_lib.errors import TaskError
+from kc_lib.errors import MethodError, TaskError
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, joined_clozes, load_cloze
+from kc_lib.neurons.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, joined_clozes, load_cloze, load_clozes
 from kc_lib.tasks.facts import load_facts
 from kc_lib.tasks.pararel import parse_pararel, read_patterns
 from kc_lib.tasks.relations import load_relation
@@ -382,6 +382,12 @@ def test_relations_are_joined(small_model: SmallModel, tmp_path: Path) -> None:
     assert both.name == "first+second"
     assert both.facts == (*tasks[0].facts, *tasks[1].facts)
     assert both.report["used"] == 4
+    names = " ".join(str(tmp_path / f"{name}.json") for name in ("first", "second"))
+    assert load_clozes(names, model, known_only=False) == both
+    prompts = load_clozes(names, model, known_only=False, n_prompts=1, n_held_out=1).prompts_of(2)
+    assert prompts.to_dict("list") == {"text": ["w5 w31 w6", "w7 w31 w8"], "held_out": [False, True]}
+    with pytest.raises(MethodError, match="there is no fact 4: the task has facts 0 to 3"):
+        both.prompts_of(4)
     for wrong in ([], [tasks[0], tasks[0]]):
         with pytest.raises(TaskError, match="cannot be joined"):
             joined_clozes(wrong)

@@ -132,6 +132,8 @@ def test_the_target_can_be_another_token(small_model: SmallModel) -> None:
     token = int(predicted.prompts["predicted"].iloc[0].strip()[1:])  # "w17"
     by_id = knowledge_neurons(model, facts, target=token, rule="right", steps=5)
     pd.testing.assert_frame_equal(*(found.frame.query("fact == 0 and prompt == 0") for found in (predicted, by_id)))
+    as_text = knowledge_neurons(model, facts, target=str(token), rule="right", steps=5)  # as the command line gives it
+    pd.testing.assert_frame_equal(as_text.frame, by_id.frame)
     gold = knowledge_neurons(model, facts, rule="right", steps=5)
     assert not gold.frame["value"].equals(by_id.frame["value"])
     with pytest.raises(MethodError, match="can only be 'gold'"):
@@ -152,6 +154,8 @@ def test_batches_and_files_change_nothing(small_model: SmallModel, tmp_path: Pat
     pd.testing.assert_frame_equal(back.prompts, many.prompts)
     pd.testing.assert_frame_equal(back.facts, many.facts)
     assert back.provenance == many.provenance
+    assert many.summary()["p"].tolist() == pytest.approx(many.prompts.groupby("fact")["p"].mean().tolist())
+    assert many.of_prompts(2)["text"].tolist() == [prompt.text for prompt in facts_of(model)[2].prompts]
     assert set(many.with_facts()["answer"]) == {"w100", "w101", "w102", "w103", "w104 w105"}
 
 
@@ -192,6 +196,8 @@ def test_bad_input_is_one_line(small_model: SmallModel, tmp_path: Path) -> None:
         "unknown rule 'simpson'": {"rule": "simpson"},
         "tolerance is 0": {"tolerance": 0.0},
         "target is 'best'": {"target": "best"},
+        "tolerance is 1": {"tolerance": 1.0},
+        "unknown option 'step': use some of rule, steps": {"step": 3},
         "kept is 2": {"kept": 2.0},
     }.items():
         with pytest.raises(MethodError, match=message) as raised:
