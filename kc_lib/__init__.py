@@ -33,6 +33,9 @@ _FROM = {
     "heads.general": ("head_scores",),
     "heads.classes": ("classify_heads",),
     "heads.figures": ("head_score_grid",),
+    "neurons.attribute": ("knowledge_neurons",),
+    "neurons.refine": ("refine_neurons",),
+    "neurons.update": ("update_facts",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}
