@@ -20,6 +20,9 @@ _FROM = {
     "tasks.task": ("load_task",),
     "tasks.facts": ("load_facts",),
     "graph": ("Circuit",),
+    "tracing.trace": ("trace",),
+    "tracing.figures": ("tracing_figure",),
+    "training.over_training": ("over_training",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}
