@@ -36,6 +36,9 @@ _FROM = {
     "neurons.attribute": ("knowledge_neurons",),
     "neurons.refine": ("refine_neurons",),
     "neurons.update": ("update_facts",),
+    "tracing.trace": ("trace",),
+    "tracing.figures": ("tracing_figure",),
+    "training.over_training": ("over_training",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

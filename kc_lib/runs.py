@@ -107,7 +107,8 @@ class Run:
     def state(self, name: str) -> Path:
         """The file in which a method keeps the state from which it goes on; it is gone when the run is finished."""
         folder = self.working / STATE
-        folder.mkdir(exist_ok=True)
+        if not self.found:
+            folder.mkdir(exist_ok=True)
         return folder / name
 
     def finish(self, headline: Mapping[str, Any]) -> Run:

@@ -17,17 +17,10 @@ from kc_lib.models.model import Model
 from kc_lib.results import hash_of
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import GENERATED, generated_pairs
+from kc_lib.tasks.options import POSITION_CLASSES
 from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, read_json, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
-POSITION_CLASSES = (
-    "first subject token",
-    "middle subject tokens",
-    "last subject token",
-    "first token after",
-    "further tokens",
-    "last token",
-)
 KNOWN_KEYS = ("subject", "attribute", "prompt")  # of a row of known_1000.json; its other keys are not needed
 
 
