@@ -93,9 +93,7 @@ def test_what_published_files_hold_beside_the_model_does_no_harm(changed: Callab
     assert load_model(str(changed(lambda weights: weights | extra, "bert")), device="cpu").is_masked is False
 
 
-def test_an_adapter_beside_the_weights_is_not_ignored(
-    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_beside_the_weights_is_not_ignored(changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = changed(dict)
     (folder / weights.ADAPTER).write_text(json.dumps({"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}))
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
@@ -108,7 +106,9 @@ def test_an_adapter_is_applied_where_peft_is(changed: Callable[..., Path], monke
     plain = load_model(str(folder), device="cpu")
     inside = plain.bridge.original_model.__class__.from_pretrained(folder)
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(inside, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        inside, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
     adapted.save_pretrained(folder)
     assert (folder / weights.ADAPTER).exists()
     model = load_model(str(folder), device="cpu")
