@@ -239,7 +239,7 @@ def open_run(
         "experiment": experiment,
         "parameters": dict(parameters),
         "seed": parameters.get("seed"),
-        "model": {"name": model.name, "hash": weights, "dtype": str(model.cfg.dtype)},
+        "model": {"name": model.name, "source": model.source, "hash": weights, "dtype": str(model.cfg.dtype)},
         "task": {"name": task.name, "hash": task.hash, "prepend_bos": task.prepend_bos, **task.report},
         "device": str(model.cfg.device),
         "platform": platform.platform(),

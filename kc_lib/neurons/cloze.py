@@ -25,8 +25,8 @@ from kc_lib.errors import MethodError, TaskError
 from kc_lib.models.model import Model
 from kc_lib.neurons.options import ClozeOptions
 from kc_lib.options import names_in
+from kc_lib.reading import read_json
 from kc_lib.results import hash_of
-from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.known import ranks_at
 from kc_lib.tasks.pararel import ANSWER, MASK, SUBJECT, FactText, fact_texts, parse_pararel, read_patterns
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, parse_relation, relation_files

@@ -20,8 +20,8 @@ from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeTask
 from kc_lib.neurons.options import SentenceOptions
+from kc_lib.reading import read_json
 from kc_lib.results import hash_of
-from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.files import load_text
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
