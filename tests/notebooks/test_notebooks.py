@@ -118,7 +118,8 @@ def check_run(path: Path, out: Path, reduced: dict[str, str]) -> None:
     assert record["model"]["name"].partition("@")[0] == given["model"]  # over a training, that of the last checkpoint
     assert record["headline"] == headline
     for key in given:
-        assert str(record["parameters"][key]) == given[key]
+        value = record["parameters"][key]
+        assert (" ".join(value) if isinstance(value, list) else str(value)) == given[key]  # names are kept as a list
     assert {"run.json", path.name, "report.html"} < {file.name for file in folder.iterdir()}
     executed = nbformat.read(folder / path.name, as_version=4)
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
