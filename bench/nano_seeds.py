@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kc_lib.heads.general import SCORES
+from kc_lib.heads.options import SCORES
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
 from kc_lib.models.shipped import CAUSAL
 from kc_lib.training.drawn import draw_tasks

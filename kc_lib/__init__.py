@@ -27,6 +27,15 @@ _FROM = {
     "circuits.baselines": ("random_baselines",),
     "circuits.figures": ("circuit_graph",),
     "circuits.evaluation_figures": ("faithfulness_figure",),
+    "components.lens": ("logit_lens",),
+    "components.direct": ("direct_attribution",),
+    "components.figures": ("lens_figure",),
+    "heads.general": ("head_scores",),
+    "heads.classes": ("classify_heads",),
+    "heads.figures": ("head_score_grid",),
+    "neurons.attribute": ("knowledge_neurons",),
+    "neurons.refine": ("refine_neurons",),
+    "neurons.update": ("update_facts",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

@@ -31,7 +31,8 @@ from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.circuits.sizes import smallest_faithful
 from kc_lib.errors import MethodError, check_counts
 from kc_lib.graph import Circuit
-from kc_lib.heads.general import check_scores, general_head_scores
+from kc_lib.heads.general import head_scores
+from kc_lib.heads.options import HeadScoreOptions
 from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair
@@ -80,7 +81,7 @@ def training_measures(
     if unknown or not which:
         given = repr(unknown[0]) if unknown else "nothing"
         raise MethodError(f"{given} is no measure over training: use some of {', '.join(TRAINING_MEASURES)}")
-    check_scores(scores)
+    wanted = HeadScoreOptions(scores=["all"] if scores is None else list(scores)).scores
     check_method(method)
     ScoreOptions(steps=steps)
     if metric not in (None, *METRICS_OF_SETS.values()):
@@ -96,7 +97,7 @@ def training_measures(
     search: dict[str, Any] = {"method": method, "steps": steps, "faithfulness": faithfulness, "selection": selection}
     search |= {"minimal_effect": minimal_effect, "batch_size": batch_size}
     circuit = partial(circuit_rows, metric=metric, n_random=n_random, n_resamples=n_resamples, **search)
-    heads = partial(head_rows, scores=None if scores is None else tuple(scores))
+    heads = partial(head_rows, scores=tuple(wanted))
     direct = partial(direct_rows, metric=metric, batch_size=batch_size)
     known: dict[str, Measure] = {
         "behaviour": behaviour_rows,
@@ -118,11 +119,11 @@ def behaviour_rows(model: Model, tasks: DrawnTasks) -> pd.DataFrame:
     return measured_rows(rows)
 
 
-def head_rows(model: Model, tasks: DrawnTasks, *, scores: Sequence[str] | None = None) -> pd.DataFrame:
+def head_rows(model: Model, tasks: DrawnTasks, *, scores: Sequence[str] = ("all",)) -> pd.DataFrame:
     """Every head's general scores, by seed of the draws; a score that is not defined has one row, with the reason."""
     rows = []
     for seed in tasks.seeds:
-        found = general_head_scores(model, scores, seed=seed, keep_undefined=True)
+        found = head_scores(model, scores, seed=seed, keep_undefined=True)
         about = {"task": "", "seed": seed}
         for row in found.to_frame().to_dict("records"):
             part = f"a{row['layer']}.h{row['head']}"
@@ -246,7 +247,7 @@ def consistency_rows(
         if why:
             rows += [measured_row(draw, name, part=step, note=why) for step in ALGORITHM for name in SHARES_OF_STEPS]
             continue
-        scores = general_head_scores(model, seed=draw.seed).scores
+        scores = head_scores(model, seed=draw.seed).scores
         for share in algorithm_shares(model, _strangers(model, draw), candidates, scores, batch_size=batch_size):
             rows.append(measured_row(draw, "share_absolute", share.absolute, part=share.step, note=share.note))
             rows.append(measured_row(draw, "share_signed", share.signed, part=share.step, note=share.note))

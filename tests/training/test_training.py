@@ -22,8 +22,8 @@ from kc_lib.circuits.criteria import resampled_circuits
 from kc_lib.circuits.sizes import smallest_faithful
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.heads.general import GeneralHeadScores, general_head_scores
-from kc_lib.heads.head_scores import HeadScores
+from kc_lib.heads.general import head_scores
+from kc_lib.heads.head_scores import GeneralHeadScores, HeadScores
 from kc_lib.models.checkpoints import Checkpoint, checkpoints_of, load_checkpoint
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
@@ -341,7 +341,7 @@ def test_head_scores_by_seed_and_why_one_is_undefined(nano: Model, drawn: DrawnT
     assert found["seed"].tolist() == [0] * 16 + [1] * 16
     assert found["part"][:5].tolist() == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "a1.h0"]
     for seed in (0, 1):
-        scores = general_head_scores(nano, ("previous_token", "s_inhibition"), seed=seed, keep_undefined=True)
+        scores = head_scores(nano, ("previous_token", "s_inhibition"), seed=seed, keep_undefined=True)
         own = found[found["seed"] == seed]
         expected = scores.scores["previous_token"]
         assert own["value"].tolist() == pytest.approx(expected.scores.flatten().tolist())
@@ -355,7 +355,7 @@ def test_head_scores_by_seed_and_why_one_is_undefined(nano: Model, drawn: DrawnT
 
 def test_a_score_that_is_named_and_undefined_says_why_and_is_no_end(drawn: DrawnTasks) -> None:
     untrained = load_model("nano", checkpoint=0, device="cpu")
-    why = refused(KnowledgeCircuitsError, general_head_scores, untrained, ("s_inhibition",))
+    why = refused(KnowledgeCircuitsError, head_scores, untrained, ("s_inhibition",))
     row, other = head_rows(untrained, drawn, scores=("s_inhibition",)).to_dict("records")
     assert row["note"] == why
     assert (row["seed"], other["seed"], row["part"]) == (0, 1, "")
@@ -522,7 +522,7 @@ def test_consistency_is_of_the_circuits_heads_on_held_out_prompts(
         seeds.append(seed)
         return GeneralHeadScores(scores, {})
 
-    monkeypatch.setattr("kc_lib.training.measures.general_head_scores", by_hand)
+    monkeypatch.setattr("kc_lib.training.measures.head_scores", by_hand)
     found = consistency_rows(nano, tasks, steps=2).set_index(["part", "quantity"])["value"]
     assert seeds == [draw.seed]
     pairs = load_task("ioi_abc", nano, known_only=False, max_facts=12, seed=draw.seed).test
