@@ -28,7 +28,7 @@ from kc_lib.circuits.discovery import ensemble
 from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.scores import EdgeScores
-from kc_lib.circuits.sizes import areas
+from kc_lib.circuits.smallest import areas
 from kc_lib.graph import Circuit
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model

@@ -22,7 +22,7 @@ from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.options import ChooseOptions, ScoreOptions
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select, select_bootstrap
-from kc_lib.circuits.sizes import smallest_faithful
+from kc_lib.circuits.smallest import smallest_faithful
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.models.model import Model

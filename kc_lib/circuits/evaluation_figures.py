@@ -19,7 +19,7 @@ from kc_lib import plotting as plot
 from kc_lib.circuits.baselines import LAYER_MATCHED, RANDOM
 from kc_lib.circuits.criteria import completeness
 from kc_lib.circuits.evaluate import Evaluation
-from kc_lib.circuits.sizes import areas, curves
+from kc_lib.circuits.smallest import areas, curves
 from kc_lib.errors import MethodError
 from kc_lib.stats import empirical_p
 

@@ -27,7 +27,7 @@ from kc_lib.circuits.criteria import jaccard, resampled_circuits
 from kc_lib.circuits.evaluate import evaluate, metric_values
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.scoring.exact import patch_single_edges
-from kc_lib.circuits.sizes import smallest_faithful
+from kc_lib.circuits.smallest import smallest_faithful
 from kc_lib.graph import Circuit
 from kc_lib.heads.general import head_scores
 from kc_lib.models.model import Model

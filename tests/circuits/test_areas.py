@@ -27,7 +27,7 @@ from kc_lib.circuits.criteria import completeness
 from kc_lib.circuits.evaluate import Evaluation, evaluate, faithfulness_of, metric_values
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.sizes import areas
+from kc_lib.circuits.smallest import areas
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS

@@ -21,7 +21,7 @@ from kc_lib.circuits.evaluation_figures import area_curves, baseline_figure, com
 from kc_lib.circuits.figures import verdict_table
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.sizes import areas
+from kc_lib.circuits.smallest import areas
 from kc_lib.circuits.verdict import verdict
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit

@@ -10,7 +10,7 @@ from helpers import FOUND, SmallModel, faithful, resamples, single_values
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.sizes import smallest_faithful
+from kc_lib.circuits.smallest import smallest_faithful
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 

@@ -61,13 +61,13 @@ def without(circuit: Circuit, edge: str) -> Circuit:
 
 
 def faithfulness(wired: HandWired, circuits: Mapping[str, Circuit]) -> dict[str, float]:
-    summary = evaluate(wired.model, circuits, {"all": wired.pairs}).summary.set_index("circuit")
+    summary = evaluate(wired.model, circuits, {"all": wired.pairs}).table.set_index("circuit")
     return {name: float(summary.loc[name, "faithfulness"]) for name in circuits}
 
 
 def full_effect(wired: HandWired) -> float:
     """Logit difference of the full model minus that on the corrupted prompts, mean over pairs."""
-    values = evaluate(wired.model, {}, {"all": wired.pairs}).summary.set_index("circuit")["value"]
+    values = evaluate(wired.model, {}, {"all": wired.pairs}).table.set_index("circuit")["value"]
     return float(values["full"] - values["empty"])
 
 

@@ -19,7 +19,7 @@ from oracles.patching import oracle_circuit_logits, oracle_patch_edge
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import random_circuit
 from kc_lib.circuits.criteria import resampled_circuits
-from kc_lib.circuits.sizes import smallest_faithful
+from kc_lib.circuits.smallest import smallest_faithful
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.heads.general import head_scores
