@@ -29,18 +29,14 @@ CURVE = np.linspace(0.0, 1.0, 17)
 def circuit_graph(circuit: Circuit, title: str | None = None, max_edges: int = 300) -> go.Figure:
     """The circuit as a layered graph of its strongest ``max_edges`` edges.
 
-        The vertical axis is the layer (layers without a node take less room), the horizontal one the head's index, then the
-        MLP. Width and opacity of an edge grow with its |score| (in the scores' unit), its colour is the sign.
+    The vertical axis is the layer (layers without a node take less room), the horizontal one the head's index, then the
+    MLP. Width and opacity of an edge grow with its |score| (in the scores' unit), its colour is the sign.
 
-        Example:
-    <<<<<<< HEAD
-            >>> kc.circuit_graph(circuit, max_edges=80).show()
-    =======
-            >>> kc.circuit_graph(kc.select(scores, size=0.005))
-    >>>>>>> evaluation
+    Example:
+        >>> kc.circuit_graph(kc.select(scores, size=0.005))
 
-        Raises:
-            MethodError: a circuit without edges, scores that are no numbers, or ``max_edges`` below 1.
+    Raises:
+        MethodError: a circuit without edges, scores that are no numbers, or ``max_edges`` below 1.
     """
     edges = _edges(circuit, "max_edges", max_edges)
     graph, scored = circuit.graph, bool(edges["score"].any())
