@@ -23,9 +23,9 @@ from rich.console import Console
 from kc_lib.circuits.acdc.search import acdc
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import Labelled, circuits_by_size
+from kc_lib.circuits.criteria_figures import method_bars
 from kc_lib.circuits.discovery import ensemble
 from kc_lib.circuits.evaluate import evaluate
-from kc_lib.circuits.evaluation_figures import method_bars
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.sizes import areas

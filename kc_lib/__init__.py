@@ -27,6 +27,18 @@ _FROM = {
     "circuits.baselines": ("random_baselines",),
     "circuits.figures": ("circuit_graph",),
     "circuits.evaluation_figures": ("faithfulness_figure",),
+    "components.lens": ("logit_lens",),
+    "components.direct": ("direct_attribution",),
+    "components.figures": ("lens_figure",),
+    "heads.general": ("head_scores",),
+    "heads.classes": ("classify_heads",),
+    "heads.figures": ("head_score_grid",),
+    "neurons.attribute": ("knowledge_neurons",),
+    "neurons.refine": ("refine_neurons",),
+    "neurons.update": ("update_facts",),
+    "tracing.trace": ("trace",),
+    "tracing.figures": ("tracing_figure",),
+    "training.over_training": ("over_training",),
     "runs": ("settings", "open_run", "catalogue"),
 }
 _PUBLIC = {name: module for module, names in _FROM.items() for name in names}

@@ -107,7 +107,8 @@ class Run:
     def state(self, name: str) -> Path:
         """The file in which a method keeps the state from which it goes on; it is gone when the run is finished."""
         folder = self.working / STATE
-        folder.mkdir(exist_ok=True)
+        if not self.found:
+            folder.mkdir(exist_ok=True)
         return folder / name
 
     def finish(self, headline: Mapping[str, Any]) -> Run:
@@ -238,7 +239,7 @@ def open_run(
         "experiment": experiment,
         "parameters": dict(parameters),
         "seed": parameters.get("seed"),
-        "model": {"name": model.name, "hash": weights, "dtype": str(model.cfg.dtype)},
+        "model": {"name": model.name, "source": model.source, "hash": weights, "dtype": str(model.cfg.dtype)},
         "task": {"name": task.name, "hash": task.hash, "prepend_bos": task.prepend_bos, **task.report},
         "device": str(model.cfg.device),
         "platform": platform.platform(),

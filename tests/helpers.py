@@ -34,7 +34,7 @@ from kc_lib.models.model import Model
 from kc_lib.residual.activations import ablation
 from kc_lib.stats import RESAMPLES
 from kc_lib.tasks.batches import Batch, TokenPair, make_batch
-from kc_lib.training.over_training import COLUMNS, TrainingResult
+from kc_lib.training.result import COLUMNS, TrainingResult
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 VOCAB = 200
@@ -334,6 +334,6 @@ def values_of(logits: torch.Tensor, pair: TokenPair) -> float:
 def frame_of(rows: list[tuple[object, ...]]) -> TrainingResult:
     """Rows of (step, measure, task, seed, quantity, part, value)."""
     names = ["step", "measure", "task", "seed", "quantity", "part", "value"]
-    frame = pd.DataFrame(rows, columns=names).assign(tokens=pd.NA, low=np.nan, high=np.nan, passes=pd.NA, note="")
+    frame = pd.DataFrame(rows, columns=names).assign(tokens=pd.NA, low=np.nan, high=np.nan, passes=pd.NA, of="", note="")
     frame["checkpoint"] = "step" + frame["step"].astype(str)
     return TrainingResult(frame[list(COLUMNS)].astype({"tokens": "Int64", "passes": "boolean"}))

@@ -541,3 +541,28 @@ def test_a_notebook_that_finishes_no_run_is_refused() -> None:
     document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
     with pytest.raises(RunError, match=r"run\.finish"):
         cli._told_folder(document, Path("mine.ipynb"))
+
+
+def test_a_notebook_runs_in_this_python_whatever_kernel_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another kernel of the usual name is installed; what it says is what its cell raises."""
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("import sys\nraise RuntimeError(f'{sys.executable} {x + 1}')"))
+    document = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "ir", "display_name": "R"}})
+    nbformat.write(document, tmp_path / "mine.ipynb")
+    with pytest.raises(PapermillExecutionError) as error:
+        cli.run_notebook(str(tmp_path / "mine.ipynb"), {"x": "2"}, tmp_path / "out")
+    assert f"{sys.executable} 3" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}", '{"cells": 5, "nbformat": 4}', "\xff"])
+def test_what_is_no_notebook_is_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.ipynb"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(RunError) as error:
+        cli.run_notebook(str(path), {}, tmp_path / "out")
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -32,6 +32,9 @@ def circuit_graph(circuit: Circuit, title: str | None = None, max_edges: int = 3
     The vertical axis is the layer (layers without a node take less room), the horizontal one the head's index, then the
     MLP. Width and opacity of an edge grow with its |score| (in the scores' unit), its colour is the sign.
 
+    Example:
+        >>> kc.circuit_graph(circuit, max_edges=80).show()
+
     Raises:
         MethodError: a circuit without edges, scores that are no numbers, or ``max_edges`` below 1.
     """

@@ -15,15 +15,9 @@ from helpers import FOUND, SPLITS, SmallModel
 from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.baselines import circuits_by_size, complements, random_baselines
 from kc_lib.circuits.criteria import Minimality, Stability, jaccard_matrix, minimality, resampled_circuits, stability
+from kc_lib.circuits.criteria_figures import method_bars, minimality_figure, overlap_figure
 from kc_lib.circuits.evaluate import Evaluation, evaluate
-from kc_lib.circuits.evaluation_figures import (
-    area_curves,
-    baseline_figure,
-    completeness_figure,
-    method_bars,
-    minimality_figure,
-    overlap_figure,
-)
+from kc_lib.circuits.evaluation_figures import area_curves, baseline_figure, completeness_figure
 from kc_lib.circuits.figures import verdict_table
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select

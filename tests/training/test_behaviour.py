@@ -83,7 +83,7 @@ def test_every_measure_by_hand(kind: str, small_folder: Callable[[str], Path], s
 
 def test_means_and_their_intervals(small_model: Callable[[str], Model], tmp_path: Path) -> None:
     found = behaviour(small_model("neox"), drawn_pairs(12))
-    frame = found.to_frame(seed=5)
+    frame = found.summary(seed=5)
     assert frame["measure"].tolist() == list(BEHAVIOURS)
     assert (frame["n"] == 12).all()
     drawn = np.random.default_rng(5).integers(0, 12, (RESAMPLES, 12))
