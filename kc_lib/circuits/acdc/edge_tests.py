@@ -22,8 +22,6 @@ from kc_lib.errors import MethodError
 
 Edge = tuple[int, int]  # writer, reader: row and column of the graph
 CALL = 1.2  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
-REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
-POWER = 1.5  # of the share that an edge carries, to which the effects of past removals are in proportion
 REMEMBERED = 128  # outcomes from which the next ones' chances are told
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
@@ -85,7 +83,7 @@ class EdgeTests:
                     accepted, self.loss = place, loss
                 if self._stands(effect) != stands[place]:
                     break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, stands, sizes, expected)
+            self._expect_anew(together, place, stands, expected)
             if accepted is not None:
                 self.running.accept(accepted)
 
@@ -100,8 +98,8 @@ class EdgeTests:
         return removed
 
     def _sizes(self, edges: Sequence[Edge]) -> dict[Edge, float]:
-        """What each edge carries of what its reader sees, to the power that effects follow."""
-        shares = {column: self.running.shares(column).pow(POWER).tolist() for column in {column for _, column in edges}}
+        """What each edge carries of what its reader sees."""
+        shares = {column: self.running.shares(column).tolist() for column in {column for _, column in edges}}
         return {(writer, column): shares[column][writer] for writer, column in edges}
 
     def _ratios(self, column: int) -> deque[float]:
@@ -115,7 +113,6 @@ class EdgeTests:
         together: Sequence[Edge],
         last: int,
         stands: Sequence[bool],
-        sizes: Mapping[Edge, float],
         expected: dict[Edge, tuple[float, float]],
     ) -> None:
         """Better expectations for tests that were run under a wrong assumption: what they showed there."""
@@ -126,7 +123,7 @@ class EdgeTests:
             if stands[place]:
                 before = rises[place]
             if place > last:
-                expected[edge] = (rise, REPEATED * sizes[edge])
+                expected[edge] = (rise, 0.0)
 
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
