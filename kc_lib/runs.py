@@ -31,7 +31,7 @@ import pandas as pd
 from kc_lib import __version__
 from kc_lib.errors import RunError, first_line
 from kc_lib.options import Notebook, Options
-from kc_lib.results import hash_of, kept
+from kc_lib.results import Savable, hash_of, kept
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from kc_lib.models.model import Model
@@ -82,8 +82,10 @@ class Run:
         """True when the run was finished before and its results are only read."""
         return self.working == self.folder
 
-    def keep(self, name: str, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def keep(self, name: str, compute: Callable[..., Any] | Savable, *args: Any, **options: Any) -> Any:
         """``compute(*args, **options)``, kept in file ``name``: read where it is there already, else computed and written.
+
+        A result that needs no computing may stand in place of ``compute``.
 
         Example:
             >>> scores = run.keep("scores.parquet", kc.score_edges, model, task.discovery, "eap_ig", steps=5)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.selection import select
 from kc_lib.components.attention import SOURCES, head_names, source_table
 from kc_lib.components.direct import DirectAttribution, direct_attribution, promoted_tokens
@@ -100,7 +100,7 @@ def given_or_found(
     Raises:
         MethodError: a size out of range, or too small for any path.
     """
-    return given or select(attribute_edges(model, pairs, batch_size=batch_size, progress=progress), size=size)
+    return given or select(score_edges(model, pairs, batch_size=batch_size, progress=progress), size=size)
 
 
 def circuit_table(

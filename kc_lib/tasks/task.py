@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
+
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.results import hash_of
@@ -39,6 +41,15 @@ class Task:
         """Hash of every token pair and its split: what a result depends on."""
         rows = [[_row(pair) for pair in split] for split in (self.discovery, self.validation, self.test)]
         return hash_of(rows)
+
+    @property
+    def splits(self) -> dict[str, tuple[TokenPair, ...]]:
+        """What circuits are evaluated on: "discovery", and "held_out" where pairs are held out for the test."""
+        return {"discovery": self.discovery} | ({"held_out": self.test} if self.test else {})
+
+    def summary(self, n: int = 6) -> pd.DataFrame:
+        """The first pairs in words: clean and corrupted prompt, answer and distractor."""
+        return pd.DataFrame([pair.text for pair in self.discovery[:n]])[["clean", "corrupted", "answer", "distractor"]]
 
 
 def _row(pair: TokenPair) -> dict[str, Any]:

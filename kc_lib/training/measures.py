@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kc_lib.circuits.attribution import attribute_facts
-from kc_lib.circuits.baselines import complement, random_nulls
-from kc_lib.circuits.evaluate import evaluate_circuits, metric_values
-from kc_lib.circuits.options import check_attribution
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import complement, random_baselines
+from kc_lib.circuits.criteria import jaccard, resampled_circuits
+from kc_lib.circuits.evaluate import evaluate, metric_values
+from kc_lib.circuits.options import RANKINGS, ScoreOptions, check_method
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.scoring.exact import patch_single_edges
-from kc_lib.circuits.smallest import RANKINGS, smallest_faithful
-from kc_lib.circuits.stability import jaccard, resampled_circuits
+from kc_lib.circuits.sizes import smallest_faithful
 from kc_lib.errors import MethodError, check_counts
 from kc_lib.graph import Circuit
 from kc_lib.heads.general import head_scores
@@ -82,7 +82,8 @@ def training_measures(
         given = repr(unknown[0]) if unknown else "nothing"
         raise MethodError(f"{given} is no measure over training: use some of {', '.join(TRAINING_MEASURES)}")
     wanted = HeadScoreOptions(scores=["all"] if scores is None else list(scores)).scores
-    check_attribution(method, steps=steps)
+    check_method(method)
+    ScoreOptions(steps=steps)
     if metric not in (None, *METRICS_OF_SETS.values()):
         raise MethodError(f"metric {metric!r}: circuits over training take {' or '.join(METRICS_OF_SETS.values())}")
     if selection not in RANKINGS:
@@ -196,7 +197,9 @@ def circuit_rows(
             undefined = ("n_edges", "share_of_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl")
             rows += [measured_row(draw, name, note=why) for name in (*undefined, "resampled_jaccard")]
             continue
-        fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
+        fact_scores = score_edges(
+            model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size, per="fact"
+        )
         circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
         rows += _judged(model, draw, circuit, held_out, of, n_random, 2 * batch_size)
         rows.append(
@@ -234,7 +237,9 @@ def consistency_rows(
         effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, draw.task.test)]
         why, candidates = _too_small(effects, minimal_effect), []
         if not why:
-            fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
+            fact_scores = score_edges(
+                model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size, per="fact"
+            )
             circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
             heads = [(layer, head) for layer in range(decoder.n_layers) for head in range(decoder.n_heads)]
             candidates = [(layer, head) for layer, head in heads if f"a{layer}.h{head}" in circuit.nodes]
@@ -307,9 +312,9 @@ def _judged(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """The rows of a circuit as run on held-out prompts."""
-    nulls = random_nulls(circuit, n_random, draw.seed)
+    nulls = random_baselines(circuit, n_random, draw.seed)
     circuits = {"circuit": circuit, "without circuit": complement(circuit)} | nulls
-    judgement = evaluate_circuits(model, circuits, {"held_out": pairs}, metric=metric, batch_size=batch_size, seed=draw.seed)
+    judgement = evaluate(model, circuits, {"held_out": pairs}, metric=metric, batch_size=batch_size, seed=draw.seed)
     own, without = (judgement.row(name, "held_out") for name in ("circuit", "without circuit"))
     null = [float(judgement.row(name, "held_out")["faithfulness"]) for name in nulls]
     ends = [f"faithfulness{end}" for end in ("", "_low", "_high")]

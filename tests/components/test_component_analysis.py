@@ -14,7 +14,7 @@ import torch
 from helpers import SmallModel, random_pairs, rows, run_cells, visible_runs, write_csv
 
 from kc_lib import runs
-from kc_lib.circuits.selection import random_circuit
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.components.attention import heads_of
 from kc_lib.components.circuit_table import CircuitTable, circuit_table, reading_headline
 from kc_lib.components.direct import DirectAttribution, direct_attribution, largest_error, strongest_components

@@ -12,9 +12,10 @@ from oracles import eap, patching
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.circuits.evaluate import metric_values
-from kc_lib.circuits.selection import random_circuit, select
+from kc_lib.circuits.selection import select
 from kc_lib.components.attention import SOURCES, attention_pattern, attention_sources, sources_frame, sources_of
 from kc_lib.components.circuit_table import CircuitTable, ablated_values, circuit_table
 from kc_lib.components.direct import BIASES, DirectAttribution, constant_contribution, direct_attribution, promoted_tokens
@@ -345,7 +346,7 @@ def test_the_circuit_table_says_what_was_measured(
     small_model: SmallModel, small_folder: SmallFolder, grouped: bool, tmp_path: Path
 ) -> None:
     model, hf, pairs = small_model("llama"), hf_model(small_folder("llama")), facts((6, 6, 6))
-    circuit = select(attribute_edges(model, pairs, "eap", grouped=grouped), "absolute", 40)
+    circuit = select(score_edges(model, pairs, "eap", grouped=grouped), "absolute", 40)
     found = circuit_table(model, circuit, pairs)
     frame = found.nodes.set_index("node")
     assert list(frame.index) == [node for node in circuit.nodes if node != "logits"]

@@ -16,10 +16,10 @@ import transformers as tf
 from helpers import CONFIGS, frame_of, refused, values_of
 from oracles.patching import oracle_circuit_logits, oracle_patch_edge
 
-from kc_lib.circuits.attribution import attribute_facts
-from kc_lib.circuits.selection import random_circuit
-from kc_lib.circuits.smallest import smallest_faithful
-from kc_lib.circuits.stability import resampled_circuits
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import random_circuit
+from kc_lib.circuits.criteria import resampled_circuits
+from kc_lib.circuits.sizes import smallest_faithful
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.heads.general import head_scores
@@ -302,7 +302,7 @@ def test_circuits_run_as_said(nano: Model, drawn: DrawnTasks, plain: tf.PreTrain
         assert share(mask, discovery, kept[1], kept[0]) >= 0.8 - 1e-3  # on the prompts it was found on
         overlap = of["resampled_jaccard"].to_dict("records")[0]
         metric = "probability_difference" if discovery[0].right else "logit_difference"
-        scores = attribute_facts(nano, discovery, "eap_ig", steps=2, metric=metric)
+        scores = score_edges(nano, discovery, "eap_ig", steps=2, metric=metric, per="fact")
         again, _ = smallest_faithful(
             nano, scores.mean(), discovery, 0.8, selection="greedy", stable=True, resolution=0.1, metric=metric
         )
