@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kc_lib.errors import MethodError
+from kc_lib.circuits.options import check_size
 from kc_lib.models.options import ModelOptions
 from kc_lib.options import Notebook, Options, option
 from kc_lib.tasks.options import TaskOptions
@@ -52,8 +52,7 @@ class AnalysisCell(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size > 1 and self.size != int(self.size):
-            raise MethodError(f"size is {self.size}; it must be a whole number of edges, or a share of them up to 1.0")
+        check_size(self.size)
 
 
 NOTEBOOKS = {
