@@ -146,9 +146,7 @@ def activating_prompts(
     frame = pd.DataFrame(rows, columns=list(NeuronActivations.columns))
     frame = frame.sort_values(["fact", "sentences", "sentence", "kind", "draw"], ignore_index=True)
     provenance = {
-        "model": model.name,
-        "n_random": asked.n_random,
-        "seed": asked.seed,
+        **{"model": model.name, **asked.determining()},
         "n_facts": len(sets.facts),
         "empty": n_empty(of_facts),
         "without_sentences": sum(not any(sentences.get(int(fact), {}).values()) for fact in sets.facts["fact"]),

@@ -125,15 +125,7 @@ def change_neurons(
     ]
     frame = pd.DataFrame(table, columns=list(NeuronChanges.columns))
     frame[["p", "p_changed"]] = np.exp(frame[["p", "p_changed"]].astype(float))
-    provenance = {
-        "model": model.name,
-        "factors": list(asked.factors),
-        "n_other": asked.n_other,
-        "n_random": asked.n_random,
-        "seed": asked.seed,
-        "n_facts": len(facts),
-        "empty": n_empty(of_facts),
-    }
+    provenance = {"model": model.name, **asked.determining(), "n_facts": len(facts), "empty": n_empty(of_facts)}
     return NeuronChanges(frame, sets.facts.reset_index(drop=True), provenance)
 
 

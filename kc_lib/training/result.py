@@ -79,7 +79,7 @@ def measured_row(
     return where | {"value": float(value), "low": float(low), "high": float(high)} | more
 
 
-def measured_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def measured_rows(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
     """A table with all columns of ``MEASURED``: no value or interval is NaN, no text is empty."""
     frame = pd.DataFrame(rows).reindex(columns=list(MEASURED))
     words = {name: frame[name].astype(object).fillna("") for name in ("of", "part", "note")}
