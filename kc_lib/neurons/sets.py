@@ -169,9 +169,8 @@ def set_sizes(sets: NeuronSets) -> pd.DataFrame:
 
 def neurons_per_fact(sets: NeuronSets, seed: int = 0) -> pd.DataFrame:
     """Mean number of neurons of a fact with its interval, per relation and pooled: relation, method, n, n_empty, neurons."""
-    sizes = (
-        set_sizes(sets).melt(ignore_index=False, var_name="method", value_name="neurons").set_index("method", append=True)
-    )
+    sizes = set_sizes(sets).melt(ignore_index=False, var_name="method", value_name="neurons")
+    by_fact = sizes.set_index("method", append=True)
 
     def measure(group: pd.DataFrame) -> dict[str, float]:
         means = means_with_draws(group.to_numpy(), seed)[:, 0]
