@@ -171,8 +171,7 @@ def activation_means(activations: NeuronActivations, seed: int = 0) -> pd.DataFr
         return with_interval("activation", means[0], means[1:])
 
     levels = {"kind": KINDS, "sentences": (*SENTENCES, *CONTRASTS)}
-    columns = ["relation", *levels, "n", *ends("activation")]
-    return pd.DataFrame(by_relation(long, activations.facts, levels, measure), columns=columns)
+    return by_relation(long, activations.facts, levels, measure, ends("activation"))
 
 
 def trigger_sentences(

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from kc_lib.errors import MethodError
 from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.effects import KINDS, METHODS, OfFacts, by_relation, figure, means_with_draws
+from kc_lib.neurons.effects import KINDS, METHODS, OfFacts, by_relation, ends, figure, means_with_draws
 from kc_lib.residual.encoder import Residual
 from kc_lib.stats import times_drawn, with_interval
 
@@ -176,7 +176,7 @@ def neurons_per_fact(sets: NeuronSets, seed: int = 0) -> pd.DataFrame:
         means = means_with_draws(group.to_numpy(), seed)[:, 0]
         return {"n_empty": int((group["neurons"] == 0).sum())} | with_interval("neurons", means[0], means[1:])
 
-    return pd.DataFrame(by_relation(by_fact, sets.facts, {"method": METHODS}, measure))
+    return by_relation(by_fact, sets.facts, {"method": METHODS}, measure, ["n_empty", *ends("neurons")])
 
 
 def layer_shares(sets: NeuronSets, seed: int = 0) -> pd.DataFrame:

@@ -201,8 +201,7 @@ def update_rates(updates: FactUpdates) -> pd.DataFrame:
         return rates | means | {name: group[name].median() for name in ("rank_before", "rank")}
 
     levels = {"on": ("own", "held_out"), "kind": KINDS}
-    columns = ["relation", *levels, "n", *ends(*RATES), *numbers]
-    return pd.DataFrame(by_relation(by_fact, updates.facts, levels, measure), columns=columns)
+    return by_relation(by_fact, updates.facts, levels, measure, [*ends(*RATES), *numbers])
 
 
 def side_effects(updates: FactUpdates, seed: int = 0) -> pd.DataFrame:
@@ -213,8 +212,7 @@ def side_effects(updates: FactUpdates, seed: int = 0) -> pd.DataFrame:
     """
     by_fact = updates.others.groupby(["on", "kind", "fact"])[["nll_before", "nll"]].mean()
     levels = {"on": ("intra", "inter"), "kind": KINDS}
-    rows = by_relation(by_fact, updates.facts, levels, lambda group: perplexities(group, seed))
-    return pd.DataFrame(rows, columns=["relation", *levels, "n", *PERPLEXITIES])
+    return by_relation(by_fact, updates.facts, levels, lambda group: perplexities(group, seed), PERPLEXITIES)
 
 
 def _edit(residual: Residual, fact: ClozeFact, neurons: Sequence[Neuron], new: int, asked: UpdateOptions) -> Values:
