@@ -42,19 +42,10 @@ from kc_lib.training.ioi_algorithm import STEPS as ALGORITHM
 from kc_lib.training.ioi_algorithm import algorithm_shares
 from kc_lib.training.options import TRAINING_MEASURES, CircuitOptions, MeasureOptions
 from kc_lib.training.over_training import Measure
-from kc_lib.training.result import measured_row, measured_rows
+from kc_lib.training.result import CIRCUIT_FIGURES, measured_row, measured_rows
 
 Interval = tuple[float, float, float]  # a figure, and its ends
-UNDEFINED = (
-    "n_edges",
-    "share_of_edges",
-    "n_nodes",
-    "faithfulness",
-    "null_faithfulness",
-    "noising",
-    "kl",
-    "resampled_jaccard",
-)
+UNDEFINED = ("share_of_edges", *(name for name in CIRCUIT_FIGURES if name != "effect"))  # without a circuit
 SHARES_OF_STEPS = ("share_absolute", "share_signed")
 NO_EFFECT = "the prompts have next to no effect: {effect:.3g} [{low:.3g}, {high:.3g}], at least {least:g} is asked for"
 

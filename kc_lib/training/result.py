@@ -22,6 +22,7 @@ TYPES = {
     "tokens": "Int64",
     "passes": "boolean",
 }
+CIRCUIT_FIGURES = ("effect", "n_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl", "resampled_jaccard")
 SHARE = 0.33  # of its maximum, at which a thing has appeared (Tigges et al. 2024, section 3.3)
 FROM_ZERO = ("logit_difference", "probability_difference")  # behaviours that are 0 where the model knows nothing
 

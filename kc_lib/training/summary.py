@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 
 from kc_lib.errors import MethodError
-from kc_lib.training.result import FROM_ZERO, TrainingResult, emergence, over_draws, shown
+from kc_lib.training.result import CIRCUIT_FIGURES, FROM_ZERO, TrainingResult, emergence, over_draws, shown
 from kc_lib.training.swaps import strongest_swaps
 
 ALPHA = 0.5
 SIMILARITIES = ("edge_jaccard", "node_jaccard", "weighted_jaccard")
-CIRCUIT_FIGURES = ("effect", "n_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl", "resampled_jaccard")
 NAMED = 4  # heads named in the headline
 
 
