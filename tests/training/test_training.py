@@ -214,10 +214,10 @@ def test_files_of_other_runs_and_other_vocabularies_are_refused(
     checkpoints, file = checkpoints_of(trained), tmp_path / "partial.parquet"
     run = partial(over_training, device="cpu", partial_file=file)
     run(checkpoints[:1], drawn, {"one": Counting()})
-    assert "other tasks" in refused(MethodError, run, checkpoints, drawn, {"three": Counting()})
-    assert "other tasks" in refused(MethodError, run, checkpoints, drawn, {"one": Counting()}, dtype="float64")
+    assert "another model, task" in refused(MethodError, run, checkpoints, drawn, {"three": Counting()})
+    assert "another model, task" in refused(MethodError, run, checkpoints, drawn, {"one": Counting()}, dtype="float64")
     other = draw_tasks(["ioi"], nano, seeds=1, n_prompts=4)
-    assert "other tasks" in refused(MethodError, run, checkpoints, other, {"one": Counting()})
+    assert "another model, task" in refused(MethodError, run, checkpoints, other, {"one": Counting()})
     file.write_bytes(b"no parquet")
     assert "delete it" in refused(MethodError, run, checkpoints, drawn, {"one": Counting()})
     mixed = checkpoints_of([trained / "step2", small_folder("neox")])
