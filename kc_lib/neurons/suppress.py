@@ -123,6 +123,9 @@ def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
     """
     p = ["p", "p_changed"]
     levels = {"factor": sorted(changes.frame["factor"].unique()), "on": ("other", "own"), "kind": KINDS}
+    figures = [*p, *ends("ratio", "more")]
+    if changes.frame.empty:
+        return pd.DataFrame(columns=["relation", *levels, "n", *figures])
     prompts = changes.frame.groupby(["factor", "on", "kind", "fact", "of_fact", "prompt"])[p].mean()
     by_fact = prompts.groupby(["factor", "on", "kind", "fact"]).mean()
     is_random = by_fact.index.get_level_values("kind") == "random"
@@ -138,7 +141,7 @@ def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
         intervals = with_interval("ratio", ratio[0], ratio[1:]) | with_interval("more", more[0], more[1:])
         return {"p": means[0, 0], "p_changed": means[0, 1]} | intervals
 
-    return by_relation(by_fact, changes.facts, levels, measure, [*p, *ends("ratio", "more")])
+    return by_relation(by_fact, changes.facts, levels, measure, figures)
 
 
 def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int) -> list[tuple[str, int, int]]:
