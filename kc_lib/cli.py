@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from kc_lib import errors, runs
 from kc_lib.errors import KnowledgeCircuitsError, RunError, first_line
-from kc_lib.options import read_value, shown
+from kc_lib.options import plain_value, read_value, shown
 from kc_lib.reading import read_text
 
 EXECUTION_TIMEOUT = 4 * 3600  # seconds for one cell
@@ -279,7 +278,8 @@ def _of_foreign(source: Path, given: dict[str, str]) -> dict[str, Any]:
     for key, text in given.items():
         if key not in known:
             raise RunError(f"{source.stem} has no parameter {key!r}; its parameters are {', '.join(known)}")
-        values[key] = _like_default(key, text, _literal(known[key]["default"]))
+        is_text = known[key]["default"].startswith(("'", '"'))
+        values[key] = text if is_text else plain_value(text)
     return values
 
 
@@ -294,37 +294,11 @@ def notebook_help(name: str) -> Table:
     return table
 
 
-def _like_default(key: str, text: str, default: Any) -> Any:
-    """A value of the default's type; where the default is None, whatever the text reads as."""
-    if isinstance(default, str):
-        return text
-    value = _literal(text)
-    kinds: dict[type, tuple[Any, str]] = {
-        bool: (bool, "true or false"),
-        int: (int, "a whole number"),
-        float: ((int, float), "a number"),
-    }
-    kind, wanted = kinds.get(type(default), (object, ""))
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-        raise RunError(f"parameter {key} is {text!r}; it must be {wanted}")
-    return value
-
-
 def to_html(document: nbformat.NotebookNode) -> str:
     """A notebook as one HTML page that loads nothing from anywhere."""
     exporter = HTMLExporter(require_js_url="", mathjax_url="", mermaid_js_url="", jquery_url="", widget_renderer_url="")
     body, _ = exporter.from_notebook_node(document)
     return re.sub(r'<script src="https?://[^"]*"></script>', "", str(body))  # plotly asks for MathJax; no figure uses it
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "yes": True, "no": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _as_ours(error: PapermillExecutionError) -> Exception:

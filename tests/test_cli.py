@@ -113,7 +113,7 @@ def test_a_run_records_its_parameters(good: Finished) -> None:
     record = runs.read_record(good.folder)
     assert record["run_id"] == good.folder.name
     parameters = record["parameters"]
-    assert parameters["known_only"] is False
+    assert parameters["task.known_only"] is False
     assert parameters["size"] == 0.1
     assert parameters["n_random"] == 2
     assert parameters["metric"] == "logit_difference"
