@@ -30,6 +30,7 @@ import papermill
 
 from kc_lib import __version__
 from kc_lib.errors import RunError, first_line
+from kc_lib.resources import CHECKOUT, NOTEBOOKS, OUTPUTS
 from kc_lib.results import Rows, Savable, save_whole
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
@@ -38,9 +39,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` n
     from kc_lib.tasks.facts import FactTask
     from kc_lib.tasks.task import Task
 
-PROJECT = Path(__file__).resolve().parents[1]
-OUTPUTS = PROJECT / "outputs"
-NOTEBOOKS = PROJECT / "notebooks"
 MIME = "application/vnd.kc-run+json"  # how an executed notebook tells ``kc run`` its folder
 NOT_DETERMINING = ("batch_size", "device", "out", "model", "task")  # model and task enter by their hashes
 PACKAGES = ("torch", "transformers", "transformer_lens", "numpy", "pandas", "pyarrow", "plotly")
@@ -252,11 +250,13 @@ def code_hash() -> str:
 
 
 def git_commit() -> str | None:
-    """The project's commit, marked ``-dirty`` when files differ from it; None outside a repository."""
+    """The project's commit, marked ``-dirty`` when files differ from it; None in a wheel or outside git."""
+    if CHECKOUT is None:
+        return None
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=PROJECT,
+            cwd=CHECKOUT,
             capture_output=True,
             text=True,
             timeout=20,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kc_lib.errors import TaskError
-from kc_lib.tasks.relations import DATA
+from kc_lib.resources import DATA
 
 DEFAULT_TEXT = DATA / "text" / "stories.txt"
 
