@@ -1,3 +1,3 @@
 """Knowledge circuits: where a transformer keeps a piece of knowledge, and how it gets to the answer."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
