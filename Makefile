@@ -70,7 +70,7 @@ lint: $(ENV_STAMP) ## check style and types (ruff, mypy)
 	@$(BIN)/mypy
 
 docs: $(ENV_STAMP) ## build the site into site/ (open site/index.html; ARGS="-d folder")
-	@$(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 wheel: $(ENV_STAMP) ## build the wheel, with notebooks, data and small models inside, into dist/
 	@rm -rf build dist
@@ -100,7 +100,7 @@ bench-neurons: $(ENV_STAMP) $(MODEL_STAMP) ## time knowledge neurons beside the 
 	@$(BIN)/python bench/neurons.py $(ARGS)
 
 clean: ## remove caches and build products
-	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist site .cache *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find . \( -path ./.git -o -path ./$(VENV) \) -prune -o \
 	  -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
