@@ -23,12 +23,12 @@ import typer
 from measure import flops, timed
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from kc_lib.circuits.acdc.search import acdc
 from kc_lib.metrics import get_metric
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import load_task
 
@@ -64,7 +64,7 @@ def main(
 
 def compare(
     console: Console,
-    model: TransformerBridge,
+    model: Model,
     reference: PreTrainedModel,
     pairs: list[TokenPair],
     metric: str,

@@ -31,7 +31,6 @@ from kc_lib.graph import Circuit
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
 from kc_lib.residual.activations import ablation
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.logits import full_logits
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import make_batch
@@ -73,10 +72,10 @@ def main(
             ungrouped=ungrouped,
         )
 
-    wiring = wiring_of(model)
+    decoder = model.residual
 
     def plain() -> torch.Tensor:
-        return full_logits(wiring, batch)
+        return full_logits(decoder, batch)
 
     fast, slow = ours(), published()
     console.print(
@@ -97,15 +96,15 @@ def main(
     table.add_row("ratio (run by run)", f"{statistics.median(ratios):.1f}x faster", f"{fewer:.1f}x fewer")
     console.print(table)
 
-    context = shared_context(wiring, batch, "patching")
-    ablated = ablation(wiring, "patching", batch, context=context)
+    context = shared_context(decoder, batch, "patching")
+    ablated = ablation(decoder, "patching", batch, context=context)
     scores = attribute_edges(model, chosen, steps=steps, batch_size=pairs)
     table = Table("edges", "seconds / plain forward", "GFLOP / plain forward", title="running a circuit")
     for share in (0.001, 0.005, 0.02, 0.1, 0.5, 1.0):
         circuit = select(scores, "absolute", share)
 
         def run(circuit: Circuit = circuit) -> torch.Tensor:
-            return run_circuit(wiring, circuit.graph, circuit.mask, batch, ablated, context)
+            return run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated, context)
 
         run()
         slower = statistics.median(timed(run)[1] / timed(plain)[1] for _ in range(repeats))

@@ -31,8 +31,7 @@ from kc_lib.heads.successor import successor_scores
 from kc_lib.heads.suppression import SHARE, content_tokens, copy_suppression_scores, text_windows
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.models.load import load_model
-from kc_lib.residual.from_bridge import wiring_of
-from kc_lib.tasks.text import load_text
+from kc_lib.tasks.files import load_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.heads import oracle_cspa  # the oracle lives with the tests
@@ -46,7 +45,7 @@ def main(
     """Time every score once, print the passing heads, and compare CSPA with the slow loop."""
     console = Console(width=120)
     model = load_model("smollm2", device="cpu")
-    wiring = wiring_of(model)
+    decoder = model.residual
     found: dict[str, HeadScores] = {}
     steps: dict[str, Callable[[], dict[str, HeadScores]]] = {
         "previous token, duplicate token, induction": lambda: repeat_scores(model, seed=seed),
@@ -55,7 +54,7 @@ def main(
         "S-inhibition": lambda: {"s_inhibition": s_inhibition_scores(model, copies=found["name_mover"], seed=seed)},
         "successor": lambda: {"successor": successor_scores(model, seed=seed)},
     }
-    table = Table("score", "seconds", "CPU seconds", "TFLOP", title=f"{wiring.n_layers * wiring.n_heads} heads of SmolLM2")
+    table = Table("score", "seconds", "CPU seconds", "TFLOP", title=f"{decoder.n_layers * decoder.n_heads} heads of SmolLM2")
     seconds = cpu = operations = 0.0
     for name, step in steps.items():
         before = time.process_time()
@@ -78,12 +77,12 @@ def main(
     windows = text_windows(model, load_text(), 20)[:2]
     sources = content_tokens(model)
     layer, head = (found["copy_suppression"].heads() or [(20, 0)])[0]
-    means = mean_head_outputs(wiring, [windows])
+    means = mean_head_outputs(decoder, [windows])
     (ablated, preserved), slow = timed(lambda: oracle_cspa(model, windows, windows, layer, head, sources, SHARE))
     ours, fast = timed(
-        lambda: suppression_divergences(wiring, windows, means, sources, SHARE, torch.Generator().manual_seed(0))
+        lambda: suppression_divergences(decoder, windows, means, sources, SHARE, torch.Generator().manual_seed(0))
     )
-    n_heads, n_places = wiring.n_layers * wiring.n_heads, windows[:, 1:].numel()
+    n_heads, n_places = decoder.n_layers * decoder.n_heads, windows[:, 1:].numel()
     console.print(
         f"CSPA of a{layer}.h{head}, {n_places} destinations: slow loop {slow:.1f} s for one head, kernel {fast:.1f} s for "
         f"{n_heads}: {slow * n_heads / fast:.0f}x; KL {ablated:.6f} and {preserved:.6f} against "

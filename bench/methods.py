@@ -19,7 +19,6 @@ import pandas as pd
 import typer
 from measure import timed
 from rich.console import Console
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.acdc.search import acdc
 from kc_lib.circuits.areas import areas
@@ -27,11 +26,12 @@ from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.baselines import circuits_by_size
 from kc_lib.circuits.ensembles import ensemble
 from kc_lib.circuits.evaluate import evaluate_circuits
-from kc_lib.circuits.figures_comparison import method_bars
+from kc_lib.circuits.evaluation_figures import method_bars
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.graph import Circuit
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.tasks.task import Task, load_task
 
 AT = 0.005  # the share of the edges at which faithfulness is shown
@@ -66,7 +66,7 @@ def main(
         figure.write_image(out.with_suffix(".png"), width=1000, height=520, scale=2)
 
 
-def compare(model: TransformerBridge, task: Task, methods: Sequence[str], pairs: int, prefilter: int) -> pd.DataFrame:
+def compare(model: Model, task: Task, methods: Sequence[str], pairs: int, prefilter: int) -> pd.DataFrame:
     """One row per method: seconds, areas and faithfulness on the held-out pairs."""
     discovery, held_out = task.discovery[:pairs], task.test[:pairs]
     scores: dict[str, EdgeScores] = {}

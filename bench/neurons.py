@@ -22,14 +22,13 @@ import typer
 from measure import flops, timed
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.neurons.attribute import attribute_knowledge
 from kc_lib.neurons.cloze import load_cloze
 from kc_lib.neurons.integrate import answer_states, integrated_gradients, quadrature
 from kc_lib.neurons.refine import refine
-from kc_lib.residual.from_bridge import mlp_wiring_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.neurons import published_attribution  # the plain implementation lives with the tests
@@ -67,13 +66,13 @@ def main(
         )
 
 
-def compare(model: TransformerBridge, relation: str, steps: int, layers: tuple[int, ...] | None) -> list[str]:
+def compare(model: Model, relation: str, steps: int, layers: tuple[int, ...] | None) -> list[str]:
     """Both on the first paraphrase of some facts, by the rule of the published code, which takes one prompt at a time."""
-    wiring = mlp_wiring_of(model)
+    decoder = model.mlp_residual
     clozes = [fact.prompts[0].clozes[0] for fact in load_cloze(relation, model, max_facts=PROMPTS).facts]
     lengths = Counter(len(cloze.tokens) for cloze in clozes)
     clozes = [cloze for cloze in clozes if len(cloze.tokens) == lengths.most_common(1)[0][0]]
-    every, some = range(wiring.n_layers), list(layers or range(wiring.n_layers))
+    every, some = range(decoder.n_layers), list(layers or range(decoder.n_layers))
     asked = clozes if layers is None else clozes[:1]  # by the published procedure, which is slow
     kind, pad = KINDS[model.cfg.architecture], int(model.tokenizer.pad_token_id or 0)
     points, weights = quadrature(steps, "left")
@@ -91,8 +90,8 @@ def compare(model: TransformerBridge, relation: str, steps: int, layers: tuple[i
         ]
 
     def ours() -> torch.Tensor:
-        states = answer_states(wiring, torch.tensor([c.tokens for c in clozes]), torch.tensor([c.position for c in clozes]))
-        return integrated_gradients(wiring, states, torch.tensor([c.target for c in clozes]), steps, "left")
+        states = answer_states(decoder, torch.tensor([c.tokens for c in clozes]), torch.tensor([c.position for c in clozes]))
+        return integrated_gradients(decoder, states, torch.tensor([c.target for c in clozes]), steps, "left")
 
     times = len(every) / len(some) * len(clozes) / len(asked)
     plain, plain_seconds = timed(published)

@@ -24,13 +24,12 @@ import typer
 from measure import flops, timed
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import cached_smollm2
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, FactTask, load_facts
 from kc_lib.tracing.noise import noise_scale, noised
 from kc_lib.tracing.restore import Cells, fact_runs, restored_probabilities
@@ -64,14 +63,12 @@ def main(
         )
 
 
-def compare(
-    console: Console, model: TransformerBridge, task: FactTask, n: int, samples: int, plain_cells: int | None
-) -> None:
+def compare(console: Console, model: Model, task: FactTask, n: int, samples: int, plain_cells: int | None) -> None:
     reference = AutoModelForCausalLM.from_pretrained(
         cached_smollm2(), dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    wiring = wiring_of(model)
-    scale = noise_scale(wiring, task.facts, "gaussian")
+    decoder = model.residual
+    scale = noise_scale(decoder, task.facts, "gaussian")
     largest = [fact for fact in task.facts if len({fact.position_class(i) for i in range(len(fact.tokens))}) == 7]
     table = Table(
         *("mediator", "cells", "ours (s)", "plain (s)", "faster", "by grid"),
@@ -80,7 +77,7 @@ def compare(
     ratios, shares, grids = [], [], []
     for fact in (largest or task.facts)[:n]:
         for mediator in DEFAULT_MEDIATORS:
-            row = _one(wiring, reference, fact, scale, mediator, samples, plain_cells)
+            row = _one(decoder, reference, fact, scale, mediator, samples, plain_cells)
             ratios.append(row["plain_seconds"] / row["seconds"])
             shares.append(row["plain_flops"] / row["flops"])
             grids.append(len(fact.tokens) / (len(fact.tokens) - fact.subject[0]))
@@ -100,7 +97,7 @@ def compare(
 
 
 def _one(
-    wiring: Wiring,
+    decoder: Decoder,
     reference: Any,
     fact: FactPrompt,
     scale: torch.Tensor,
@@ -110,15 +107,15 @@ def _one(
 ) -> dict[str, Any]:
     """Times, operations and the largest difference of one fact and mediator."""
     tokens, start = torch.tensor(fact.tokens), fact.subject[0]
-    corrupted = noised(wiring, fact, "gaussian", scale, samples, 0)
-    noise = (corrupted - wiring.embed(tokens[None])[:, start:])[:, : len(fact.subject)]
+    corrupted = noised(decoder, fact, "gaussian", scale, samples, 0)
+    noise = (corrupted - decoder.embed(tokens[None])[:, start:])[:, : len(fact.subject)]
     positions = range(start, len(tokens))
-    grid = torch.cartesian_prod(torch.arange(wiring.n_layers), torch.tensor(list(positions)))
+    grid = torch.cartesian_prod(torch.arange(decoder.n_layers), torch.tensor(list(positions)))
     restored = torch.eye(len(tokens), dtype=torch.bool)[grid[:, 1], start:]
 
     def ours() -> torch.Tensor:
-        runs = fact_runs(wiring, tokens, start, corrupted, fact.answer)
-        return restored_probabilities(wiring, runs, Cells(mediator, grid[:, 0], restored))
+        runs = fact_runs(decoder, tokens, start, corrupted, fact.answer)
+        return restored_probabilities(decoder, runs, Cells(mediator, grid[:, 0], restored))
 
     given = (tokens[None], fact.subject, noise, fact.answer)
     with torch.no_grad():

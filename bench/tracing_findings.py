@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.runs import OUTPUTS
 from kc_lib.tasks.facts import FactPrompt, load_facts
 from kc_lib.tasks.relations import load_relation, relation_files
@@ -48,7 +48,7 @@ def main(
 
 
 def traced(
-    model: TransformerBridge, facts: Sequence[FactPrompt], n: int, path: Path, mediators: Sequence[str] = DEFAULT_MEDIATORS
+    model: Model, facts: Sequence[FactPrompt], n: int, path: Path, mediators: Sequence[str] = DEFAULT_MEDIATORS
 ) -> TracingResult:
     result = trace(
         model,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from kc_lib import errors, runs
 from kc_lib.errors import KnowledgeCircuitsError, RunError
+from kc_lib.options import read_value, shown
 
 EXECUTION_TIMEOUT = 4 * 3600  # seconds for one cell
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -34,7 +35,11 @@ out_option = typer.Option(
 def main() -> None:
     """Entry point: an error of ours is one line and exit code 2."""
     try:
-        app(_joined(sys.argv[1:]))
+        arguments = sys.argv[1:]
+        if arguments[:1] == ["run"] and "--help" in arguments[2:]:
+            Console().print(notebook_help(arguments[1]))
+        else:
+            app(_joined(arguments))
     except KnowledgeCircuitsError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"kc: {error}")
         sys.exit(2)
@@ -215,11 +220,29 @@ def notebook_path(notebook: str) -> Path:
 
 
 def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
-    """Values for the notebook's parameters, of the types of their defaults.
+    """Values for the notebook's parameters, of the types that it declares; ``group.name`` goes into ``options``.
 
     Raises:
-        RunError: a name the notebook does not have, or a value of another type.
+        RunError: a name the notebook does not have.
+        KnowledgeCircuitsError: a value of another type or out of range.
     """
+    notebook = runs.notebook_of(source.stem) if source.parent == runs.NOTEBOOKS else None
+    if notebook is None:
+        return _of_foreign(source, given)
+    cell, options = notebook.cell.declared(), notebook.option_names()
+    unknown = [key for key in given if key not in cell and key not in options]
+    if unknown:
+        listed = ", ".join(notebook.defaults())
+        raise RunError(f"{source.stem} has no parameter {unknown[0]!r}; its parameters and options are {listed}")
+    plain = {key: read_value(cell[key], text) for key, text in given.items() if key in cell}
+    behind = {key: read_value(options[key], text) for key, text in given.items() if key not in cell}
+    values = {key: one.default for key, one in cell.items()} | plain
+    runs.settings(source.stem, values | {"options": behind})  # so that a wrong value is said before a kernel starts
+    return plain | ({"options": behind} if behind else {})
+
+
+def _of_foreign(source: Path, given: dict[str, str]) -> dict[str, Any]:
+    """Values for a notebook of the user's own, whose defaults alone say what they may be."""
     known = papermill.inspect_notebook(str(source))
     values: dict[str, Any] = {}
     for key, text in given.items():
@@ -227,6 +250,17 @@ def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
             raise RunError(f"{source.stem} has no parameter {key!r}; its parameters are {', '.join(known)}")
         values[key] = _like_default(key, text, _literal(known[key]["default"]))
     return values
+
+
+def notebook_help(name: str) -> Table:
+    """The parameters and options of a notebook: meaning, range and default."""
+    notebook = runs.notebook_of(notebook_path(name).stem)
+    if notebook is None:
+        raise RunError(f"{name} is no notebook of the project: its first cell says what it takes")
+    table = Table("-p", "default", "meaning", title=f"kc run {name} -p NAME VALUE ...", title_justify="left", box=None)
+    for key, declared in notebook.defaults().items():
+        table.add_row(key, str(declared.default), f"{declared.metadata['help']} ({shown(declared)})")
+    return table
 
 
 def _like_default(key: str, text: str, default: Any) -> Any:

@@ -172,7 +172,12 @@ class Graph:
 
 @dataclass(frozen=True)
 class Circuit:
-    """A set of edges of a graph, with the scores they were chosen by and where they come from."""
+    """A set of edges of a graph, with the scores they were chosen by and where they come from.
+
+    Example:
+        >>> circuit = kc.Circuit.load("circuit.json", model.residual.graph())
+        >>> circuit.n_edges, circuit.nodes[:3]
+    """
 
     graph: Graph
     mask: Bool[Tensor, "writer reader"]

@@ -1,4 +1,9 @@
-"""What all figures share: one template, one set of colours, titles that say units and n, and how results are named."""
+"""What all figures share: one template, one set of colours, titles that say units and n, and the kinds of figure.
+
+A figure function takes a result, makes a tidy table of it, draws the table with ``curve``, ``band``, ``points``, ``bars``,
+``heatmap`` or ``table``, and gives it its title with ``titled``. A column ``name`` has its interval in ``name_low`` and
+``name_high``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from kc_lib.errors import MethodError
 
@@ -18,8 +24,8 @@ SIGNED_SCALE = [[0.0, NEGATIVE], [0.5, "#FFFFFF"], [1.0, POSITIVE]]  # centre it
 SHADES = [[0.0, "#FFFFFF"], [1.0, "#005A8E"]]  # of blue: good in grey, too
 OKABE_ITO = (POSITIVE, "#E69F00", HEAD, MLP, "#56B4E9", NEGATIVE)  # for things without a sign, in this order
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "x")  # as many as not to go with a colour twice
-SPLIT_COLOURS = (POSITIVE, "#E69F00", HEAD, MLP)
 OVER_FACTS = "95% bootstrap over facts"  # what intervals are
+Hover = Sequence[str] | str | None  # texts of marks, a template of plotly, or nothing to say
 Row = Mapping[Any, Any] | pd.Series  # of a table of results
 ENDS = ("", "_low", "_high")  # of the columns that give a figure and its interval
 _AXIS = {
@@ -56,10 +62,141 @@ TEMPLATE = go.layout.Template(
 )
 
 
-def titled(figure: go.Figure, title: str, about: Iterable[str]) -> go.Figure:
-    """The figure with the shared template, a title, and a subtitle of those parts that are not empty."""
+def titled(figure: go.Figure, title: str, about: Iterable[str], **layout: Any) -> go.Figure:
+    """The figure with the shared template, a title, a subtitle of those parts that are not empty, and the layout."""
     subtitle = " · ".join(html.escape(part) for part in about if part)
-    return figure.update_layout(template=TEMPLATE, title={"text": html.escape(title), "subtitle": {"text": subtitle}})
+    heading = {"text": html.escape(title), "subtitle": {"text": subtitle}}
+    return figure.update_layout(template=TEMPLATE, title=heading, **layout)
+
+
+def panels(names: Sequence[str], n_columns: int | None = None, size: int = 13, **options: Any) -> go.Figure:
+    """Subplots with their names above them, row by row; in one row unless ``n_columns`` is given."""
+    columns = n_columns or len(names)
+    figure = make_subplots(-(-len(names) // columns), columns, subplot_titles=list(names), **options)
+    return figure.update_annotations(font_size=size)
+
+
+def place(i: int, n_columns: int) -> dict[str, int]:
+    """Row and column of the ``i``-th panel."""
+    return {"row": i // n_columns + 1, "col": i % n_columns + 1}
+
+
+def below(depth: float, **look: Any) -> dict[str, Any]:
+    """A legend in a line below the figure, ``depth`` of its height down."""
+    return {"orientation": "h", "x": 0, "y": -depth, "yanchor": "top"} | look
+
+
+def empty(reason: str, title: str = "") -> go.Figure:
+    """A figure that has nothing to show, and says why in its panel.
+
+    Example:
+        ``neuron_layer_figure(sets) if len(sets.frame) else empty("no fact has neurons")``
+    """
+    figure = titled(go.Figure(), title, [], width=700, height=220, margin={"t": 70 if title else 30, "b": 30})
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    text = html.escape(reason)
+    return figure.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font_size=14)
+
+
+def level_lines(figure: go.Figure, axis: str, *levels: float, dash: str = "dot", colour: str = DARK, **look: Any) -> None:
+    """Lines at levels of axis "x" or "y", across the panels in which something is drawn."""
+    add = figure.add_hline if axis == "y" else figure.add_vline
+    for level in levels:
+        add(level, line={"dash": dash, "color": colour, "width": 1}, **look)
+
+
+def band(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, colour: str, **look: Any) -> None:
+    """The interval of figure ``y`` along column ``x``, shaded; broken where it is undefined."""
+    known = np.flatnonzero(rows[[f"{y}_low", f"{y}_high"]].notna().all(axis=1))
+    outline_x, outline_y = [], []
+    for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else []:
+        stretch = rows.iloc[run]
+        outline_x += [*stretch[x], *stretch[x][::-1], None]
+        outline_y += [*stretch[f"{y}_low"], *stretch[f"{y}_high"][::-1], None]
+    shape = {"mode": "none", "fill": "toself", "fillcolor": colour, "opacity": 0.16, "hoverinfo": "skip"}
+    figure.add_scatter(x=outline_x[:-1], y=outline_y[:-1], **shape | {"showlegend": False} | look)
+
+
+def curve(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, colour: str, hover: Hover = None, **look: Any) -> None:
+    """A line through figure ``y`` along column ``x``.
+
+    ``look`` is that of plotly, with ``dash``, ``width``, and ``symbol`` and ``size`` of markers (none without a size).
+    """
+    line = {"color": colour, "dash": look.pop("dash", "solid"), "width": look.pop("width", 2)}
+    marker = {"color": colour, "symbol": look.pop("symbol", "circle"), "size": look.pop("size", 0)}
+    drawn = {"mode": "lines+markers", "marker": marker} if marker["size"] else {"mode": "lines"}
+    figure.add_scatter(x=rows[x].tolist(), y=rows[y].tolist(), line=line, **drawn | _hover(hover) | look)
+
+
+def points(figure: go.Figure, x: Iterable[Any], y: Iterable[Any], colour: Any, hover: Hover = None, **look: Any) -> None:
+    """Markers; ``look`` is that of plotly, and their ``symbol``, ``size``, ``opacity`` and ``outline``."""
+    marker = {"color": colour, "symbol": look.pop("symbol", "circle"), "size": look.pop("size", 8)}
+    marker |= {"opacity": look.pop("opacity", 1.0), "line": look.pop("outline", None)}
+    figure.add_scatter(x=list(x), y=list(y), **{"mode": "markers", "marker": marker} | _hover(hover) | look)
+
+
+def labels(figure: go.Figure, x: Iterable[Any], y: Iterable[Any], text: Iterable[str], **look: Any) -> None:
+    """Words at places of a figure, that are no entry of its legend."""
+    shown = {"mode": "text", "showlegend": False} | _hover(None)
+    figure.add_scatter(x=list(x), y=list(y), text=list(text), **shown | look)
+
+
+def bars(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, colour: Any, hover: Hover, **look: Any) -> None:
+    """Bars of figure ``y`` at column ``x``, with whiskers where it has an interval; lying with orientation "h"."""
+    along, up = ("y", "x") if look.get("orientation") == "h" else ("x", "y")
+    drawn = {along: rows[x].tolist(), up: rows[y].tolist(), "marker_color": colour} | _hover(hover)
+    error = look.pop("error", {})
+    if f"{y}_low" in rows:
+        drawn[f"error_{up}"] = whiskers(rows.to_dict("records"), y) | error
+    figure.add_bar(**drawn | look)
+
+
+def heatmap(figure: go.Figure, values: pd.DataFrame | np.ndarray, hover: Hover, **look: Any) -> None:
+    """Cells of a table, its columns to the right and its rows upwards.
+
+    Shades of blue; with ``limit``, or a ``coloraxis``, colours around 0. ``look`` is that of plotly.
+    """
+    limit = look.pop("limit", None)
+    scale = {} if "coloraxis" in look else {"colorscale": SHADES} if limit is None else signed_scale(limit)
+    if isinstance(values, pd.DataFrame):
+        scale |= {"x": values.columns.tolist(), "y": values.index.tolist()}
+    cells = {"z": np.asarray(values).tolist(), "xgap": 1, "ygap": 1, "hoverongaps": False}
+    figure.add_heatmap(**cells | _hover(hover) | scale | look)
+
+
+def signed_scale(limit: float, key: str = "z") -> dict[str, Any]:
+    """Colours from ``-limit`` to ``limit`` around a white 0, of a heatmap (key "z") or of a coloraxis ("c")."""
+    return {"colorscale": SIGNED_SCALE, f"{key}min": -limit, f"{key}mid": 0, f"{key}max": limit}
+
+
+def colour_bar(title: str) -> dict[str, Any]:
+    return {"title": {"text": title, "side": "right"}, "thickness": 14, "outlinewidth": 0}
+
+
+def layer_axis(figure: go.Figure, n_layers: int, **look: Any) -> None:
+    """The horizontal axis by layer, with at most 15 numbers."""
+    figure.update_xaxes(**{"title_text": "layer", "dtick": max(1, n_layers // 15)} | look)
+
+
+def table(columns: Mapping[str, Sequence[str]], widths: Sequence[int] = (), **look: Any) -> go.Figure:
+    """Rows of text, as high as their longest cell, in striped columns (header -> cells); ``look`` is of plotly's cells."""
+    heights = [14 + 17 * max(cell.count("<br>") + 1 for cell in row) for row in zip(*columns.values(), strict=True)]
+    stripes = [[("white", "#F5F5F5")[row % 2] for row in range(len(heights))]]
+    cells = {"values": list(columns.values()), "align": "left", "fill_color": stripes, "height": min(heights)} | look
+    header = {"values": [f"<b>{name}</b>" for name in columns], "align": cells["align"]}
+    figure = go.Figure()
+    figure.add_table(header=header | {"fill_color": "#E4E4E4", "height": 32}, cells=cells, columnwidth=list(widths) or None)
+    size = {"width": sum(widths) + 40 if widths else 800, "height": 145 + sum(heights)}
+    return figure.update_layout(**size, margin={"l": 10, "r": 10, "t": 80, "b": 20})
+
+
+def _hover(hover: Hover) -> dict[str, Any]:
+    """Texts, a template, or nothing to say."""
+    if hover is None:
+        return {"hoverinfo": "skip"}
+    if isinstance(hover, str):
+        return {"hovertemplate": hover}
+    return {"hovertext": list(hover), "hovertemplate": "%{hovertext}<extra></extra>"}
 
 
 def origin(provenance: Mapping[str, Any]) -> list[str]:
@@ -101,9 +238,8 @@ def shown_split(split: Any) -> str:
 
 def sizes(summary: pd.DataFrame) -> str:
     """How many facts each split has."""
-    return ", ".join(
-        f"{shown_split(split)} n = {n}" for split, n in summary.groupby("split", sort=False)["n"].first().items()
-    )
+    counts = summary.groupby("split", sort=False)["n"].first()
+    return ", ".join(f"{shown_split(split)} n = {n}" for split, n in counts.items())
 
 
 def circuit_hover(row: Row) -> str:
@@ -140,12 +276,6 @@ def figure_text(row: Row, name: str, digits: int = 2) -> str:
 def undefined_on(splits: Sequence[str]) -> str:
     """What a subtitle says of splits that are not drawn."""
     return f"undefined on {', '.join(map(shown_split, splits))}" if splits else ""
-
-
-def marks(text: Sequence[str], colour: Any, symbol: str = "circle", size: int = 8, opacity: float = 1.0) -> dict[str, Any]:
-    """Markers that say ``text`` on hover."""
-    marker = {"color": colour, "symbol": symbol, "size": size, "opacity": opacity}
-    return {"mode": "markers", "marker": marker, "hovertext": text, "hovertemplate": "%{hovertext}<extra></extra>"}
 
 
 def whiskers(rows: Iterable[Row], name: str) -> dict[str, Any]:

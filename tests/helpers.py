@@ -23,7 +23,6 @@ import transformers as tf
 from papermill.exceptions import PapermillExecutionError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib import cli, runs
@@ -33,8 +32,8 @@ from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.errors import KnowledgeCircuitsError
 from kc_lib.graph import Circuit, Graph
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import ablation
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.stats import RESAMPLES
 from kc_lib.tasks.batches import Batch, TokenPair, make_batch
 from kc_lib.training.over_training import COLUMNS, TrainingResult
@@ -211,7 +210,7 @@ VIEWS = [(kind, True) for kind in KINDS] + [(kind, False) for kind in SHARING]
 SmallFolder = Callable[[str], Path]
 
 
-SmallModel = Callable[[str], TransformerBridge]
+SmallModel = Callable[[str], Model]
 
 
 views = pytest.mark.parametrize(
@@ -254,10 +253,10 @@ def relative_gap(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def native_logits(model: TransformerBridge, tokens: Tensor, batch: Batch) -> Tensor:
+def native_logits(model: Model, tokens: Tensor, batch: Batch) -> Tensor:
     """The booted model's own logits at the answer positions."""
     with torch.no_grad():
-        return model(tokens)[torch.arange(len(batch))[:, None], batch.answer_positions]
+        return model.bridge(tokens)[torch.arange(len(batch))[:, None], batch.answer_positions]
 
 
 def random_edges(graph: Graph, per_kind: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -285,14 +284,14 @@ SIZES = (0.05, 0.2, 0.5, 1.0)
 
 def single_values(model, circuits: Mapping[str, Circuit], pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
     """Logit differences, one run per fact and circuit; the full and the empty circuit by the model's own logits."""
-    wiring, values = wiring_of(model), {name: [] for name in ("full", "empty", *circuits)}
+    decoder, values = model.residual, {name: [] for name in ("full", "empty", *circuits)}
     for pair in pairs:
         batch = make_batch([pair])
-        ablated = ablation(wiring, "patching", batch)
+        ablated = ablation(decoder, "patching", batch)
         logits = {
             "full": native_logits(model, batch.clean, batch),
             "empty": native_logits(model, batch.corrupted, batch),
-        } | {name: run_circuit(wiring, circuit.graph, circuit.mask, batch, ablated) for name, circuit in circuits.items()}
+        } | {name: run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated) for name, circuit in circuits.items()}
         for name, found in logits.items():
             values[name].append((found[0, 0, pair.answer[0]] - found[0, 0, pair.distractor]).item())
     return {name: np.array(facts) for name, facts in values.items()}

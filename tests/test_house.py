@@ -11,7 +11,7 @@ from helpers import ROOT
 
 LIBRARY = ROOT / "kc_lib"
 FILES = sorted(LIBRARY.rglob("*.py"))
-CORE = {"errors", "resources", "stats", "results", "metrics", "plotting", "graph", "models", "tasks", "residual"}
+CORE = {"errors", "resources", "stats", "options", "results", "metrics", "plotting", "graph", "models", "tasks", "residual"}
 ABOVE = {"cli", "runs", "sweep"}  # what starts notebooks stands on everything, and nothing stands on it
 ARROWS = {
     "circuits": set(),

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import nbformat
 import pandas as pd
+import papermill
 import pytest
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib import __version__, runs
-from kc_lib.errors import RunError
-from kc_lib.models.load import load_model, model_hash
+from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError
+from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
+from kc_lib.options import Notebook, Options, option
 from kc_lib.runs import Run, catalogue, find_run, open_run, read_record
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import Task
@@ -50,6 +56,22 @@ class Numbers:
         return cls(pd.read_parquet(path)["value"].tolist())
 
 
+def numbers(*values: int) -> Numbers:
+    return Numbers(list(values))
+
+
+class Half(Numbers):
+    """Whose writing is interrupted."""
+
+    def save(self, path: Path) -> Path:
+        path.write_bytes(b"PAR1")
+        raise KeyboardInterrupt
+
+
+def half() -> Half:
+    return Half([1])
+
+
 def never() -> Numbers:
     raise AssertionError("computed again")
 
@@ -59,7 +81,7 @@ def interrupted() -> Numbers:
 
 
 @pytest.fixture
-def model(small_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
+def model(small_model: Callable[[str], Model]) -> Model:
     return small_model("gpt2")
 
 
@@ -67,7 +89,7 @@ Opener = Callable[..., Run]
 
 
 @pytest.fixture
-def opener(model: TransformerBridge, tmp_path: Path) -> Opener:
+def opener(model: Model, tmp_path: Path) -> Opener:
     def open_with(parameters: Mapping[str, Any] = PARAMETERS, task: Task = TASK, experiment: str = "circuits") -> Run:
         return open_run(experiment, model, task, parameters, tmp_path / "out")
 
@@ -75,7 +97,7 @@ def opener(model: TransformerBridge, tmp_path: Path) -> Opener:
 
 
 def finished(run: Run) -> Run:
-    run.result("numbers.parquet", Numbers, lambda: Numbers([1, 2, 3]))
+    run.keep("numbers.parquet", numbers, 1, 2, 3)
     return run.finish({"faithfulness": 0.9})
 
 
@@ -84,7 +106,7 @@ def visible(root: Path) -> list[Path]:
     return [path for path in root.glob("*/*/*/*") if not path.name.startswith(".")]
 
 
-def one_line(error: pytest.ExceptionInfo[RunError]) -> str:
+def one_line(error: pytest.ExceptionInfo[Any]) -> str:
     message = str(error.value)
     assert message
     assert "\n" not in message
@@ -102,7 +124,7 @@ def test_a_finished_run_is_found_and_not_repeated(opener: Opener, tmp_path: Path
     again = opener()
     assert again.found
     assert again.folder == done.folder
-    assert again.result("numbers.parquet", Numbers, never).values == [1, 2, 3]
+    assert again.keep("numbers.parquet", never).values == [1, 2, 3]
     before = (done.folder / "run.json").read_text()
     again.finish({"faithfulness": 0.1})
     assert (done.folder / "run.json").read_text() == before
@@ -143,7 +165,7 @@ def test_weights_make_another_run(small_folder: Callable[[str], Path], opener: O
     model = load_model(str(small_folder("gpt2")), device="cpu")
     assert open_run("circuits", model, TASK, PARAMETERS, tmp_path / "out").folder == first.folder
     with torch.no_grad():
-        next(iter(model.parameters())).view(-1)[0] += 0.01
+        next(iter(model.bridge.parameters())).view(-1)[0] += 0.01
     assert open_run("circuits", model, TASK, PARAMETERS, tmp_path / "out").folder != first.folder
 
 
@@ -167,17 +189,17 @@ def test_code_hash_is_of_every_source_file(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_an_interrupted_run_goes_on_from_what_it_kept(opener: Opener, tmp_path: Path) -> None:
     run = opener()
-    run.result("first.parquet", Numbers, lambda: Numbers([4]))
+    run.keep("first.parquet", numbers, 4)
     with pytest.raises(KeyboardInterrupt):
-        run.result("second.parquet", Numbers, interrupted)
+        run.keep("second.parquet", interrupted)
     assert visible(tmp_path / "out") == []
     assert catalogue(tmp_path / "out").empty
     assert run.working.name.startswith(".")
     resumed = opener()
     assert not resumed.found
     assert resumed.working == run.working
-    assert resumed.result("first.parquet", Numbers, never).values == [4]
-    assert resumed.result("second.parquet", Numbers, lambda: Numbers([5])).values == [5]
+    assert resumed.keep("first.parquet", never).values == [4]
+    assert resumed.keep("second.parquet", numbers, 5).values == [5]
     assert visible(tmp_path / "out") == []
     resumed.finish({})
     assert visible(tmp_path / "out") == [resumed.folder]
@@ -186,15 +208,10 @@ def test_an_interrupted_run_goes_on_from_what_it_kept(opener: Opener, tmp_path: 
 
 
 def test_a_result_written_by_half_does_not_count(opener: Opener) -> None:
-    class Half(Numbers):
-        def save(self, path: Path) -> Path:
-            path.write_bytes(b"PAR1")
-            raise KeyboardInterrupt
-
     run = opener()
     with pytest.raises(KeyboardInterrupt):
-        run.result("numbers.parquet", Half, lambda: Half([1]))
-    assert opener().result("numbers.parquet", Numbers, lambda: Numbers([2])).values == [2]
+        run.keep("numbers.parquet", half)
+    assert opener().keep("numbers.parquet", numbers, 2).values == [2]
 
 
 @pytest.mark.parametrize("spoil", [b"", b"PAR1 nothing of the kind"])
@@ -203,7 +220,7 @@ def test_a_spoiled_result_names_file_and_remedy(spoil: bytes, opener: Opener) ->
     path = done.folder / "numbers.parquet"
     path.write_bytes(spoil)
     with pytest.raises(RunError) as error:
-        opener().result("numbers.parquet", Numbers, never)
+        opener().keep("numbers.parquet", never)
     message = one_line(error)
     assert str(path) in message
     assert f"delete the folder {done.folder}" in message
@@ -226,7 +243,7 @@ def test_a_spoiled_record_names_file_and_remedy(content: str | None, opener: Ope
         assert "delete the folder" in message
 
 
-def test_an_output_folder_that_cannot_be_written(model: TransformerBridge, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunError, match="--out") as error:
@@ -246,7 +263,7 @@ def test_the_output_folder_is_probed_without_a_trace(tmp_path: Path) -> None:
     assert list(root.iterdir()) == []
 
 
-def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: TransformerBridge) -> None:
+def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: Model) -> None:
     done = finished(opener())
     record = json.loads((done.folder / "run.json").read_text())
     assert record == read_record(done.folder)
@@ -254,7 +271,7 @@ def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: Trans
     assert record["experiment"] == "circuits"
     assert record["parameters"] == PARAMETERS
     assert record["seed"] == 3
-    assert record["model"]["hash"] == model_hash(model)
+    assert record["model"]["hash"] == model.hash
     assert record["model"]["name"].endswith("gpt2")
     assert "float32" in record["model"]["dtype"]
     assert record["task"] == {"name": "numbers", "hash": TASK.hash, "prepend_bos": True, "facts": 3, "known": 2, "used": 2}
@@ -332,24 +349,115 @@ def test_runs_are_found_by_folder_id_and_prefix(tmp_path: Path) -> None:
         assert "kc runs" in one_line(error)
 
 
-def test_notebook_parameters_are_those_of_the_tagged_cell() -> None:
-    values = runs.notebook_parameters("circuit_discovery", _Any())
-    assert {"model", "task", "method", "metric", "size", "seed", "out"} <= set(values)
-    with pytest.raises(RunError) as error:
-        runs.notebook_parameters("absent", {})
-    assert "absent.ipynb" in one_line(error)
+def test_tables_are_kept_too_and_state_is_gone_when_the_run_is(opener: Opener) -> None:
+    def table(n: int) -> pd.DataFrame:
+        return pd.DataFrame({"value": range(n)})
+
+    run = opener()
+    run.state("half.bin").write_bytes(b"1")
+    assert opener().state("half.bin").read_bytes() == b"1"
+    assert run.keep("table.parquet", table, 3)["value"].tolist() == [0, 1, 2]
+    assert run.keep("table.parquet", table, 5)["value"].tolist() == [0, 1, 2]
+    assert sorted(path.name for path in run.finish({}).folder.iterdir()) == ["run.json", "table.parquet"]
 
 
-class _Any(dict[str, Any]):
-    """Has every name."""
+def test_what_is_kept_says_what_it_is(opener: Opener) -> None:
+    with pytest.raises(TypeError, match="returns"):
+        opener().keep("numbers.parquet", lambda: Numbers([1]))
 
-    def __missing__(self, key: str) -> str:
-        return key
+
+# --- settings: the parameters and options of a notebook ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell(Options):
+    model: str = option("nano", "model", determines=False)
+    metric: str = option("kl", "metric", among=("kl", "nll"))
+    seed: int = option(0, "seed")
+    out: str | None = option(None, "folder", determines=False)
+
+
+@dataclass(frozen=True)
+class Search(Options):
+    metric: str = option("nll", "metric", among=("kl", "nll"))
+    tau: float = option(0.01, "threshold", least=0)
+    batch_size: int = option(8, "at once", least=1, determines=False)
+
+
+@pytest.fixture
+def declared(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
+    module = ModuleType("notebooks_of_a_slice")
+    module.NOTEBOOKS = {"searching": Notebook(Cell, {"search": Search})}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(runs.DECLARED_IN, "searching", module.__name__)
+    return {"model": "nano", "metric": "kl", "seed": 0, "out": None, "options": {}, "unrelated": 1}
+
+
+def test_groups_take_their_fields_from_the_cell_unless_options_name_them(declared: Mapping[str, Any]) -> None:
+    plain = runs.settings("searching", declared)
+    assert dict(**plain.search) == {"metric": "kl", "tau": 0.01, "batch_size": 8}
+    named = runs.settings("searching", declared | {"options": {"search.metric": "nll", "search.tau": 1}})
+    assert dict(**named.search) == {"metric": "nll", "tau": 1, "batch_size": 8}
+    assert named.parameters() == {
+        "model": "nano",
+        "metric": "kl",
+        "seed": 0,
+        "out": None,
+        "search.metric": "nll",
+        "search.tau": 1,
+        "search.batch_size": 8,
+    }
+    with pytest.raises(AttributeError, match="search"):
+        _ = named.absent
 
 
 @pytest.mark.parametrize(
-    ("name", "safe"),
-    [("/a/b/llama/", "llama"), ("gpt2", "gpt2"), ("org/model@main", "model@main"), ("..", "unnamed"), ("a b:c", "a-b-c")],
+    ("change", "kind", "words"),
+    [
+        ({"options": {"search.tua": 1}}, RunError, ["no option 'search.tua'", "search.tau", "search.metric"]),
+        ({"options": {"tau": 1}}, RunError, ["no option 'tau'"]),
+        ({"options": {"search.tau": -1}}, MethodError, ["tau is -1", "at least 0"]),
+        ({"metric": "kll"}, MethodError, ["'kll'", "kl, nll"]),
+        ({"seed": 1.5}, MethodError, ["seed is 1.5", "whole number"]),
+    ],
+    ids=str,
 )
-def test_names_make_one_folder(name: str, safe: str) -> None:
-    assert runs._safe(name) == safe
+def test_a_wrong_setting_is_one_line(
+    change: dict[str, Any], kind: type[KnowledgeCircuitsError], words: list[str], declared: Mapping[str, Any]
+) -> None:
+    with pytest.raises(kind) as error:
+        runs.settings("searching", declared | change)
+    assert all(word in one_line(error) for word in words)
+
+
+def test_a_run_depends_on_the_settings_that_determine_it(declared: Mapping[str, Any], model: Model, tmp_path: Path) -> None:
+    values = declared | {"out": str(tmp_path)}
+
+    def folder(inputs: dict[str, str] | None = None, **options: Any) -> Path:
+        return runs.settings("searching", values | {"options": options}).open(model, TASK, **(inputs or {})).folder
+
+    same = folder()
+    assert folder(**{"search.batch_size": 2}) == same
+    assert folder(**{"search.metric": "kl"}) == same  # the cell says that already
+    others = [folder(**{"search.tau": 1.0}), folder(**{"search.metric": "nll"}), folder({"circuit": "ab"})]
+    assert len({same, *others}) == 4
+
+
+def test_every_notebook_asks_for_what_its_slice_declares() -> None:
+    for path in sorted(runs.NOTEBOOKS.glob("*.ipynb")):
+        notebook = runs.notebook_of(path.stem)
+        assert notebook is not None, path.name
+        cell = papermill.inspect_notebook(str(path))
+        assert list(cell) == [*notebook.cell.declared(), "options"], path.name
+        assert len(cell) <= 13, path.name  # 12 plain parameters, and options
+        for name, declared in notebook.cell.declared().items():
+            assert ast.literal_eval(cell[name]["default"]) == declared.default, (path.name, name)
+            assert cell[name]["help"] == declared.metadata["help"], (path.name, name)
+        assert cell["options"]["default"] == "{}"
+
+
+def test_no_cell_of_a_notebook_is_long() -> None:
+    for path in sorted(runs.NOTEBOOKS.glob("*.ipynb")):
+        for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+            if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+                assert len(cell.source.splitlines()) <= 15, (path.name, number)

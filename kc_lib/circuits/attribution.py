@@ -9,7 +9,7 @@ Scores are in units of the metric: how much the loss (the metric, signed so that
   ``ig_rule="left"``, the default, for comparability; ``right`` takes k = 1..m, ``midpoint`` (k + 1/2)/m.
 - ``clean_corrupted``: the mean of the gradients at both ends (Hanna et al. 2024, appendix).
 - ``relp``: ``eap`` with the gradient replaced by relevance propagation: norm scales frozen, activations by act(x) / x, half
-  of a gated product's gradient to each factor (Jafari et al. 2025, arXiv:2508.21258; ``wiring/backward.py``).
+  of a gated product's gradient to each factor (Jafari et al. 2025, arXiv:2508.21258; ``decoder/backward.py``).
 - ``gim``: ``eap`` with norm scales frozen, the softmax's derivative at temperature 2, and a quarter of the gradient to
   queries and keys, half to values, gates and what they let through (Edin et al. 2025, arXiv:2505.17630).
 - ``eap_ig_activations``: the gradient averaged over ``steps`` values of the writer's own layer, between ablated and clean
@@ -34,7 +34,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.options import GRADIENT_RULES, METHODS, Options, check_attribution, finite, path_points
 from kc_lib.circuits.scores import EdgeScores, FactScores, PositionScores
@@ -48,8 +47,8 @@ from kc_lib.circuits.scoring.qk_fix import qk_fix_scores
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import reference_means
 from kc_lib.tasks.batches import Batch, TokenPair
 
@@ -70,14 +69,14 @@ __all__ = [
 POSITION_KERNELS: dict[str, Callable[..., Float[Tensor, "group writer reader"]]] = {
     **{method: partial(grouped_edge_scores, rules=rules) for method, rules in GRADIENT_RULES.items()},
     "eap_ig_activations": activation_edge_scores,
-    "flow_routes": lambda wiring, graph, batch, _metric, _ablated, _points, groups, *_: flow_scores(
-        wiring, graph, batch, groups
+    "flow_routes": lambda decoder, graph, batch, _metric, _ablated, _points, groups, *_: flow_scores(
+        decoder, graph, batch, groups
     ),
 }
 
 
 def attribute_edges(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     method: str = "eap_ig",
     *,
@@ -103,16 +102,16 @@ def attribute_edges(
         ModelError: a model whose residual stream is no sum of writers.
     """
     options = Options(method, steps, ig_rule, get_metric(metric), intervention, grouped, full_answer, batch_size, progress)
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
-    scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
-    for part in _batch_scores(wiring, graph, pairs, options, one_group):
+    decoder = model.residual
+    graph = decoder.graph(grouped)
+    scores = torch.zeros(len(graph.writers), len(graph.readers), device=decoder.device)
+    for part in _batch_scores(decoder, graph, pairs, options, one_group):
         scores += part[0]
     return EdgeScores(graph, finite(scores.cpu() / len(pairs), model), options.provenance(model, len(pairs)))
 
 
 def attribute_facts(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     method: str = "eap_ig",
     *,
@@ -134,14 +133,14 @@ def attribute_facts(
     if method not in POSITION_KERNELS:
         batch_size = 1
     options = Options(method, steps, ig_rule, get_metric(metric), intervention, grouped, full_answer, batch_size, progress)
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
-    parts = [part.cpu() for part in _batch_scores(wiring, graph, pairs, options, by_example)]
+    decoder = model.residual
+    graph = decoder.graph(grouped)
+    parts = [part.cpu() for part in _batch_scores(decoder, graph, pairs, options, by_example)]
     return FactScores(graph, finite(torch.cat(parts), model), options.provenance(model, len(pairs)))
 
 
 def attribute_positions(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     method: str = "eap_ig",
     *,
@@ -169,12 +168,12 @@ def attribute_positions(
     options = Options(method, steps, ig_rule, get_metric(metric), intervention, grouped, full_answer, batch_size, progress)
     if method not in POSITION_KERNELS:
         raise MethodError(f"{method!r} scores are no sums over positions: use one of {', '.join(POSITION_KERNELS)}")
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
+    decoder = model.residual
+    graph = decoder.graph(grouped)
     remaining = iter(pairs)
-    scores = torch.zeros(len(POSITION_GROUPS), len(graph.writers), len(graph.readers), device=wiring.device)
+    scores = torch.zeros(len(POSITION_GROUPS), len(graph.writers), len(graph.readers), device=decoder.device)
     for part in _batch_scores(
-        wiring, graph, pairs, options, lambda batch: by_position(batch, list(islice(remaining, len(batch))))
+        decoder, graph, pairs, options, lambda batch: by_position(batch, list(islice(remaining, len(batch))))
     ):
         scores += part
     scores = finite(scores.cpu() / len(pairs), model)
@@ -182,7 +181,7 @@ def attribute_positions(
 
 
 def _batch_scores(
-    wiring: Wiring, graph: Graph, pairs: Sequence[TokenPair], options: Options, grouping: Callable[[Batch], Groups]
+    decoder: Decoder, graph: Graph, pairs: Sequence[TokenPair], options: Options, grouping: Callable[[Batch], Groups]
 ) -> Iterator[Float[Tensor, "group writer reader"]]:
     """Sums of scores over each batch's examples, apart for the groups of positions that ``grouping`` names.
 
@@ -190,18 +189,18 @@ def _batch_scores(
     """
     method, metric = options.method, options.metric
     intervention = "zero" if method == "flow_routes" else options.intervention  # it asks for no ablated values
-    means = reference_means(wiring, intervention, pairs, options.batch_size, options.full_answer)
-    prepared = prepared_batches(wiring, pairs, metric, intervention, means, options.batch_size, options.full_answer)
+    means = reference_means(decoder, intervention, pairs, options.batch_size, options.full_answer)
+    prepared = prepared_batches(decoder, pairs, metric, intervention, means, options.batch_size, options.full_answer)
     points = path_points(method, options.steps, options.ig_rule)
     n_steps = len(pairs) if method != "exact" else len(pairs) * len(graph.readers)
     with tqdm(total=n_steps, desc=f"{method} scores", unit="pair", disable=not options.progress) as bar:
         for batch, ablated, reference, context in prepared:
             if method == "exact":
-                yield exact_scores(wiring, graph, batch, metric, ablated, reference, context, bar)[None]
+                yield exact_scores(decoder, graph, batch, metric, ablated, reference, context, bar)[None]
                 continue
             if method == "qk_fix":
-                yield qk_fix_scores(wiring, graph, batch, metric, ablated, reference, context)[None]
+                yield qk_fix_scores(decoder, graph, batch, metric, ablated, reference, context)[None]
             else:
                 kernel = POSITION_KERNELS[method]
-                yield kernel(wiring, graph, batch, metric, ablated, points, grouping(batch), reference, context)
+                yield kernel(decoder, graph, batch, metric, ablated, points, grouping(batch), reference, context)
             bar.update(len(batch))

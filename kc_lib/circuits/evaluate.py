@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.baselines import kind_of
 from kc_lib.circuits.faithfulness import faithfulness_of
@@ -18,9 +17,9 @@ from kc_lib.circuits.run import run_circuit
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import Means, ablation
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.stats import with_interval
@@ -80,7 +79,7 @@ def _examples_path(path: Path) -> Path:
 
 
 def evaluate_circuits(
-    model: TransformerBridge,
+    model: Model,
     circuits: Mapping[str, Circuit],
     splits: Mapping[str, Sequence[TokenPair]],
     *,
@@ -101,25 +100,25 @@ def evaluate_circuits(
         MethodError: unknown metric or intervention, or a circuit of the name "full" or "empty".
     """
     metric = get_metric(metric)
-    wiring = wiring_of(model)
-    means = reference_means(wiring, intervention, reference, batch_size, full_answer)
+    decoder = model.residual
+    means = reference_means(decoder, intervention, reference, batch_size, full_answer)
     frames = []
     total = sum(len(pairs) for pairs in splits.values()) * (len(circuits) + 1)
     with tqdm(total=total, desc="running circuits", unit="run", disable=not progress) as bar:
         for split, pairs in splits.items():
-            for name, logits, full, batch in _runs(wiring, circuits, pairs, intervention, means, full_answer, batch_size):
+            for name, logits, full, batch in _runs(decoder, circuits, pairs, intervention, means, full_answer, batch_size):
                 frames.append(_measure(name, split, logits, full, batch, metric))
                 bar.update(len(batch) if name != "full" else 0)
     examples = pd.concat(frames, ignore_index=True)
     examples["fact"] = examples.groupby(["circuit", "split"]).cumcount()
     sizes = {name: (circuit.n_edges, circuit.share) for name, circuit in circuits.items()}
-    n_edges = wiring.graph().n_edges
+    n_edges = decoder.graph().n_edges
     sizes |= {"full": (n_edges, 1.0), "empty": (0, 0.0)}
     return Evaluation(_summarise(examples, sizes, metric, seed), examples, metric)
 
 
 def metric_values(
-    model: TransformerBridge,
+    model: Model,
     circuits: Mapping[str, Circuit],
     pairs: Sequence[TokenPair],
     *,
@@ -135,18 +134,18 @@ def metric_values(
     For many circuits of which nothing else is asked: one pass per batch, context and ablated values computed once.
     """
     metric = get_metric(metric)
-    wiring = wiring_of(model)
-    means = reference_means(wiring, intervention, reference, batch_size, full_answer)
+    decoder = model.residual
+    means = reference_means(decoder, intervention, reference, batch_size, full_answer)
     values: dict[str, list[Tensor]] = {}
     with tqdm(total=len(pairs) * (len(circuits) + 1), desc="running circuits", unit="run", disable=not progress) as bar:
-        for name, logits, full, batch in _runs(wiring, circuits, pairs, intervention, means, full_answer, batch_size):
+        for name, logits, full, batch in _runs(decoder, circuits, pairs, intervention, means, full_answer, batch_size):
             values.setdefault(name, []).append(metric(logits, batch, full).double().cpu())
             bar.update(len(batch) if name != "full" else 0)
     return pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in values.items()})
 
 
 def _runs(
-    wiring: Wiring,
+    decoder: Decoder,
     circuits: Mapping[str, Circuit],
     pairs: Sequence[TokenPair],
     intervention: str,
@@ -158,15 +157,15 @@ def _runs(
     taken = {"full", "empty"} & circuits.keys()
     if taken:
         raise MethodError(f"a circuit is named {taken.pop()!r}, as the full model or the empty circuit: rename it")
-    for batch in batches(pairs, batch_size, full_answer, wiring.device):
-        context = shared_context(wiring, batch, intervention)
-        ablated = ablation(wiring, intervention, batch, means, context)
-        full = full_logits(wiring, batch, context)
+    for batch in batches(pairs, batch_size, full_answer, decoder.device):
+        context = shared_context(decoder, batch, intervention)
+        ablated = ablation(decoder, intervention, batch, means, context)
+        full = full_logits(decoder, batch, context)
         yield "full", full, full, batch
-        graph = wiring.graph()
-        yield "empty", run_circuit(wiring, graph, torch.zeros_like(graph.edges), batch, ablated, context), full, batch
+        graph = decoder.graph()
+        yield "empty", run_circuit(decoder, graph, torch.zeros_like(graph.edges), batch, ablated, context), full, batch
         for name, circuit in circuits.items():
-            yield name, run_circuit(wiring, circuit.graph, circuit.mask, batch, ablated, context), full, batch
+            yield name, run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated, context), full, batch
 
 
 def _measure(name: str, split: str, logits: Tensor, full: Tensor, batch: Batch, metric: Metric) -> pd.DataFrame:

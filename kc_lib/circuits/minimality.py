@@ -21,13 +21,13 @@ import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.evaluate import metric_values
 from kc_lib.circuits.faithfulness import faithfulness_of
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import Metric
+from kc_lib.models.model import Model
 from kc_lib.stats import share_interval, with_interval
 from kc_lib.tasks.batches import TokenPair
 
@@ -63,7 +63,7 @@ class Minimality:
 
 
 def minimality(
-    model: TransformerBridge,
+    model: Model,
     circuit: Circuit,
     splits: Mapping[str, Sequence[TokenPair]],
     *,

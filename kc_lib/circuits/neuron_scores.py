@@ -12,14 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.options import GRADIENT_RULES, Options, finite, path_points
 from kc_lib.circuits.scoring.neurons import neuron_ablation, neuron_outputs, neuron_scores
 from kc_lib.circuits.scoring.prepared import prepared_batches
 from kc_lib.errors import MethodError
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.residual.logits import reference_means
 from kc_lib.results import load_table, save_table
 from kc_lib.tasks.batches import TokenPair
@@ -59,7 +58,7 @@ class NeuronScores:
 
 
 def attribute_neurons(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     method: str = "eap_ig",
     *,
@@ -87,14 +86,14 @@ def attribute_neurons(
     if method not in GRADIENT_RULES:
         raise MethodError(f"{method!r} gives neurons no scores: use one of {', '.join(GRADIENT_RULES)}")
     metric, points, rules = options.metric, path_points(method, steps, ig_rule), GRADIENT_RULES[method]
-    wiring = wiring_of(model)
-    means = reference_means(wiring, intervention, pairs, batch_size, full_answer)
-    neuron_means = reference_means(wiring, intervention, pairs, batch_size, full_answer, neuron_outputs)
-    prepared = prepared_batches(wiring, pairs, metric, intervention, means, batch_size, full_answer)
+    decoder = model.residual
+    means = reference_means(decoder, intervention, pairs, batch_size, full_answer)
+    neuron_means = reference_means(decoder, intervention, pairs, batch_size, full_answer, neuron_outputs)
+    prepared = prepared_batches(decoder, pairs, metric, intervention, means, batch_size, full_answer)
     total: Tensor | float = 0.0
     with tqdm(total=len(pairs), desc=f"{method} neuron scores", unit="pair", disable=not progress) as bar:
         for batch, ablated, reference, context in prepared:
-            neurons = neuron_ablation(wiring, intervention, batch, neuron_means, context)
-            total = total + neuron_scores(wiring, batch, metric, ablated, neurons, points, reference, context, rules)
+            neurons = neuron_ablation(decoder, intervention, batch, neuron_means, context)
+            total = total + neuron_scores(decoder, batch, metric, ablated, neurons, points, reference, context, rules)
             bar.update(len(batch))
     return NeuronScores(finite(torch.as_tensor(total).cpu() / len(pairs), model), options.provenance(model, len(pairs)))

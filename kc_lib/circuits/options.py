@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.models.load import model_name
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import INTERVENTIONS
 from kc_lib.residual.backward_rules import GIM, NATIVE, RELP, BackwardRules
 
@@ -99,10 +98,10 @@ class Options:
             self.method, steps=self.steps, ig_rule=self.ig_rule, metric=self.metric, intervention=self.intervention
         )
 
-    def provenance(self, model: TransformerBridge, n_pairs: int) -> dict[str, Any]:
+    def provenance(self, model: Model, n_pairs: int) -> dict[str, Any]:
         reads_only = self.method == "flow_routes"
         return {
-            "model": model_name(model),
+            "model": model.name,
             "method": self.method,
             "steps": self.steps,
             "ig_rule": self.ig_rule,
@@ -113,7 +112,7 @@ class Options:
         }
 
 
-def finite(scores: Tensor, model: TransformerBridge) -> Tensor:
+def finite(scores: Tensor, model: Model) -> Tensor:
     """The scores, all of which are numbers.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
 from kc_lib.residual.activations import Ablation
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
@@ -57,7 +57,7 @@ class _Stream:
 @torch.no_grad()
 @checked
 def run_circuit(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     mask: Bool[Tensor, "writer reader"],
     batch: Batch,
@@ -69,25 +69,25 @@ def run_circuit(
     The full mask gives the model's own logits; the empty mask gives those of the ablated stream (with patching: the
     corrupted prompts'). The mask need not be pruned. ``ablation`` covers the positions after the context's.
     """
-    active = _active_writers(graph, mask, wiring, ablation)
-    resid = wiring.embed(batch.clean)[:, context.start :]
+    active = _active_writers(graph, mask, decoder, ablation)
+    resid = decoder.embed(batch.clean)[:, context.start :]
     stream = _Stream(int(active.sum()), ablation.outputs[0].expand_as(resid).clone())
     if active[0]:
         stream.add(0, resid - ablation.outputs[0])
     for layer in range(graph.n_layers):
-        _run_layer(wiring, graph, mask, active, stream, layer, ablation, context)
+        _run_layer(decoder, graph, mask, active, stream, layer, ablation, context)
     rows = torch.arange(len(batch), device=resid.device)[:, None]
     at = (rows, batch.answer_positions - context.start)
-    return wiring.unembed(stream.reader_inputs(mask[:, -1:], wiring.bias_before[-1], at)[0]).float()
+    return decoder.unembed(stream.reader_inputs(mask[:, -1:], decoder.bias_before[-1], at)[0]).float()
 
 
-def _active_writers(graph: Graph, mask: Tensor, wiring: Wiring, ablation: Ablation) -> Bool[Tensor, " writer"]:
+def _active_writers(graph: Graph, mask: Tensor, decoder: Decoder, ablation: Ablation) -> Bool[Tensor, " writer"]:
     """Writers whose value can differ from its ablated one and can reach the logits through the mask."""
     serves = graph.serves
     active = torch.zeros(len(graph.writers), dtype=torch.bool)
     live_readers = torch.zeros(len(graph.readers), dtype=torch.bool)
     live_readers[-1] = True
-    post_norm = wiring.blocks[0].attention.post_norm is not None
+    post_norm = decoder.blocks[0].attention.post_norm is not None
     for layer in reversed(range(graph.n_layers)):
         heads = graph.head_writers(layer)
         mlp = heads.stop
@@ -114,7 +114,7 @@ def _active_writers(graph: Graph, mask: Tensor, wiring: Wiring, ablation: Ablati
 
 
 def _run_layer(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     mask: Tensor,
     active: Tensor,
@@ -124,8 +124,8 @@ def _run_layer(
     context: Context,
 ) -> None:
     """Run a layer's active nodes on what the mask lets them read, and add what they write to the stream."""
-    block, heads = wiring.blocks[layer], graph.head_writers(layer)
-    bias = wiring.bias_before[layer]
+    block, heads = decoder.blocks[layer], graph.head_writers(layer)
+    bias = decoder.bias_before[layer]
     kept = active[heads].nonzero()[:, 0]
     mlp_row = heads.stop
     mlp_mask = mask[:, graph.reader_columns(layer, "mlp")]
@@ -133,19 +133,19 @@ def _run_layer(
     if block.parallel and active[mlp_row]:  # before this block's heads join the stream
         mlp_input = stream.reader_inputs(mlp_mask, bias)[0]
     if len(kept):
-        outputs = _head_outputs(wiring, graph, mask, stream, layer, kept, context)
+        outputs = _head_outputs(decoder, graph, mask, stream, layer, kept, context)
         for head, output in zip(kept.tolist(), outputs, strict=True):
             stream.add(heads.start + head, output - ablation.outputs[heads.start + head])
     stream.ablated = stream.ablated + ablation.outputs[heads].sum(0)
     if active[mlp_row]:
         if mlp_input is None:
-            mlp_input = stream.reader_inputs(mlp_mask, wiring.bias_before[layer + 1])[0]
+            mlp_input = stream.reader_inputs(mlp_mask, decoder.bias_before[layer + 1])[0]
         stream.add(mlp_row, block.mlp_output(block.mlp_norm(mlp_input)) - ablation.outputs[mlp_row])
     stream.ablated = stream.ablated + ablation.outputs[mlp_row]
 
 
 def _head_outputs(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     mask: Tensor,
     stream: _Stream,
@@ -154,13 +154,13 @@ def _head_outputs(
     context: Context,
 ) -> Float[Tensor, "kept batch pos d_model"]:
     """What the kept heads of a layer add to the stream, each of their readers seeing its own input."""
-    attention = wiring.blocks[layer].attention
+    attention = decoder.blocks[layer].attention
     reader_of = kept // (graph.n_heads // graph.n_kv_readers)  # the key and value reader of each kept head
     projected = {}
     for kind in "qkv":
         readers = kept if kind == "q" else reader_of.unique()
         columns = graph.reader_columns(layer, kind).start + readers
-        x = attention.norm(stream.reader_inputs(mask[:, columns], wiring.bias_before[layer]))
+        x = attention.norm(stream.reader_inputs(mask[:, columns], decoder.bias_before[layer]))
         weight, bias = attention.weights(kind)
         own = readers // ((graph.n_heads if kind == "q" else graph.n_kv_readers) // weight.shape[0])
         y = torch.einsum("rbpd,rdh->bprh", x, weight[own]) + bias[own]

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.evaluate import metric_values
 from kc_lib.circuits.faithfulness import faithfulness_of
@@ -17,6 +16,7 @@ from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import Metric
+from kc_lib.models.model import Model
 from kc_lib.stats import with_interval
 from kc_lib.tasks.batches import TokenPair
 
@@ -25,7 +25,7 @@ NOISE = 1e-5  # the whole graph gives 1 but for float error
 
 
 def smallest_faithful(
-    model: TransformerBridge,
+    model: Model,
     scores: EdgeScores,
     pairs: Sequence[TokenPair],
     faithfulness: float = 0.8,

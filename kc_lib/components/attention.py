@@ -8,18 +8,17 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.head_runs import run_layers, value_weighted
 from kc_lib.errors import MethodError
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, batches
 
 SOURCES = ("subject", "relation", "first", "last")
 
 
 def attention_sources(
-    model: TransformerBridge, pairs: Sequence[TokenPair], *, weighted: bool = False, batch_size: int = 8
+    model: Model, pairs: Sequence[TokenPair], *, weighted: bool = False, batch_size: int = 8
 ) -> Float[Tensor, "source layer head fact"]:
     """Attention mass from the answer position to each group of ``SOURCES``, on the clean prompts.
 
@@ -30,20 +29,20 @@ def attention_sources(
     Raises:
         MethodError: a pair that names no subject.
     """
-    wiring = wiring_of(model)
+    decoder = model.residual
     shares = []
     for start in range(0, len(pairs), batch_size):
         some = pairs[start : start + batch_size]
-        (batch,) = batches(some, len(some), device=wiring.device)
-        groups = torch.zeros(len(SOURCES), *batch.clean.shape, device=wiring.device)
+        (batch,) = batches(some, len(some), device=decoder.device)
+        groups = torch.zeros(len(SOURCES), *batch.clean.shape, device=decoder.device)
         for i, pair in enumerate(some):
             for source, positions in zip(SOURCES, sources_of(pair).values(), strict=True):
                 groups[SOURCES.index(source), i, list(positions)] = 1.0
-        rows, answers = torch.arange(len(batch), device=wiring.device), batch.answer_positions[:, 0]
+        rows, answers = torch.arange(len(batch), device=decoder.device), batch.answer_positions[:, 0]
         at_answer = torch.stack(
             [
-                (value_weighted(wiring, run) if weighted else run.pattern)[rows, :, answers]
-                for run in run_layers(wiring, batch.clean)
+                (value_weighted(decoder, run) if weighted else run.pattern)[rows, :, answers]
+                for run in run_layers(decoder, batch.clean)
             ]
         )
         shares.append(torch.einsum("lbhk,sbk->slhb", at_answer, groups).cpu())
@@ -70,16 +69,16 @@ def sources_of(pair: TokenPair) -> dict[str, tuple[int, ...]]:
 
 
 def attention_pattern(
-    model: TransformerBridge, pair: TokenPair, heads: Sequence[tuple[int, int]]
+    model: Model, pair: TokenPair, heads: Sequence[tuple[int, int]]
 ) -> tuple[list[str], Float[Tensor, "head query key"]]:
     """The tokens of a clean prompt and the patterns of some heads, given as (layer, head).
 
     Raises:
         MethodError: a head the model does not have.
     """
-    wiring = wiring_of(model)
-    check_heads(wiring.n_layers, wiring.n_heads, heads)
-    patterns = [run.pattern[0] for run in run_layers(wiring, torch.tensor([pair.clean], device=wiring.device))]
+    decoder = model.residual
+    check_heads(decoder.n_layers, decoder.n_heads, heads)
+    patterns = [run.pattern[0] for run in run_layers(decoder, torch.tensor([pair.clean], device=decoder.device))]
     tokens = [str(model.tokenizer.decode([token])) for token in pair.clean]
     return tokens, torch.stack([patterns[layer][head] for layer, head in heads]).cpu()
 

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.attention import SOURCES, attention_sources, sources_frame
 from kc_lib.components.direct import direct_attribution, promoted_tokens
 from kc_lib.components.node_ablation import ablated_values
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.models.load import model_name
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.results import load_table, save_table
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair
@@ -71,7 +69,7 @@ class CircuitTable:
 
 
 def circuit_table(
-    model: TransformerBridge,
+    model: Model,
     circuit: Circuit,
     pairs: Sequence[TokenPair],
     classes: pd.DataFrame | None = None,
@@ -86,7 +84,7 @@ def circuit_table(
     Raises:
         MethodError: a circuit of another model's graph, or pairs without a distractor's direction to attribute.
     """
-    graph = wiring_of(model).graph(circuit.graph.grouped)
+    graph = model.residual.graph(circuit.graph.grouped)
     if graph != circuit.graph:
         raise MethodError("the circuit is of another model's graph: load it with Circuit.load(path, graph)")
     nodes = [node for node in circuit.nodes if node in graph.writer_index]
@@ -126,7 +124,7 @@ def circuit_table(
         seen = sources_frame(attention_sources(model, pairs, batch_size=batch_size))
         seen["node"] = [f"a{layer}.h{head}" for layer, head in zip(seen["layer"], seen["head"], strict=True)]
         frame = frame.merge(seen[["node", *SOURCES]].rename(columns={s: f"sees_{s}" for s in SOURCES}), "left", "node")
-    provenance = {"model": model_name(model), "metric": metric, "n_edges": circuit.n_edges, "n_pairs": len(pairs)}
+    provenance = {"model": model.name, "metric": metric, "n_edges": circuit.n_edges, "n_pairs": len(pairs)}
     return CircuitTable(frame, provenance)
 
 

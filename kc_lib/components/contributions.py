@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kc_lib.errors import checked
 from kc_lib.residual.activations import writer_outputs
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch
 
 
@@ -33,50 +33,50 @@ class AnswerRun:
 
 @torch.no_grad()
 @checked
-def answer_run(wiring: Wiring, batch: Batch) -> AnswerRun:
+def answer_run(decoder: Decoder, batch: Batch) -> AnswerRun:
     """The writers' contributions to the clean prompts' final stream, at the answer position."""
-    outputs = writer_outputs(wiring, batch.clean)
+    outputs = writer_outputs(decoder, batch.clean)
     rows = torch.arange(len(batch), device=outputs.device)
     at_answer = outputs[:, rows, batch.answer_positions[:, 0]]
-    final = at_answer.sum(0) + wiring.bias_before[-1]
-    return AnswerRun(at_answer, final, wiring.final_norm.scale(final))
+    final = at_answer.sum(0) + decoder.bias_before[-1]
+    return AnswerRun(at_answer, final, decoder.final_norm.scale(final))
 
 
 @torch.no_grad()
 @checked
 def direct_logits(
-    wiring: Wiring, vectors: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*#batch 1"]
+    decoder: Decoder, vectors: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*#batch 1"]
 ) -> Float[Tensor, "*batch vocab"]:
     """What vectors, as parts of a final stream whose norm has this scale, add to every logit."""
-    norm = wiring.final_norm
-    return norm.weighted(norm.centre(vectors) * scale) @ wiring.W_U
+    norm = decoder.final_norm
+    return norm.weighted(norm.centre(vectors) * scale) @ decoder.W_U
 
 
 @torch.no_grad()
 @checked
 def direct_contributions(
-    wiring: Wiring,
+    decoder: Decoder,
     vectors: Float[Tensor, "*part batch d_model"],
     scale: Float[Tensor, "batch 1"],
     tokens: Int[Tensor, " batch"],
     against: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "*part batch"]:
     """What vectors add to one logit per example, or to its difference ``against`` another."""
-    norm = wiring.final_norm
-    direction = wiring.W_U[:, tokens].T if against is None else (wiring.W_U[:, tokens] - wiring.W_U[:, against]).T
+    norm = decoder.final_norm
+    direction = decoder.W_U[:, tokens].T if against is None else (decoder.W_U[:, tokens] - decoder.W_U[:, against]).T
     return torch.einsum("...bd,bd->...b", norm.weighted(norm.centre(vectors) * scale), direction)
 
 
 @torch.no_grad()
 @checked
 def constant_contribution(
-    wiring: Wiring, tokens: Int[Tensor, " batch"], against: Int[Tensor, " batch"] | None = None
+    decoder: Decoder, tokens: Int[Tensor, " batch"], against: Int[Tensor, " batch"] | None = None
 ) -> Float[Tensor, " batch"]:
     """What the final norm's bias and the unembedding's add to one logit per example, or to a difference."""
 
     def constant(chosen: Tensor) -> Tensor:
-        bias = wiring.final_norm.bias
-        return wiring.b_U[chosen] + (0.0 if bias is None else bias @ wiring.W_U[:, chosen])
+        bias = decoder.final_norm.bias
+        return decoder.b_U[chosen] + (0.0 if bias is None else bias @ decoder.W_U[:, chosen])
 
     return constant(tokens) if against is None else constant(tokens) - constant(against)
 
@@ -84,17 +84,17 @@ def constant_contribution(
 @torch.no_grad()
 @checked
 def residual_streams(
-    wiring: Wiring, tokens: Int[Tensor, "batch pos"]
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[list[str], Float[Tensor, "point batch pos d_model"]]:
     """The stream along the model, with TransformerLens's names of the points.
 
     ``blocks.0.hook_resid_pre``, then ``hook_resid_mid`` (after attention; blocks with parallel MLPs have none) and
     ``hook_resid_post`` of every block.
     """
-    resid = wiring.embed(tokens)
+    resid = decoder.embed(tokens)
     names, streams = ["blocks.0.hook_resid_pre"], [resid]
-    for layer, block in enumerate(wiring.blocks):
-        after_attention = wiring.run_attention(layer, resid)
+    for layer, block in enumerate(decoder.blocks):
+        after_attention = decoder.run_attention(layer, resid)
         if not block.parallel:
             names.append(f"blocks.{layer}.hook_resid_mid")
             streams.append(after_attention)

@@ -19,13 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.contributions import answer_run, constant_contribution, direct_contributions, direct_logits
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.results import load_table, save_table
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
@@ -94,7 +92,7 @@ class DirectAttribution:
 
 
 def direct_attribution(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     direction: str = "answer",
     *,
@@ -110,27 +108,27 @@ def direct_attribution(
     """
     if direction not in DIRECTIONS:
         raise MethodError(f"unknown direction {direction!r}: use one of {', '.join(DIRECTIONS)}")
-    wiring = wiring_of(model)
+    decoder = model.residual
     rows = []
     with tqdm(total=len(pairs), desc="direct attribution", unit="fact", disable=not progress) as bar:
-        for batch in batches(pairs, batch_size, device=wiring.device):
-            run, answers = answer_run(wiring, batch), batch.answers[:, 0]
+        for batch in batches(pairs, batch_size, device=decoder.device):
+            run, answers = answer_run(decoder, batch), batch.answers[:, 0]
             against = batch.distractors if direction == "difference" else None
-            biases = wiring.bias_before[-1].expand_as(run.final)
+            biases = decoder.bias_before[-1].expand_as(run.final)
             values = [
-                direct_contributions(wiring, run.outputs, run.scale, answers, against),
-                direct_contributions(wiring, biases[None], run.scale, answers, against),
-                constant_contribution(wiring, answers, against)[None],
+                direct_contributions(decoder, run.outputs, run.scale, answers, against),
+                direct_contributions(decoder, biases[None], run.scale, answers, against),
+                constant_contribution(decoder, answers, against)[None],
             ]
             rows.append(torch.cat(values).T.float().cpu())
             bar.update(len(batch))
-    components = [*wiring.graph().writers, *BIASES]
-    provenance = {"model": model_name(model), "method": "direct_attribution", "direction": direction, "n_pairs": len(pairs)}
+    components = [*decoder.graph().writers, *BIASES]
+    provenance = {"model": model.name, "method": "direct_attribution", "direction": direction, "n_pairs": len(pairs)}
     return DirectAttribution(torch.cat(rows), components, provenance)
 
 
 def promoted_tokens(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     components: Sequence[str] | None = None,
     *,
@@ -145,20 +143,20 @@ def promoted_tokens(
     Raises:
         MethodError: a component that is no writer of the model, or a k out of range.
     """
-    wiring = wiring_of(model)
-    writers = wiring.graph().writers
-    chosen = _rows_of(wiring, components)
-    if not 1 <= k <= wiring.W_U.shape[1]:
-        raise MethodError(f"k is {k}; it must be between 1 and the vocabulary's {wiring.W_U.shape[1]}")
-    total = torch.zeros(len(chosen), wiring.W_U.shape[0], device=wiring.device)
-    for batch in batches(pairs, batch_size, device=wiring.device):
-        run = answer_run(wiring, batch)
+    decoder = model.residual
+    writers = decoder.graph().writers
+    chosen = _rows_of(decoder, components)
+    if not 1 <= k <= decoder.W_U.shape[1]:
+        raise MethodError(f"k is {k}; it must be between 1 and the vocabulary's {decoder.W_U.shape[1]}")
+    total = torch.zeros(len(chosen), decoder.W_U.shape[0], device=decoder.device)
+    for batch in batches(pairs, batch_size, device=decoder.device):
+        run = answer_run(decoder, batch)
         # the readout is linear once the scale is in, so the facts' mean is taken before the vocabulary
         total += (run.outputs[chosen] * run.scale).sum(1)
-    mean, one = total / len(pairs), torch.ones(1, 1, device=wiring.device)
+    mean, one = total / len(pairs), torch.ones(1, 1, device=decoder.device)
     rows = []
     for row, vector in zip(chosen, mean, strict=True):
-        logits = direct_logits(wiring, vector[None], one)[0].float()
+        logits = direct_logits(decoder, vector[None], one)[0].float()
         for end, sign in (("top", 1.0), ("bottom", -1.0)):
             values, ids = (sign * logits).topk(k)
             for place, (value, token) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
@@ -167,13 +165,13 @@ def promoted_tokens(
     return pd.DataFrame(rows, columns=["component", "end", "place", "token", "id", "value"])
 
 
-def _rows_of(wiring: Wiring, components: Sequence[str] | None) -> list[int]:
-    index = wiring.graph().writer_index
+def _rows_of(decoder: Decoder, components: Sequence[str] | None) -> list[int]:
+    index = decoder.graph().writer_index
     unknown = [name for name in components or () if name not in index]
     if unknown:
         raise MethodError(
-            f"the model has no component {unknown[0]!r}: name heads a0.h0 to a{wiring.n_layers - 1}.h{wiring.n_heads - 1}, "
-            f"MLPs m0 to m{wiring.n_layers - 1}, or input"
+            f"the model has no component {unknown[0]!r}: name heads "
+            f"a0.h0 to a{decoder.n_layers - 1}.h{decoder.n_heads - 1}, MLPs m0 to m{decoder.n_layers - 1}, or input"
         )
     return list(range(len(index))) if components is None else [index[name] for name in components]
 

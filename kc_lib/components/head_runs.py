@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.errors import checked
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.parts import Attention
 
 
@@ -27,10 +27,10 @@ class LayerRun:
 
 
 @torch.no_grad()
-def run_layers(wiring: Wiring, tokens: Int[Tensor, "batch pos"]) -> Iterator[LayerRun]:
+def run_layers(decoder: Decoder, tokens: Int[Tensor, "batch pos"]) -> Iterator[LayerRun]:
     """A plain run of the model, one layer at a time; only one layer's patterns are in memory."""
-    resid = wiring.embed(tokens)
-    for layer, block in enumerate(wiring.blocks):
+    resid = decoder.embed(tokens)
+    for layer, block in enumerate(decoder.blocks):
         attention = block.attention
         x = attention.norm(resid)
         q, k, v = (attention.project(kind, x) for kind in "qkv")
@@ -43,12 +43,12 @@ def run_layers(wiring: Wiring, tokens: Int[Tensor, "batch pos"]) -> Iterator[Lay
 
 
 @torch.no_grad()
-def value_weighted(wiring: Wiring, run: LayerRun) -> Float[Tensor, "batch head pos key"]:
+def value_weighted(decoder: Decoder, run: LayerRun) -> Float[Tensor, "batch head pos key"]:
     """The size of what each key position adds to the stream through a head, as a share of all of them.
 
     Value-weighted attention (Kobayashi et al. 2020, arXiv:2004.10102, section 3), with the output matrix included.
     """
-    attention = wiring.blocks[run.layer].attention
+    attention = decoder.blocks[run.layer].attention
     sent = torch.einsum("bkhd,hde->bhke", run.values.repeat_interleave(attention.group_size, 2), attention.W_O)
     sizes = run.pattern * sent.norm(dim=-1)[:, :, None]
     return sizes / sizes.sum(-1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -71,7 +71,7 @@ def copied(attention: Attention, resid: Float[Tensor, "row d_model"]) -> Float[T
 @torch.no_grad()
 @checked
 def copies_in_top(
-    wiring: Wiring, layer: int, resid: Float[Tensor, "row d_model"], tokens: Int[Tensor, " token"], top: int
+    decoder: Decoder, layer: int, resid: Float[Tensor, "row d_model"], tokens: Int[Tensor, " token"], top: int
 ) -> Bool[Tensor, "sign head row token"]:
     """Which tokens are among the ``top`` logits of what each head copies from a vector; sign 1 has W_O's sign flipped.
 
@@ -79,13 +79,13 @@ def copies_in_top(
     keeps the order of logits and is left out. A tie for the last place counts for none, so that a head that writes nothing
     copies nothing.
     """
-    norm = wiring.final_norm
-    constant = wiring.b_U if norm.bias is None else wiring.b_U + norm.bias @ wiring.W_U
-    heads = copied(wiring.blocks[layer].attention, resid)
+    norm = decoder.final_norm
+    constant = decoder.b_U if norm.bias is None else decoder.b_U + norm.bias @ decoder.W_U
+    heads = copied(decoder.blocks[layer].attention, resid)
     found = torch.empty(2, *heads.shape[:2], len(tokens), dtype=torch.bool, device=resid.device)
     logits = resid.new_empty(len(resid), len(constant))
     for head, written in enumerate(heads):
-        torch.mm(norm.weighted(norm.normalised(written)), wiring.W_U, out=logits)
+        torch.mm(norm.weighted(norm.normalised(written)), decoder.W_U, out=logits)
         for sign in (0, 1):
             signed = -logits if sign else logits
             signed = signed + constant if constant.any() else signed
@@ -96,14 +96,14 @@ def copies_in_top(
 @torch.no_grad()
 @checked
 def mean_pattern_by_offset(
-    wiring: Wiring, tokens: Int[Tensor, "batch pos"], first_query: int
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"], first_query: int
 ) -> Float[Tensor, "layer head offset"]:
     """Mean attention from position q to q - offset, over batch and queries from ``first_query`` on.
 
     Offsets run from 0 to ``first_query``, the largest that every such query has.
     """
-    queries = torch.arange(first_query, tokens.shape[1], device=wiring.device)
-    keys = queries[:, None] - torch.arange(first_query + 1, device=wiring.device)
+    queries = torch.arange(first_query, tokens.shape[1], device=decoder.device)
+    keys = queries[:, None] - torch.arange(first_query + 1, device=decoder.device)
     return torch.stack(
-        [run.pattern[:, :, queries[:, None], keys].float().mean((0, 2)) for run in run_layers(wiring, tokens)]
+        [run.pattern[:, :, queries[:, None], keys].float().mean((0, 2)) for run in run_layers(decoder, tokens)]
     )

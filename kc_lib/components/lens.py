@@ -16,13 +16,11 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from kc_lib.components.contributions import residual_streams
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.results import load_table, save_table
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
@@ -73,7 +71,7 @@ class LayerLens:
 
 
 def layer_lens(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     norm: str = "own",
     *,
@@ -88,8 +86,8 @@ def layer_lens(
     """
     if norm not in NORMS:
         raise MethodError(f"unknown norm {norm!r}: use 'own' (each stream's own scale) or 'final' (the final stream's)")
-    wiring = wiring_of(model)
-    final_norm = wiring.final_norm
+    decoder = model.residual
+    final_norm = decoder.final_norm
 
     def read(streams: torch.Tensor, scale: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if norm == "final":
@@ -102,8 +100,8 @@ def layer_lens(
     with tqdm(total=len(pairs), desc="layer lens", unit="fact", disable=not progress) as bar:
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
-            (batch,) = batches(some, len(some), device=wiring.device)
-            points, streams = residual_streams(wiring, batch.clean)
+            (batch,) = batches(some, len(some), device=decoder.device)
+            points, streams = residual_streams(decoder, batch.clean)
             for i, pair in enumerate(some):
                 n_points, last = len(points), len(pair.clean) - 1
                 subject = list(pair.positions.get("subject", ()))
@@ -128,7 +126,7 @@ def layer_lens(
                     row["subject_probability"] = of_subject.tolist()
                 frames.append(pd.DataFrame(row))
                 bar.update()
-    provenance = {"model": model_name(model), "method": "layer_lens", "norm": norm, "n_pairs": len(pairs)}
+    provenance = {"model": model.name, "method": "layer_lens", "norm": norm, "n_pairs": len(pairs)}
     return LayerLens(pd.concat(frames, ignore_index=True), provenance)
 
 

@@ -14,13 +14,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.scoring.neurons import neuron_outputs
 from kc_lib.components.contributions import direct_contributions, direct_logits
 from kc_lib.errors import MethodError, checked
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 
 
@@ -35,7 +34,7 @@ class NeuronContributions:
 @torch.no_grad()
 @checked
 def neuron_contributions(
-    wiring: Wiring, batch: Batch, tokens: Int[Tensor, " batch"], against: Int[Tensor, " batch"] | None = None
+    decoder: Decoder, batch: Batch, tokens: Int[Tensor, " batch"], against: Int[Tensor, " batch"] | None = None
 ) -> NeuronContributions:
     """What every neuron adds to one logit per example, or to its difference ``against`` another; see ``contributions.py``.
 
@@ -44,23 +43,23 @@ def neuron_contributions(
     Raises:
         ModelError: MLPs that are no sum over neurons, or of different widths.
     """
-    rows = torch.arange(len(batch), device=wiring.device)
-    values = neuron_outputs(wiring, batch.clean)[:, rows, batch.answer_positions[:, 0]]
-    final = wiring.run(wiring.embed(batch.clean))[rows, batch.answer_positions[:, 0]]
-    scale = wiring.final_norm.scale(final)
+    rows = torch.arange(len(batch), device=decoder.device)
+    values = neuron_outputs(decoder, batch.clean)[:, rows, batch.answer_positions[:, 0]]
+    final = decoder.run(decoder.embed(batch.clean))[rows, batch.answer_positions[:, 0]]
+    scale = decoder.final_norm.scale(final)
     contributions = torch.empty_like(values)
-    for layer, block in enumerate(wiring.blocks):
+    for layer, block in enumerate(decoder.blocks):
         vectors = block.mlp_parts.W_out[:, None].expand(-1, len(batch), -1)
         norm = block.mlp_post_norm
         if norm is not None:
             vectors = norm.weighted(norm.centre(vectors) * norm.scale(block.mlp_parts.write(values[layer])))
-        of_one = direct_contributions(wiring, vectors, scale, tokens, against)  # of a neuron of value 1
+        of_one = direct_contributions(decoder, vectors, scale, tokens, against)  # of a neuron of value 1
         contributions[layer] = values[layer] * of_one.T
     return NeuronContributions(values, contributions)
 
 
 def top_neurons(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     *,
     n: int = 20,
@@ -77,23 +76,23 @@ def top_neurons(
         MethodError: n or k out of range.
         ModelError: MLPs that are no sum over neurons.
     """
-    wiring = wiring_of(model)
+    decoder = model.residual
     sums = []
-    for batch in batches(pairs, batch_size, device=wiring.device):
+    for batch in batches(pairs, batch_size, device=decoder.device):
         against = batch.distractors if against_distractor else None
-        of_batch = neuron_contributions(wiring, batch, batch.answers[:, 0], against)
+        of_batch = neuron_contributions(decoder, batch, batch.answers[:, 0], against)
         sums.append(torch.stack([of_batch.contributions.sum(1), of_batch.values.sum(1)]))
     mean, values = torch.stack(sums).sum(0) / len(pairs)
-    if not (1 <= n <= mean.numel() and 1 <= k <= wiring.W_U.shape[1]):
-        raise MethodError(f"n is {n} and k is {k}; the model has {mean.numel()} neurons and {wiring.W_U.shape[1]} tokens")
+    if not (1 <= n <= mean.numel() and 1 <= k <= decoder.W_U.shape[1]):
+        raise MethodError(f"n is {n} and k is {k}; the model has {mean.numel()} neurons and {decoder.W_U.shape[1]} tokens")
     best = mean.flatten().topk(n)
     rows = []
     for size, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         layer, neuron = divmod(place, mean.shape[1])
         held = float(values[layer, neuron])
-        vector = wiring.blocks[layer].mlp_parts.W_out[neuron]
-        scale = torch.ones(1, 1, device=wiring.device)
-        logits = direct_logits(wiring, vector[None] * (1.0 if held >= 0 else -1.0), scale)[0]
+        vector = decoder.blocks[layer].mlp_parts.W_out[neuron]
+        scale = torch.ones(1, 1, device=decoder.device)
+        logits = direct_logits(decoder, vector[None] * (1.0 if held >= 0 else -1.0), scale)[0]
         tokens = [str(model.tokenizer.decode([token])) for token in logits.topk(k).indices.tolist()]
         rows.append((layer, neuron, size, held, " ".join(map(repr, tokens))))
     return pd.DataFrame(rows, columns=["layer", "neuron", "contribution", "value", "tokens"])

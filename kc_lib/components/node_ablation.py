@@ -8,12 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.metrics import Metric, get_metric
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import ablation
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.patch import clean_run, patch_writers
 from kc_lib.residual.prefix_cache import shared_context
@@ -21,7 +20,7 @@ from kc_lib.tasks.batches import TokenPair, batches
 
 
 def ablated_values(
-    model: TransformerBridge,
+    model: Model,
     node_sets: Mapping[str, Sequence[str]],
     pairs: Sequence[TokenPair],
     *,
@@ -40,21 +39,21 @@ def ablated_values(
         MethodError: unknown metric or intervention, a set named "full", or a node that writes nothing in the graph.
     """
     metric = get_metric(metric)
-    wiring = wiring_of(model)
-    graph = wiring.graph()
+    decoder = model.residual
+    graph = decoder.graph()
     if "full" in node_sets:
         raise MethodError("a set of nodes is named 'full', as the whole model: rename it")
     rows = {name: [_row_of(graph.writer_index, node) for node in nodes] for name, nodes in node_sets.items()}
-    means = reference_means(wiring, intervention, reference, batch_size)
+    means = reference_means(decoder, intervention, reference, batch_size)
     values: dict[str, list[Tensor]] = {}
     with tqdm(total=len(pairs) * len(rows), desc="ablating nodes", unit="run", disable=not progress) as bar:
-        for batch in batches(pairs, batch_size, device=wiring.device):
-            context = shared_context(wiring, batch, intervention)
-            ablated = ablation(wiring, intervention, batch, means, context)
-            run, full = clean_run(wiring, graph, batch, context), full_logits(wiring, batch, context)
+        for batch in batches(pairs, batch_size, device=decoder.device):
+            context = shared_context(decoder, batch, intervention)
+            ablated = ablation(decoder, intervention, batch, means, context)
+            run, full = clean_run(decoder, graph, batch, context), full_logits(decoder, batch, context)
             values.setdefault("full", []).append(metric(full, batch, full).double().cpu())
             for name, writers in rows.items():
-                logits = patch_writers(wiring, graph, batch, run, ablated, writers)
+                logits = patch_writers(decoder, graph, batch, run, ablated, writers)
                 values.setdefault(name, []).append(metric(logits, batch, full).double().cpu())
                 bar.update(len(batch))
     return pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in values.items()})

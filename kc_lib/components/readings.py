@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.circuit_table import CircuitTable
 from kc_lib.components.direct import DIRECTIONS, DirectAttribution
 from kc_lib.components.lens import NORMS, LayerLens
 from kc_lib.errors import MethodError
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
 
@@ -35,15 +34,13 @@ def check_reading(norm: str, direction: str, **counts: int) -> None:
 
 
 @torch.no_grad()
-def largest_error(
-    model: TransformerBridge, pairs: Sequence[TokenPair], direct: DirectAttribution, *, batch_size: int = 8
-) -> float:
+def largest_error(model: Model, pairs: Sequence[TokenPair], direct: DirectAttribution, *, batch_size: int = 8) -> float:
     """The largest distance between contributions summed over components and the model's own logits, before any soft cap."""
-    wiring, own = wiring_of(model), []
-    for batch in batches(pairs, batch_size, device=wiring.device):
-        rows, last = torch.arange(len(batch), device=wiring.device), batch.answer_positions[:, 0]
-        logits = model(batch.clean)[rows, last].double()
-        if (cap := wiring.logit_soft_cap) is not None:
+    decoder, own = model.residual, []
+    for batch in batches(pairs, batch_size, device=decoder.device):
+        rows, last = torch.arange(len(batch), device=decoder.device), batch.answer_positions[:, 0]
+        logits = model.bridge(batch.clean)[rows, last].double()
+        if (cap := decoder.logit_soft_cap) is not None:
             logits = cap * torch.atanh(logits / cap)
         value = logits[rows, batch.answers[:, 0]]
         against = direct.provenance["direction"] == "difference"

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.attention import check_heads
 from kc_lib.components.node_ablation import ablated_values
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.metrics import Metric
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.results import load_table, save_table
 from kc_lib.stats import empirical_p, interval, resampled_means
 from kc_lib.tasks.batches import TokenPair
@@ -70,7 +69,7 @@ class HeadAblation:
 
 
 def ablate_heads(
-    model: TransformerBridge,
+    model: Model,
     heads: Sequence[Head],
     pairs: Sequence[TokenPair],
     reference: Sequence[TokenPair],
@@ -86,8 +85,8 @@ def ablate_heads(
     Raises:
         MethodError: no heads, a head the model does not have, or layers with no other head to draw.
     """
-    wiring = wiring_of(model)
-    graph = wiring.graph()
+    decoder = model.residual
+    graph = decoder.graph()
     if not heads:
         raise MethodError("no heads to ablate: the class is empty")
     check_heads(graph.n_layers, graph.n_heads, heads)

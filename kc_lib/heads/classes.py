@@ -32,13 +32,11 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.attention import SOURCES, attention_sources
 from kc_lib.errors import MethodError, checked
 from kc_lib.heads.promoted_tokens import head_promotion
-from kc_lib.models.load import model_name
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.results import load_table, save_table
 from kc_lib.tasks.batches import TokenPair, batches
 
@@ -95,7 +93,7 @@ class HeadClasses:
 
 
 def classify_heads(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     other_answers: Sequence[int],
     *,
@@ -120,9 +118,9 @@ def classify_heads(
         MethodError: facts too few for the null (says how many it takes), no subject, or a parameter out of range.
     """
     check_classes(k=k, level=level, least_attention=least_attention, n_null=n_null)
-    wiring = wiring_of(model)
+    decoder = model.residual
     answers = [pair.answer[0] for pair in pairs]
-    check_enough(answers, wiring.n_layers * wiring.n_heads, level)
+    check_enough(answers, decoder.n_layers * decoder.n_heads, level)
     own = sorted(set(answers))
     others = sorted(set(other_answers) - set(own))
     if len(others) < 5 * len(own):
@@ -130,11 +128,11 @@ def classify_heads(
             f"other_answers has {len(others)} tokens that are not the relation's own; its null ranges of {len(own)} tokens "
             f"need at least {5 * len(own)} to draw from: give the answers of more relations"
         )
-    tokens = torch.tensor(own + others, device=wiring.device)
+    tokens = torch.tensor(own + others, device=decoder.device)
     contribution, among = [], []
     with tqdm(total=len(pairs), desc="head classes", unit="fact", disable=not progress) as bar:
-        for batch in batches(pairs, batch_size, device=wiring.device):
-            promotion = head_promotion(wiring, batch, tokens, k)
+        for batch in batches(pairs, batch_size, device=decoder.device):
+            promotion = head_promotion(decoder, batch, tokens, k)
             contribution.append(promotion.contribution[..., : len(own)])
             among.append(promotion.among_top)
             bar.update(len(batch))
@@ -149,8 +147,8 @@ def classify_heads(
     facts = torch.arange(len(pairs))
     frame = pd.DataFrame(
         {
-            "layer": torch.arange(wiring.n_layers).repeat_interleave(wiring.n_heads).numpy(),
-            "head": torch.arange(wiring.n_heads).repeat(wiring.n_layers).numpy(),
+            "layer": torch.arange(decoder.n_layers).repeat_interleave(decoder.n_heads).numpy(),
+            "head": torch.arange(decoder.n_heads).repeat(decoder.n_layers).numpy(),
             "subject": subject.mean(1).double().numpy(),
             "relation_tokens": relation.mean(1).double().numpy(),
             "contribution": raised[:, facts, answer_of].mean(1).double().numpy(),
@@ -163,7 +161,7 @@ def classify_heads(
         for name, attention in (("mover", "subject"), ("relation", "relation_tokens"))
     )
     frame["class"] = np.select([mover & of_relation, mover, of_relation], ["mixture", "mover", "relation"], "")
-    provenance = {"model": model_name(model), "method": "head_classes", "k": k, "level": level, "n_null": n_null}
+    provenance = {"model": model.name, "method": "head_classes", "k": k, "level": level, "n_null": n_null}
     provenance |= {"least_attention": least_attention}
     provenance |= {"n_pairs": len(pairs), "n_range": len(own), "n_others": len(others), "seed": seed}
     return HeadClasses(frame, provenance)

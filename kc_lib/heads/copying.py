@@ -18,48 +18,47 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.head_runs import copies_in_top
 from kc_lib.errors import MethodError
 from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
-from kc_lib.tasks.ioi import ioi_pairs
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
+from kc_lib.tasks.generated import ioi_pairs
 from kc_lib.tasks.tokens import tokenizer_of
 
 THRESHOLD, TOP = 0.10, 5
 SHUFFLES = 200
 
 
-def name_mover_scores(model: TransformerBridge, **options: int) -> HeadScores:
+def name_mover_scores(model: Model, **options: int) -> HeadScores:
     """Share of names that a head copies; options and errors as in ``copy_scores``."""
     return copy_scores(model, **options)["name_mover"]
 
 
-def negative_name_mover_scores(model: TransformerBridge, **options: int) -> HeadScores:
+def negative_name_mover_scores(model: Model, **options: int) -> HeadScores:
     """Share of names that a head copies with W_O's sign flipped; options and errors as in ``copy_scores``."""
     return copy_scores(model, **options)["negative_name_mover"]
 
 
-def copy_scores(model: TransformerBridge, *, n_prompts: int = 50, top: int = TOP, seed: int = 0) -> dict[str, HeadScores]:
+def copy_scores(model: Model, *, n_prompts: int = 50, top: int = TOP, seed: int = 0) -> dict[str, HeadScores]:
     """Both copy scores by name, from one pass over the heads; see the head of this file.
 
     Raises:
         TaskError: a tokenizer that splits almost every name.
         ModelError: a model that is no decoder.
     """
-    wiring, tokenizer = wiring_of(model), tokenizer_of(model)
+    decoder, tokenizer = model.residual, tokenizer_of(model)
     if n_prompts < 1 or not 0 < top < int(model.cfg.d_vocab):
         raise MethodError(f"n_prompts is {n_prompts} and top is {top}; both must be at least 1, top below the vocabulary")
     pairs = ioi_pairs(tokenizer, n_prompts, seed)
     resid, names = names_after_block_0(
-        wiring,
+        decoder,
         [tokenizer.encode(pair.clean) for pair in pairs],
         [{tokenizer.answer("and", name)[0] for name in (pair.answer, str(pair.distractor))} for pair in pairs],
     )
     vocabulary, own = names.unique(return_inverse=True)
-    layers = [copies_in_top(wiring, layer, resid, vocabulary, top).cpu() for layer in range(wiring.n_layers)]
+    layers = [copies_in_top(decoder, layer, resid, vocabulary, top).cpu() for layer in range(decoder.n_layers)]
     criterion = {"criterion": "above 10% (Tigges et al. 2024)", "null": "other names of the task, shuffled over the rows"}
     provenance = provenance_of(model, n_prompts=n_prompts, top=top, n_names=len(names), seed=seed, **criterion)
     result = {}
@@ -71,13 +70,13 @@ def copy_scores(model: TransformerBridge, *, n_prompts: int = 50, top: int = TOP
 
 @torch.no_grad()
 def names_after_block_0(
-    wiring: Wiring, prompts: Sequence[Sequence[int]], names: Sequence[set[int]]
+    decoder: Decoder, prompts: Sequence[Sequence[int]], names: Sequence[set[int]]
 ) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, " row"]]:
     """The stream after block 0 wherever a prompt has one of its names, and the name's token."""
     rows, tokens = [], []
     for prompt, wanted in zip(prompts, names, strict=True):
-        ids = torch.tensor(prompt, device=wiring.device)
-        after = wiring.run_block(0, wiring.embed(ids[None]))[0]
+        ids = torch.tensor(prompt, device=decoder.device)
+        after = decoder.run_block(0, decoder.embed(ids[None]))[0]
         places = [place for place, token in enumerate(prompt) if token in wanted]
         rows.append(after[places])
         tokens.append(ids[places])

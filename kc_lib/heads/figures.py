@@ -1,35 +1,20 @@
-"""Heads by what they look at, by class beside the classes' nulls, and by what the model loses without them."""
+"""Heads by what they look at, by score, by class beside the classes' nulls, and by what the model loses without them."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from kc_lib import plotting as plot
 from kc_lib.components.attention import SOURCES
 from kc_lib.errors import MethodError
 from kc_lib.heads.ablation import HeadAblation
 from kc_lib.heads.classes import HeadClasses
-from kc_lib.plotting import (
-    DARK,
-    HEAD,
-    MLP,
-    NEUTRAL,
-    OVER_FACTS,
-    POSITIVE,
-    SHADES,
-    Row,
-    figure_text,
-    marks,
-    number,
-    origin,
-    titled,
-    whiskers,
-)
 
 SOURCE_NAMES = {
     "subject": "the subject",
@@ -38,12 +23,19 @@ SOURCE_NAMES = {
     "last": "the answer position itself",
 }
 CLASS_LOOKS = {  # colour, symbol
-    "mover": (POSITIVE, "circle"),
+    "": (plot.NEUTRAL, "circle"),
+    "mover": (plot.POSITIVE, "circle"),
     "relation": ("#E69F00", "square"),
-    "mixture": (MLP, "diamond"),
+    "mixture": (plot.MLP, "diamond"),
 }
 SCORES = {"mover": "mover score", "relation": "relation score"}
+ABLATED = {  # -> what it is, shift upwards, colour, symbol
+    "heads": ("heads of the class", 0.14, plot.HEAD, "circle"),
+    "random": ("random heads, mean", -0.18, plot.DARK, "diamond"),
+}
 ROW = 64  # px
+COLUMNS = 4  # panels side by side
+LABELLED = 4  # heads named per panel
 
 
 def attention_sources_heatmap(frame: pd.DataFrame, source: str, title: str | None = None) -> go.Figure:
@@ -60,22 +52,12 @@ def attention_sources_heatmap(frame: pd.DataFrame, source: str, title: str | Non
     n_heads, n_layers = mass.shape
     best = frame.sort_values(source).iloc[-1]
     about = [f"most: a{best['layer']:.0f}.h{best['head']:.0f} with {best[source]:.2f}", "mean over facts"]
-    figure = titled(go.Figure(), title or f"Attention to {SOURCE_NAMES[source]}, from the answer position", about)
-    figure.add_heatmap(
-        z=mass.to_numpy().tolist(),
-        x=mass.columns.tolist(),
-        y=mass.index.tolist(),
-        zmin=0,
-        zmax=1,
-        colorscale=SHADES,
-        xgap=1,
-        ygap=1,
-        hovertemplate="<b>a%{x}.h%{y}</b><br>%{z:.3f} of its attention<extra></extra>",
-        colorbar={"title": "share", "thickness": 14, "outlinewidth": 0},
-    )
-    figure.update_xaxes(title_text="layer", dtick=max(1, n_layers // 15), showgrid=False, ticks="")
+    figure, hover = go.Figure(), "<b>a%{x}.h%{y}</b><br>%{z:.3f} of its attention<extra></extra>"
+    plot.heatmap(figure, mass, hover, zmin=0, zmax=1, colorbar=plot.colour_bar("share"))
+    plot.layer_axis(figure, n_layers, showgrid=False, ticks="")
     figure.update_yaxes(title_text="head", dtick=1, showgrid=False, ticks="")
-    return figure.update_layout(width=max(620, 190 + 26 * n_layers), height=190 + 26 * n_heads)
+    size = {"width": max(620, 190 + 26 * n_layers), "height": 190 + 26 * n_heads}
+    return plot.titled(figure, title or f"Attention to {SOURCE_NAMES[source]}, from the answer position", about, **size)
 
 
 def head_class_figure(classes: HeadClasses, title: str | None = None) -> go.Figure:
@@ -91,39 +73,31 @@ def head_class_figure(classes: HeadClasses, title: str | None = None) -> go.Figu
         raise MethodError("there are no heads to show")
     last, n_heads = int(heads["layer"].max()), int(heads["head"].max()) + 1
     heads = heads.assign(x=heads["layer"] + (heads["head"] - (n_heads - 1) / 2) / (1.25 * n_heads))
-    about = [*origin(classes.provenance), "grey ticks: 99th percentile of the head's null", _criterion(classes)]
-    figure = make_subplots(2, 1, shared_xaxes=True, subplot_titles=list(SCORES.values()), vertical_spacing=0.09)
-    figure.update_annotations(font_size=14, x=0, xanchor="left")
-    titled(figure, title or "Classes of heads", about)
+    figure = plot.panels(list(SCORES.values()), 1, size=14, shared_xaxes=True, vertical_spacing=0.09)
+    figure.update_annotations(x=0, xanchor="left")
     for row, score in enumerate(SCORES, start=1):
-        column, null = f"{score}_score", f"{score}_null_99"
-        at = {"row": row, "col": 1}
-        tick = {"color": "#B5B5B5", "symbol": "line-ew-open", "size": 7}
-        look = {"mode": "markers", "marker": tick, "hoverinfo": "skip", "name": "99th percentile of the null"}
-        figure.add_scatter(x=heads["x"].tolist(), y=heads[null].tolist(), meta="null", showlegend=row == 1, **look, **at)
-        for name, (colour, symbol) in {"": (NEUTRAL, "circle"), **CLASS_LOOKS}.items():
-            own = heads[heads["class"] == name]
-            text = [_head_hover(head, score) for head in own.to_dict("records")]
-            named = name in (score, "mixture")
-            look = marks(text, colour, symbol, 10 if named else 6 if name else 4, 1.0 if name else 0.6) | {
-                "cliponaxis": False
-            }
-            if named:
-                sides = ["middle left" if x > last / 2 else "middle right" for x in own["x"]]
-                names = [f" a{head.layer}.h{head.head} " for head in own.itertuples()]
-                look |= {
-                    "mode": "markers+text",
-                    "text": names,
-                    "textposition": sides,
-                    "textfont": {"size": 12, "color": colour},
-                }
-            legend = {"name": name or "no class", "legendgroup": name or "none", "showlegend": row == 1 and len(own) > 0}
-            figure.add_scatter(x=own["x"].tolist(), y=own[column].tolist(), meta=name or "none", **legend, **look, **at)
-    figure.update_xaxes(dtick=max(1, (last + 1) // 15), range=[-0.7, last + 0.7], showgrid=False)
+        at: dict[str, Any] = {"row": row, "col": 1}
+        tick = {"symbol": "line-ew-open", "size": 7, "name": "99th percentile of the null", "meta": "null"}
+        null = heads[f"{score}_null_99"]
+        plot.points(figure, heads["x"], null, "#B5B5B5", None, showlegend=row == 1, **tick, **at)
+        for name, (colour, symbol) in CLASS_LOOKS.items():
+            of_class = heads[heads["class"] == name]
+            look: dict[str, Any] = {"size": 6 if name else 4, "opacity": 1.0 if name else 0.6, "cliponaxis": False}
+            if name in (score, "mixture"):
+                sides = ["middle left" if x > last / 2 else "middle right" for x in of_class["x"]]
+                names = [f" a{head.layer}.h{head.head} " for head in of_class.itertuples()]
+                look |= {"size": 10, "mode": "markers+text", "text": names, "textposition": sides}
+                look |= {"textfont": {"size": 12, "color": colour}}
+            look |= {"symbol": symbol, "name": name or "no class", "legendgroup": name or "none", "meta": name or "none"}
+            hover = [_head_hover(head, score) for head in of_class.to_dict("records")]
+            in_legend = row == 1 and len(of_class) > 0
+            plot.points(figure, of_class["x"], of_class[f"{score}_score"], colour, hover, showlegend=in_legend, **look, **at)
+    plot.layer_axis(figure, last + 1, range=[-0.7, last + 0.7], showgrid=False, title_text="")
     figure.update_xaxes(title_text="layer (its heads side by side)", row=2)
     figure.update_yaxes(rangemode="tozero")
-    legend = {"orientation": "h", "x": 0, "y": -0.14, "yanchor": "top"}
-    return figure.update_layout(width=960, height=680, margin={"t": 110, "b": 110}, legend=legend)
+    about = [*plot.origin(classes.provenance), "grey ticks: 99th percentile of the head's null", _criterion(classes)]
+    size = {"width": 960, "height": 680, "margin": {"t": 110, "b": 110}, "legend": plot.below(0.14)}
+    return plot.titled(figure, title or "Classes of heads", about, **size)
 
 
 def ablation_figure(ablations: Mapping[str, HeadAblation], title: str | None = None, seed: int = 0) -> go.Figure:
@@ -135,53 +109,103 @@ def ablation_figure(ablations: Mapping[str, HeadAblation], title: str | None = N
         MethodError: no ablations, or of several metrics.
     """
     metrics = sorted({ablation.metric for ablation in ablations.values()})
-    if len(metrics) != 1:
-        raise MethodError(
-            f"ablations by {', '.join(metrics)} have no common axis" if metrics else "there are no ablations to show"
-        )
-    about = [f"whiskers: {OVER_FACTS}", "small dots: random sets of as many heads of the same layers"]
-    figure = titled(go.Figure(), title or "What the model loses without the heads", about)
-    ticks = {}
+    if not metrics:
+        raise MethodError("there are no ablations to show")
+    if len(metrics) > 1:
+        raise MethodError(f"ablations by {', '.join(metrics)} have no common axis")
+    figure, ticks = go.Figure(), []
     for place, (name, ablation) in enumerate(reversed(list(ablations.items()))):
         summary = {row["ablated"]: row for row in ablation.summary(seed).to_dict("records")}
-        own, null = summary["heads"], summary["random"]
-        values = ablation.values
-        draws = [float((values["full"] - values[column]).mean()) for column in values if column not in ("full", "heads")]
-        spread = place - 0.18 + 0.07 * (2 * (np.arange(len(draws)) * 0.618034 % 1.0) - 1)
-        shown = place == len(ablations) - 1
-        text = [f"{html.escape(name)}, random set<br>drop {number(draw, 3)}" for draw in draws]
-        dots = marks(text, NEUTRAL, size=5, opacity=0.5) | {"showlegend": False, "meta": "draws"}
-        figure.add_scatter(x=draws, y=spread.tolist(), **dots)
-        for row, label, shift, colour, symbol in (
-            (own, "heads of the class", 0.14, HEAD, "circle"),
-            (null, "random heads, mean", -0.18, DARK, "diamond"),
-        ):
-            hover = f"<b>{html.escape(name)}</b>, {label}<br>drop {figure_text(row, 'drop', 3)}"
-            look = marks([hover], colour, symbol, 11) | {"error_x": whiskers([row], "drop") | {"color": colour}}
-            group = {"name": label, "legendgroup": label, "showlegend": shown, "meta": row["ablated"]}
-            figure.add_scatter(x=[row["drop"]], y=[place + shift], **group, **look)
-        against = f"{figure_text(summary['more'], 'drop')} more, p = {number(own['p'])}"
+        drops = ablation.values.rsub(ablation.values["full"], axis=0).drop(columns=["full", "heads"]).mean().tolist()
+        spread = place - 0.18 + 0.07 * (2 * (np.arange(len(drops)) * 0.618034 % 1.0) - 1)
+        hover = [f"{html.escape(name)}, random set<br>drop {plot.number(drop, 3)}" for drop in drops]
+        dots = {"size": 5, "opacity": 0.5, "showlegend": False, "meta": "draws"}
+        plot.points(figure, drops, spread, plot.NEUTRAL, hover, **dots)
+        for ablated, (label, shift, colour, symbol) in ABLATED.items():
+            row = summary[ablated]
+            hover = [f"<b>{html.escape(name)}</b>, {label}<br>drop {plot.figure_text(row, 'drop', 3)}"]
+            look = {"symbol": symbol, "size": 11, "error_x": plot.whiskers([row], "drop") | {"color": colour}}
+            look |= {"name": label, "legendgroup": label, "showlegend": place == len(ablations) - 1, "meta": ablated}
+            plot.points(figure, [row["drop"]], [place + shift], colour, hover, **look)
+        heads = summary["heads"]
+        against = f"{plot.figure_text(summary['more'], 'drop')} more, p = {plot.number(heads['p'])}"
         beside = {"xref": "x domain", "x": 1.01, "xanchor": "left", "showarrow": False, "font_size": 12}
         figure.add_annotation(y=place, text=against, **beside)
-        ticks[place] = f"<b>{html.escape(name)}</b><br>{own['n_heads']} heads, n = {own['n_facts']} facts"
-    figure.add_vline(0, line={"color": DARK, "width": 1, "dash": "dot"})
+        ticks.append(f"<b>{html.escape(name)}</b><br>{heads['n_heads']} heads, n = {heads['n_facts']} facts")
+    plot.level_lines(figure, "x", 0)
     figure.update_xaxes(title_text=f"drop in {metrics[0].replace('_', ' ')}")
-    figure.update_yaxes(
-        tickvals=list(ticks), ticktext=list(ticks.values()), range=[-0.55, len(ticks) - 0.45], showgrid=False
-    )
+    axis = {"tickvals": list(range(len(ticks))), "ticktext": ticks, "range": [-0.55, len(ticks) - 0.45]}
+    figure.update_yaxes(**axis, showgrid=False)
     height = ROW * len(ticks) + 60
-    legend = {"orientation": "h", "x": 0, "y": -70 / height, "yanchor": "top"}
-    return figure.update_layout(width=960, height=200 + height, margin={"r": 215, "b": 110}, legend=legend)
+    about = [f"whiskers: {plot.OVER_FACTS}", "small dots: random sets of as many heads of the same layers"]
+    size = {"width": 960, "height": 200 + height, "margin": {"r": 215, "b": 110}, "legend": plot.below(70 / height)}
+    return plot.titled(figure, title or "What the model loses without the heads", about, **size)
+
+
+def head_score_grid(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
+    """One panel per score, layers by heads; heads that pass are ringed, the best of them named.
+
+    ``frame`` is ``GeneralHeadScores.to_frame()``. Colours run from 0 to the panel's largest score: what counts as high
+    differs between scores, so each panel's subtitle gives its threshold.
+
+    Raises:
+        MethodError: no scores.
+    """
+    if frame.empty:
+        raise MethodError("there are no head scores to show: none is defined for the model")
+    by_name = {str(name): rows for name, rows in frame.groupby("name", sort=False)}
+    n_rows = -(-len(by_name) // COLUMNS)
+    texts = [
+        f"{name.replace('_', ' ')}: {int(rows['passes'].sum())} pass (> {rows['threshold'].iloc[0]:g})"
+        for name, rows in by_name.items()
+    ]
+    spacing: dict[str, Any] = {"horizontal_spacing": 0.05, "vertical_spacing": 0.22 / n_rows}
+    figure = plot.panels(texts, COLUMNS, size=12, shared_xaxes=True, **spacing)
+    for i, (name, rows) in enumerate(by_name.items()):
+        at: dict[str, Any] = plot.place(i, COLUMNS)
+        values = rows.pivot(index="head", columns="layer", values="score").clip(lower=0)
+        hover = f"{name}<br>a%{{x}}.h%{{y}}: %{{z:.3f}}<extra></extra>"
+        plot.heatmap(figure, values, hover, zmin=0, showscale=False, **at)
+        passing = rows[rows["passes"].astype(bool)].sort_values("score", ascending=False)
+        names = [f"a{head.layer}.h{head.head}" if n < LABELLED else "" for n, head in enumerate(passing.itertuples())]
+        ring: dict[str, Any] = {"symbol": "circle-open", "outline": {"width": 1.5}, "mode": "markers+text", "text": names}
+        ring |= {"textposition": "top center", "textfont": {"size": 10}, "showlegend": False}
+        plot.points(figure, passing["layer"], passing["head"], plot.DARK, None, **ring, **at)
+    figure.update_xaxes(range=[-0.5, frame["layer"].max() + 0.5]).update_yaxes(range=[-0.5, frame["head"].max() + 0.9])
+    figure.update_xaxes(title_text="layer", row=n_rows).update_yaxes(title_text="head", col=1)
+    about = ["rings: heads above the threshold and above what chance gives", "colour from 0 to the panel's largest score"]
+    return plot.titled(figure, title or "General head scores", about, height=130 + 230 * n_rows, width=1150)
+
+
+def recurrence_figure(classes: Mapping[str, Sequence[tuple[int, int]]], title: str | None = None) -> go.Figure:
+    """Which heads are of a class in which relations: heads (by how often, then layer) over relations.
+
+    Raises:
+        MethodError: no relation, or no head in any.
+    """
+    heads = sorted({head for of_class in classes.values() for head in of_class})
+    if not heads:
+        raise MethodError("no relation has a head of the class: there is nothing to show")
+    member = np.array([[head in of_class for head in heads] for of_class in classes.values()])
+    order = np.argsort(-member.sum(0), kind="stable")
+    names = [f"a{heads[i][0]}.h{heads[i][1]}" for i in order]
+    cells = pd.DataFrame(member[:, order].astype(float), index=list(classes), columns=names)
+    figure = go.Figure()
+    plot.heatmap(figure, cells, "%{x} in %{y}<extra></extra>", zmin=0, zmax=1.4, showscale=False)
+    figure.update_yaxes(autorange="reversed", title_text="relation")
+    figure.update_xaxes(title_text="head, those of most relations first", type="category", tickangle=-45)
+    size = {"height": 170 + 32 * len(classes), "width": max(560, 190 + 34 * len(names))}
+    about = [f"{len(heads)} heads, {len(classes)} relations"]
+    return plot.titled(figure, title or "Heads over relations", about, **size)
 
 
 def _criterion(classes: HeadClasses) -> str:
-    about = classes.provenance
-    if not {"level", "least_attention"} <= set(about):
-        return ""
-    return f"classified: corrected p at most {about['level']:g}, attention at least {about['least_attention']:g}"
+    level, attention = classes.provenance.get("level"), classes.provenance.get("least_attention")
+    known = level is not None and attention is not None
+    return f"classified: corrected p at most {level:g}, attention at least {attention:g}" if known else ""
 
 
-def _head_hover(head: Row, score: str) -> str:
+def _head_hover(head: plot.Row, score: str) -> str:
     return (
         f"<b>a{head['layer']}.h{head['head']}</b> {head['class'] or 'no class'}"
         f"<br>{SCORES[score]} {head[f'{score}_score']:.4f} (null's 99%: {head[f'{score}_null_99']:.4f})"

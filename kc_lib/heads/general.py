@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import KnowledgeCircuitsError, MethodError
 from kc_lib.heads.copying import copy_scores
@@ -17,7 +16,7 @@ from kc_lib.heads.inhibition import s_inhibition_scores
 from kc_lib.heads.repeats import repeat_scores
 from kc_lib.heads.successor import successor_scores
 from kc_lib.heads.suppression import copy_suppression_scores
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 
 REPEATS = ("previous_token", "duplicate_token", "induction")
 COPIES = ("name_mover", "negative_name_mover")
@@ -79,7 +78,7 @@ class GeneralHeadScores:
 
 
 def general_head_scores(
-    model: TransformerBridge,
+    model: Model,
     which: Sequence[str] | None = None,
     *,
     text: str | Path | None = None,
@@ -103,7 +102,7 @@ def general_head_scores(
     wanted = SCORES if which is None else tuple(which)
     if not wanted:
         raise MethodError(f"no head score is asked for: name some of {', '.join(SCORES)}, or None for all")
-    wiring_of(model)  # a model that is no decoder has none of the scores
+    _ = model.residual  # a model that is no decoder has none of the scores
     found: dict[str, HeadScores] = {}
     undefined: dict[str, str] = {}
 

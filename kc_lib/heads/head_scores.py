@@ -11,10 +11,9 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
+from kc_lib.models.model import Model
 from kc_lib.results import load_table, save_table
 
 NULL_LEVEL = 0.99
@@ -114,6 +113,6 @@ def head_scores(
     return HeadScores(name, scores, passes, threshold, null, plain, provenance or {})
 
 
-def provenance_of(model: TransformerBridge, **others: Any) -> dict[str, Any]:
+def provenance_of(model: Model, **others: Any) -> dict[str, Any]:
     """The model's name, and what else determined the scores."""
-    return {"model": model_name(model), **others}
+    return {"model": model.name, **others}

@@ -20,17 +20,16 @@ from dataclasses import dataclass, fields, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.head_runs import run_layers
 from kc_lib.errors import MethodError
 from kc_lib.heads.copying import name_mover_scores
 from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
 from kc_lib.heads.path_patching import Head, patch_queries
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.files import PairText
-from kc_lib.tasks.ioi import THINGS, ioi_pairs
+from kc_lib.tasks.generated import THINGS, ioi_pairs
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 
@@ -51,7 +50,7 @@ class IoiPrompts:
 
 
 def s_inhibition_scores(
-    model: TransformerBridge,
+    model: Model,
     *,
     name_movers: Sequence[Head] | None = None,
     copies: HeadScores | None = None,
@@ -70,26 +69,26 @@ def s_inhibition_scores(
         TaskError: a tokenizer that splits almost every name.
         ModelError: a model that is no decoder.
     """
-    wiring = wiring_of(model)
+    decoder = model.residual
     receivers = list(_default_name_movers(model, copies, n_prompts, seed) if name_movers is None else name_movers)
-    _check_heads(wiring, receivers)
+    _check_heads(decoder, receivers)
     top = max(layer for layer, _ in receivers)
-    senders = [(layer, head) for layer in range(top) for head in range(wiring.n_heads)]
+    senders = [(layer, head) for layer in range(top) for head in range(decoder.n_heads)]
     if not senders:
         raise MethodError("the name movers are in the first layer: no head is below them, so none can inhibit")
     groups = ioi_prompts(model, n_prompts, seed)
     n = sum(map(len, groups))
     total, control, clean = torch.zeros(3, len(senders)), torch.zeros(len(senders)), torch.zeros(3)
     for group in groups:
-        unpatched = _effects(wiring, group, group.clean, senders[:1], receivers)
+        unpatched = _effects(decoder, group, group.clean, senders[:1], receivers)
         clean += unpatched[:, 0] * len(group) / n
-        total += (_effects(wiring, group, group.exchanged, senders, receivers) - unpatched) * len(group) / n
-        control += (_effects(wiring, group, group.other_thing, senders, receivers) - unpatched)[0] * len(group) / n
+        total += (_effects(decoder, group, group.exchanged, senders, receivers) - unpatched) * len(group) / n
+        control += (_effects(decoder, group, group.other_thing, senders, receivers) - unpatched)[0] * len(group) / n
     if clean[0] <= 0:
         raise MethodError(
             f"the model's mean logit difference on IOI is {clean[0]:.2f}: it prefers the subject and has nothing to lose"
         )
-    lost, io, s1 = (_per_head(wiring, values) for values in (-total[0] / clean[0], total[1], total[2]))
+    lost, io, s1 = (_per_head(decoder, values) for values in (-total[0] / clean[0], total[1], total[2]))
     provenance = provenance_of(
         model,
         name_movers=[list(head) for head in receivers],
@@ -112,21 +111,19 @@ def s_inhibition_scores(
     )
 
 
-def name_movers(
-    model: TransformerBridge, *, copies: HeadScores | None = None, n_prompts: int = 32, seed: int = 0
-) -> list[Head]:
+def name_movers(model: Model, *, copies: HeadScores | None = None, n_prompts: int = 32, seed: int = 0) -> list[Head]:
     """Heads that copy names and, at the end of IOI prompts, attend more to the indirect object than to the subject.
 
     The criterion of Tigges et al. 2024 (arXiv:2407.10827): copy score above 10%, mean attention to IO above that to S1 and
     S2. Highest attention to IO first. ``copies``: name-mover scores that are known already.
     """
-    wiring = wiring_of(model)
+    decoder = model.residual
     copies = name_mover_scores(model, n_prompts=n_prompts, seed=seed) if copies is None else copies
     groups = ioi_prompts(model, n_prompts, seed)
-    attention = torch.zeros(3, wiring.n_layers, wiring.n_heads)
+    attention = torch.zeros(3, decoder.n_layers, decoder.n_heads)
     for group in groups:
         rows = torch.arange(len(group))
-        for run in run_layers(wiring, group.clean):
+        for run in run_layers(decoder, group.clean):
             from_end = run.pattern[:, :, -1].float().cpu()
             for i, place in enumerate((group.io, group.s1, group.s2)):
                 attention[i, run.layer] += from_end[rows, :, place].sum(0)
@@ -134,7 +131,7 @@ def name_movers(
     return replace(copies, scores=attention[0], passes=moves).heads()
 
 
-def ioi_prompts(model: TransformerBridge, n_prompts: int, seed: int) -> list[IoiPrompts]:
+def ioi_prompts(model: Model, n_prompts: int, seed: int) -> list[IoiPrompts]:
     """Generated IOI prompts with their two counterparts, by token length."""
     tokenizer = tokenizer_of(model)
     if n_prompts < 1:
@@ -180,7 +177,7 @@ def _with_other_thing(tokenizer: Tokenizer, prompt: str, length: int) -> tuple[i
 
 
 def _effects(
-    wiring: Wiring,
+    decoder: Decoder,
     group: IoiPrompts,
     other: Int[Tensor, "batch pos"],
     senders: Sequence[Head],
@@ -188,7 +185,7 @@ def _effects(
 ) -> Float[Tensor, "effect sender"]:
     """Mean logit difference, and the receivers' mean attention to IO and to S1, with each sender patched at the end."""
     tokens, places = group.names.unique(return_inverse=True)
-    patched = patch_queries(wiring, group.clean, other, senders, receivers, tokens, start=group.clean.shape[1] - 1)
+    patched = patch_queries(decoder, group.clean, other, senders, receivers, tokens, start=group.clean.shape[1] - 1)
     logits = patched.logits.cpu().gather(2, places.expand(len(senders), -1, -1))
     attention = patched.attention.cpu().mean(1)
     rows = torch.arange(len(group))
@@ -201,14 +198,14 @@ def _effects(
     )
 
 
-def _per_head(wiring: Wiring, values: Float[Tensor, " sender"]) -> Float[Tensor, "layer head"]:
+def _per_head(decoder: Decoder, values: Float[Tensor, " sender"]) -> Float[Tensor, "layer head"]:
     """Zeros for the heads that are no senders, which are the last layers'."""
-    scores = torch.zeros(wiring.n_layers * wiring.n_heads)
+    scores = torch.zeros(decoder.n_layers * decoder.n_heads)
     scores[: len(values)] = values
-    return scores.view(wiring.n_layers, wiring.n_heads)
+    return scores.view(decoder.n_layers, decoder.n_heads)
 
 
-def _default_name_movers(model: TransformerBridge, copies: HeadScores | None, n_prompts: int, seed: int) -> list[Head]:
+def _default_name_movers(model: Model, copies: HeadScores | None, n_prompts: int, seed: int) -> list[Head]:
     found = name_movers(model, copies=copies, n_prompts=n_prompts, seed=seed)
     if not found:
         raise MethodError(
@@ -218,12 +215,12 @@ def _default_name_movers(model: TransformerBridge, copies: HeadScores | None, n_
     return found
 
 
-def _check_heads(wiring: Wiring, heads: Sequence[Head]) -> None:
+def _check_heads(decoder: Decoder, heads: Sequence[Head]) -> None:
     if not heads:
         raise MethodError("name_movers is empty: give at least one (layer, head)")
     for layer, head in heads:
-        if not (0 <= layer < wiring.n_layers and 0 <= head < wiring.n_heads):
+        if not (0 <= layer < decoder.n_layers and 0 <= head < decoder.n_heads):
             raise MethodError(
-                f"the model has no head ({layer}, {head}): layers are 0 to {wiring.n_layers - 1}, heads 0 to "
-                f"{wiring.n_heads - 1}"
+                f"the model has no head ({layer}, {head}): layers are 0 to {decoder.n_layers - 1}, heads 0 to "
+                f"{decoder.n_heads - 1}"
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kc_lib.components.head_runs import run_layers
 from kc_lib.errors import checked
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 
 Head = tuple[int, int]  # layer, head
 SENDERS_AT_ONCE = 64
@@ -39,7 +39,7 @@ class Patched:
 @torch.no_grad()
 @checked
 def patch_queries(
-    wiring: Wiring,
+    decoder: Decoder,
     clean: Int[Tensor, "batch pos"],
     other: Int[Tensor, "batch pos"],
     senders: Sequence[Head],
@@ -52,13 +52,13 @@ def patch_queries(
 
     A sender that is not below a receiver changes nothing of it. ``through_mlps=False`` leaves only the edge itself.
     """
-    run = _clean_run(wiring, clean, start)
-    differences = _contributions(wiring, other, senders, start) - _contributions(wiring, clean, senders, start)
+    run = _clean_run(decoder, clean, start)
+    differences = _contributions(decoder, other, senders, start) - _contributions(decoder, clean, senders, start)
     parts = []
     for rows in torch.arange(len(senders)).split(SENDERS_AT_ONCE):
         chosen = [senders[row] for row in rows]
-        queries = _frozen_queries(wiring, run, chosen, differences[rows], receivers, through_mlps)
-        parts.append(_free_run(wiring, run, queries, receivers, tokens))
+        queries = _frozen_queries(decoder, run, chosen, differences[rows], receivers, through_mlps)
+        parts.append(_free_run(decoder, run, queries, receivers, tokens))
     return Patched(torch.cat([part.logits for part in parts]), torch.cat([part.attention for part in parts]))
 
 
@@ -71,10 +71,10 @@ class _CleanRun:
     past: list[tuple[Tensor, Tensor]]
 
 
-def _clean_run(wiring: Wiring, tokens: Int[Tensor, "batch pos"], start: int) -> _CleanRun:
+def _clean_run(decoder: Decoder, tokens: Int[Tensor, "batch pos"], start: int) -> _CleanRun:
     resid_pre, after, past = [], [], []
-    for layer in run_layers(wiring, tokens):
-        attention = wiring.blocks[layer.layer].attention
+    for layer in run_layers(decoder, tokens):
+        attention = decoder.blocks[layer.layer].attention
         resid_pre.append(layer.resid_pre[:, start:])
         after.append((layer.resid_pre + attention.output(layer.z))[:, start:])
         keys = attention.project("k", attention.norm(layer.resid_pre[:, :start]))
@@ -83,12 +83,12 @@ def _clean_run(wiring: Wiring, tokens: Int[Tensor, "batch pos"], start: int) -> 
 
 
 def _contributions(
-    wiring: Wiring, tokens: Int[Tensor, "batch pos"], heads: Sequence[Head], start: int
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"], heads: Sequence[Head], start: int
 ) -> Float[Tensor, "head batch new d_model"]:
     """What the named heads add to the stream from ``start`` on."""
     found: dict[Head, Tensor] = {}
-    for run in run_layers(wiring, tokens):
-        attention = wiring.blocks[run.layer].attention
+    for run in run_layers(decoder, tokens):
+        attention = decoder.blocks[run.layer].attention
         wanted = [head for layer, head in heads if layer == run.layer]
         if wanted:
             outputs = attention.contributions(attention.head_outputs(run.z[:, start:]))
@@ -97,7 +97,7 @@ def _contributions(
 
 
 def _frozen_queries(
-    wiring: Wiring,
+    decoder: Decoder,
     run: _CleanRun,
     senders: Sequence[Head],
     differences: Float[Tensor, "sender batch new d_model"],
@@ -109,7 +109,7 @@ def _frozen_queries(
     change = torch.zeros_like(differences)
     queries: dict[Head, Tensor] = {}
     for layer in range(1 + max(layer for layer, _ in receivers)):
-        block = wiring.blocks[layer]
+        block = decoder.blocks[layer]
         here = [head for at, head in receivers if at == layer]
         if here:
             stream = rearrange(run.resid_pre[layer] + change, "s b p d -> (s b) p d")
@@ -129,7 +129,7 @@ def _frozen_queries(
 
 
 def _free_run(
-    wiring: Wiring,
+    decoder: Decoder,
     run: _CleanRun,
     queries: Sequence[Float[Tensor, "sender batch new d_head"]],
     receivers: Sequence[Head],
@@ -140,8 +140,8 @@ def _free_run(
     first = min(layer for layer, _ in receivers)
     resid = run.resid_pre[first].repeat(n_senders, 1, 1)
     attention_of: dict[Head, Tensor] = {}
-    for layer in range(first, wiring.n_layers):
-        block = wiring.blocks[layer]
+    for layer in range(first, decoder.n_layers):
+        block = decoder.blocks[layer]
         attention = block.attention
         x = attention.norm(resid)
         q, k, v = (attention.project(kind, x) for kind in "qkv")
@@ -153,7 +153,7 @@ def _free_run(
             pattern = rearrange(attention.pattern(q, k, run.past[layer][0])[:, :, -1], "(s b) h k -> s h b k", s=n_senders)
             attention_of |= {(layer, head): pattern[:, head] for _, head in here}
         resid = after_attention + block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
-    logits = wiring.unembed(resid[:, -1], tokens=tokens.to(resid.device)).float()
+    logits = decoder.unembed(resid[:, -1], tokens=tokens.to(resid.device)).float()
     return Patched(
         rearrange(logits, "(s b) t -> s b t", s=n_senders),
         torch.stack([attention_of[receiver] for receiver in receivers], 1).float(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kc_lib.components.contributions import answer_run, direct_logits
 from kc_lib.errors import checked
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch
 
 
@@ -24,12 +24,12 @@ class Promotion:
 
 @torch.no_grad()
 @checked
-def head_promotion(wiring: Wiring, batch: Batch, tokens: Int[Tensor, " token"], k: int) -> Promotion:
+def head_promotion(decoder: Decoder, batch: Batch, tokens: Int[Tensor, " token"], k: int) -> Promotion:
     """What every head writes at the answer position, read at some tokens; one layer's logits exist at a time."""
-    run, graph = answer_run(wiring, batch), wiring.graph()
+    run, graph = answer_run(decoder, batch), decoder.graph()
     contributions, among = [], []
-    for layer in range(wiring.n_layers):
-        logits = direct_logits(wiring, run.outputs[graph.head_writers(layer)], run.scale)
+    for layer in range(decoder.n_layers):
+        logits = direct_logits(decoder, run.outputs[graph.head_writers(layer)], run.scale)
         least = logits.topk(k, -1).values[..., -1:]
         chosen = logits[..., tokens]
         contributions.append(chosen.float().cpu())

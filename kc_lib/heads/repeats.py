@@ -17,34 +17,33 @@ from __future__ import annotations
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.head_runs import mean_pattern_by_offset
 from kc_lib.errors import MethodError
 from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.tasks.tokens import tokenizer_of
 
 THRESHOLD = 0.5
 
 
-def previous_token_scores(model: TransformerBridge, **options: int) -> HeadScores:
+def previous_token_scores(model: Model, **options: int) -> HeadScores:
     """Mean attention to the previous token; options and errors as in ``repeat_scores``."""
     return repeat_scores(model, **options)["previous_token"]
 
 
-def duplicate_token_scores(model: TransformerBridge, **options: int) -> HeadScores:
+def duplicate_token_scores(model: Model, **options: int) -> HeadScores:
     """Mean attention to the earlier occurrence of the same token; options and errors as in ``repeat_scores``."""
     return repeat_scores(model, **options)["duplicate_token"]
 
 
-def induction_scores(model: TransformerBridge, **options: int) -> HeadScores:
+def induction_scores(model: Model, **options: int) -> HeadScores:
     """Mean attention to the token after the earlier occurrence; options and errors as in ``repeat_scores``."""
     return repeat_scores(model, **options)["induction"]
 
 
 def repeat_scores(
-    model: TransformerBridge, *, n_tokens: int = 100, n_sequences: int = 4, batch_size: int = 4, seed: int = 0
+    model: Model, *, n_tokens: int = 100, n_sequences: int = 4, batch_size: int = 4, seed: int = 0
 ) -> dict[str, HeadScores]:
     """All three scores from one run, by name; see the head of this file.
 
@@ -55,11 +54,11 @@ def repeat_scores(
         MethodError: a context, or a vocabulary, too small for that many tokens.
         ModelError: a model that is no decoder.
     """
-    wiring = wiring_of(model)
-    tokens = repeated_tokens(model, n_tokens, n_sequences, seed).to(wiring.device)
+    decoder = model.residual
+    tokens = repeated_tokens(model, n_tokens, n_sequences, seed).to(decoder.device)
     first_query = tokens.shape[1] - n_tokens
     parts = [
-        mean_pattern_by_offset(wiring, batch, first_query) * len(batch) / len(tokens) for batch in tokens.split(batch_size)
+        mean_pattern_by_offset(decoder, batch, first_query) * len(batch) / len(tokens) for batch in tokens.split(batch_size)
     ]
     by_offset = torch.stack(parts).sum(0)
     offsets = {"previous_token": 1, "duplicate_token": n_tokens, "induction": n_tokens - 1}
@@ -79,7 +78,7 @@ def repeat_scores(
     }
 
 
-def repeated_tokens(model: TransformerBridge, n_tokens: int, n_sequences: int, seed: int) -> Int[Tensor, "sequence pos"]:
+def repeated_tokens(model: Model, n_tokens: int, n_sequences: int, seed: int) -> Int[Tensor, "sequence pos"]:
     """Random tokens twice over, after BOS where the model's tokenizer puts one."""
     tokenizer = tokenizer_of(model)
     bos = tokenizer.encode("")

@@ -18,13 +18,12 @@ from string import ascii_lowercase
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.head_runs import copied
 from kc_lib.errors import TaskError
 from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 THRESHOLD = 0.5
@@ -64,14 +63,14 @@ CYCLIC = {"days", "short days", "months", "short months"}
 CAPITALS: dict[str, tuple[Callable[[str], str], ...]] = {"numbers": (str,), "roman numerals": (str.upper,)}
 
 
-def successor_scores(model: TransformerBridge, *, seed: int = 0) -> HeadScores:
+def successor_scores(model: Model, *, seed: int = 0) -> HeadScores:
     """Share of ordinal words that a head's weights map to their successor; see the head of this file.
 
     Raises:
         TaskError: a tokenizer that has hardly a pair of single tokens.
         ModelError: a model that is no decoder with an MLP in its first block.
     """
-    wiring = wiring_of(model)
+    decoder = model.residual
     lists = successor_pairs(tokenizer_of(model))
     n_pairs = sum(len(pairs) for pairs in lists.values())
     if n_pairs < LEAST_PAIRS:
@@ -82,7 +81,7 @@ def successor_scores(model: TransformerBridge, *, seed: int = 0) -> HeadScores:
     right, chosen, targets = [], [], []
     for pairs in lists.values():
         source, target = torch.tensor(pairs).T
-        best = successor_choices(wiring, source, target.unique())
+        best = successor_choices(decoder, source, target.unique())
         right.append(best == target)
         chosen.append(best)
         targets.append(target)
@@ -123,15 +122,15 @@ def _token(tokenizer: Tokenizer, word: str) -> int | None:
 
 @torch.no_grad()
 def successor_choices(
-    wiring: Wiring, words: Int[Tensor, " word"], targets: Int[Tensor, " target"]
+    decoder: Decoder, words: Int[Tensor, " word"], targets: Int[Tensor, " target"]
 ) -> Int[Tensor, "layer head word"]:
     """The target with the highest logit after each head, from the words' embeddings through the first MLP."""
-    first = wiring.blocks[0]
-    embedding = wiring.token_embedding(words)
+    first = decoder.blocks[0]
+    embedding = decoder.token_embedding(words)
     seen = first.mlp_output(first.mlp_norm(embedding[:, None]))[:, 0]
     choices = []
-    for block in wiring.blocks:
-        logits = wiring.unembed(copied(block.attention, seen), tokens=targets.to(wiring.device))
+    for block in decoder.blocks:
+        logits = decoder.unembed(copied(block.attention, seen), tokens=targets.to(decoder.device))
         choices.append(targets[logits.argmax(-1).cpu()])
     return torch.stack(choices)
 

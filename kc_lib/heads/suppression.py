@@ -25,14 +25,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, TaskError
 from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks.text import load_text
+from kc_lib.tasks.files import load_text
 from kc_lib.tasks.tokens import tokenizer_of
 
 # fmt: off
@@ -55,7 +54,7 @@ LEAST_DIVERGENCE = 1e-5  # nats; below it float32 cannot tell an ablation from n
 
 
 def copy_suppression_scores(
-    model: TransformerBridge,
+    model: Model,
     text: str | Path | None = None,
     *,
     window: int = 60,
@@ -82,13 +81,13 @@ def copy_suppression_scores(
         raise MethodError(f"n_windows is {n_windows}; copy suppression needs at least 1")
     if not 0 < share <= 1:
         raise MethodError(f"share is {share}; it must be above 0 and at most 1")
-    wiring = wiring_of(model)
+    decoder = model.residual
     windows = text_windows(model, load_text(text), window)
     generator = torch.Generator().manual_seed(seed)
     scored = windows[torch.randperm(len(windows), generator=generator)[:n_windows].sort().values]
-    means = mean_head_outputs(wiring, windows.split(batch_size))
-    sources = content_tokens(model).to(wiring.device)
-    found = suppression_divergences(wiring, scored, means, sources, share, generator)
+    means = mean_head_outputs(decoder, windows.split(batch_size))
+    sources = content_tokens(model).to(decoder.device)
+    found = suppression_divergences(decoder, scored, means, sources, share, generator)
     ablated, preserved, random = (part.cpu() for part in (found.ablated, found.preserved, found.chance))
     acts = ablated.mean(-1) > LEAST_DIVERGENCE
     scores = torch.where(acts, 1 - preserved.mean(-1) / ablated.mean(-1), 0.0)
@@ -109,7 +108,7 @@ def copy_suppression_scores(
         scores,
         THRESHOLD,
         float(chance[FIRST_LAYER:].double().quantile(NULL_LEVEL)),
-        also=torch.arange(wiring.n_layers)[:, None] >= FIRST_LAYER,
+        also=torch.arange(decoder.n_layers)[:, None] >= FIRST_LAYER,
         detail={
             "low": torch.where(acts, low, 0.0),
             "high": torch.where(acts, high, 0.0),
@@ -131,7 +130,7 @@ def _interval(
     return torch.from_numpy(low).view(ablated.shape[:2]), torch.from_numpy(high).view(ablated.shape[:2])
 
 
-def content_tokens(model: TransformerBridge) -> Bool[Tensor, " d_vocab"]:
+def content_tokens(model: Model) -> Bool[Tensor, " d_vocab"]:
     """Which tokens can be sources: they have a letter, and are neither special nor English function words."""
     tokenizer = tokenizer_of(model).inner
     special = set(tokenizer.all_special_ids)
@@ -142,7 +141,7 @@ def content_tokens(model: TransformerBridge) -> Bool[Tensor, " d_vocab"]:
     return found
 
 
-def text_windows(model: TransformerBridge, text: str, window: int) -> Int[Tensor, "window pos"]:
+def text_windows(model: Model, text: str, window: int) -> Int[Tensor, "window pos"]:
     """The text's tokens in windows, BOS before each where the model's tokenizer puts one.
 
     Raises:

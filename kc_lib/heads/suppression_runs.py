@@ -25,18 +25,18 @@ from torch import Tensor
 
 from kc_lib.components.head_runs import LayerRun, run_layers
 from kc_lib.errors import checked
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.parts import Attention
 
 
 @torch.no_grad()
-def mean_head_outputs(wiring: Wiring, batches: Iterable[Int[Tensor, "window pos"]]) -> Float[Tensor, "layer head d_model"]:
+def mean_head_outputs(decoder: Decoder, batches: Iterable[Int[Tensor, "window pos"]]) -> Float[Tensor, "layer head d_model"]:
     """Every head's mean contribution to the stream, over all positions of the text but the first of each window."""
-    total = wiring.W_U.new_zeros(wiring.n_layers, wiring.n_heads, wiring.W_U.shape[0], dtype=torch.float32)
+    total = decoder.W_U.new_zeros(decoder.n_layers, decoder.n_heads, decoder.W_U.shape[0], dtype=torch.float32)
     count = 0
     for tokens in batches:
-        for run in run_layers(wiring, tokens):
-            attention = wiring.blocks[run.layer].attention
+        for run in run_layers(decoder, tokens):
+            attention = decoder.blocks[run.layer].attention
             outputs = attention.contributions(attention.head_outputs(run.z))
             total[run.layer] += outputs[:, :, 1:].float().sum((1, 2))
         count += tokens[:, 1:].numel()
@@ -55,7 +55,7 @@ class Divergences:
 @torch.no_grad()
 @checked
 def suppression_divergences(
-    wiring: Wiring,
+    decoder: Decoder,
     tokens: Int[Tensor, "window pos"],
     means: Float[Tensor, "layer head d_model"],
     sources: Bool[Tensor, " d_vocab"],
@@ -68,14 +68,14 @@ def suppression_divergences(
     to there are kept; a token counts once, and is kept wherever it stands. ``chance`` draws as many. Holds two rows of
     logits per destination and one per distinct token in memory.
     """
-    tokens = tokens.to(wiring.device)
-    readout = _Readout.of(wiring, tokens)
+    tokens = tokens.to(decoder.device)
+    readout = _Readout.of(decoder, tokens)
     seen = (readout.source.cumsum(1) > 0) & sources[readout.vocabulary]
-    n_heads = wiring.n_heads
-    totals = torch.zeros(3, wiring.n_layers, n_heads, len(tokens), dtype=torch.float64, device=tokens.device)
-    for run in run_layers(wiring, tokens):
-        attention = wiring.blocks[run.layer].attention
-        predicted = wiring.unembed(run.resid_pre, tokens=readout.vocabulary).float()
+    n_heads = decoder.n_heads
+    totals = torch.zeros(3, decoder.n_layers, n_heads, len(tokens), dtype=torch.float64, device=tokens.device)
+    for run in run_layers(decoder, tokens):
+        attention = decoder.blocks[run.layer].attention
+        predicted = decoder.unembed(run.resid_pre, tokens=readout.vocabulary).float()
         random = torch.rand(predicted.shape, generator=generator).to(predicted)
         coefficients = _components(attention, run, means[run.layer], readout)
         kept = [coefficients * _top(scores, seen, share)[:, None] for scores in (predicted, random)]
@@ -101,14 +101,14 @@ class _Readout:
     soft_cap: float | None
 
     @classmethod
-    def of(cls, wiring: Wiring, tokens: Int[Tensor, "window pos"]) -> _Readout:
-        norm, cap = wiring.final_norm, wiring.logit_soft_cap
+    def of(cls, decoder: Decoder, tokens: Int[Tensor, "window pos"]) -> _Readout:
+        norm, cap = decoder.final_norm, decoder.logit_soft_cap
         vocabulary, index = tokens.unique(return_inverse=True)
         source = F.one_hot(index, len(vocabulary))
-        unembedding = norm.centre(norm.weighted(wiring.W_U.T.float())).T.contiguous()
+        unembedding = norm.centre(norm.weighted(decoder.W_U.T.float())).T.contiguous()
         direction = F.normalize(unembedding[:, vocabulary].T, dim=-1)
-        final = wiring.run(wiring.embed(tokens))
-        logits = (norm(final) @ wiring.W_U + wiring.b_U).float()
+        final = decoder.run(decoder.embed(tokens))
+        logits = (norm(final) @ decoder.W_U + decoder.b_U).float()
         capped = _capped(logits, cap)
         probabilities = capped.softmax(-1)
         return cls(

@@ -5,20 +5,18 @@ text; it divides by all attention of the sequence, where the published scores ar
 survives, both are the same sums (tests).
 
 ``transformer_lens.patching.get_act_patch_direct_path`` agrees with ``path_patching.py`` to rounding wherever
-it accepts the model (tests, on every kind of wiring). S-inhibition asks for what it does not have: several receivers at
+it accepts the model (tests, on every kind of decoder). S-inhibition asks for what it does not have: several receivers at
 once, the last position alone, and MLPs on the way; and it runs the whole model once for every pair of heads. So the scores
 use our kernel on every model, and the tool is the check on it.
 """
 
 from __future__ import annotations
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import first_line
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 
 
-def direct_path_obstacle(model: TransformerBridge) -> str | None:
+def direct_path_obstacle(model: Model) -> str | None:
     """Why TransformerLens's direct path patching into queries has no exact result for this model; None where it has.
 
     Grouped queries and parallel blocks are no obstacle. Norms on outputs (Gemma) are: what a head adds to the stream is not
@@ -27,14 +25,14 @@ def direct_path_obstacle(model: TransformerBridge) -> str | None:
     Raises:
         ModelError: a model that is no decoder.
     """
-    for layer, block in enumerate(wiring_of(model).blocks):
+    for layer, block in enumerate(model.residual.blocks):
         if block.attention.post_norm is not None:
             return f"layer {layer} normalises its attention output, so a head's write is not z W_O"
     before = bool(getattr(model.cfg, "use_split_qkv_input", False))
     try:
-        model.set_use_split_qkv_input(True)
+        model.bridge.set_use_split_qkv_input(True)
     except (NotImplementedError, ValueError) as error:
         return first_line(error)
     finally:
-        model.set_use_split_qkv_input(before)
+        model.bridge.set_use_split_qkv_input(before)
     return None

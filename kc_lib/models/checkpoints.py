@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import constants
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError
 from kc_lib.models.hub import STEP, cached, fetch, step_revisions
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.models.shipped import CAUSAL, nano_folder, nano_steps
 
 PYTHIA = "EleutherAI/pythia"
@@ -102,6 +102,9 @@ def checkpoints_of(
     Args:
         tokens_per_step: how many tokens a step of the training reads; known of Pythia only.
 
+    Example:
+        >>> [checkpoint.step for checkpoint in kc.checkpoints_of("nano", [0, 512, 6000])]
+
     Raises:
         ModelError: no such family, no checkpoints in it, folders of the same step, or as in ``schedule_steps``.
     """
@@ -124,7 +127,7 @@ def load_checkpoint(
     dtype: str = "float32",
     retries: int = 3,
     keep_files: bool = True,
-) -> TransformerBridge:
+) -> Model:
     """A checkpoint as a model, as ``load_model`` loads it.
 
     Args:
@@ -159,8 +162,8 @@ def load_checkpoint(
         ) from error
 
 
-def _named(checkpoint: Checkpoint, model: TransformerBridge) -> TransformerBridge:
-    model.cfg.kc_name = checkpoint.name
+def _named(checkpoint: Checkpoint, model: Model) -> Model:
+    model.name = checkpoint.name
     return model
 
 

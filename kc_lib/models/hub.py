@@ -17,7 +17,8 @@ from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, LocalEntryNotFoundError
 
 from kc_lib.errors import ModelError, first_line
-from kc_lib.models.load import hub_in_reach, quiet
+from kc_lib.models.load import hub_in_reach
+from kc_lib.models.model import quiet
 
 STEP = re.compile(
     r"(?:step|checkpoint-)(\d+)"

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import torch
-import transformers.utils.logging as transformers_logging
 from huggingface_hub import constants, try_to_load_from_cache
 from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError, first_line
+from kc_lib.models.model import Model, quiet
 from kc_lib.models.shipped import CAUSAL, MASKED, has_masked, nano_folder, nano_steps
 from kc_lib.models.smollm2 import cached_smollm2, wheel_file
 
@@ -35,7 +29,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
-) -> TransformerBridge:
+) -> Model:
     """Load a model with raw weights (no folding, no centring), frozen, in evaluation mode.
 
     Args:
@@ -46,6 +40,10 @@ def load_model(
         device: default is CUDA where there is one, else the CPU.
         dtype: float32, float64, bfloat16 or float16. Scores are float32 whatever the weights are.
         trust_remote_code: run code that comes with the model; off unless asked for.
+
+    Example:
+        >>> model = kc.load_model("smollm2")
+        >>> early = kc.load_model("nano", checkpoint=512)
 
     Raises:
         ModelError: no such model, no hub within reach, an unknown dtype or device, or a model TransformerLens cannot boot.
@@ -62,7 +60,7 @@ def load_model(
         raise ModelError(f"{name_or_path!r} has no training checkpoints; leave out checkpoint={checkpoint}")
     try:
         with quiet():
-            model = TransformerBridge.boot_transformers(
+            bridge = TransformerBridge.boot_transformers(
                 source,
                 device=_device(device),
                 dtype=DTYPES[dtype],
@@ -78,31 +76,8 @@ def load_model(
         raise ModelError(f"the model folder {source} cannot be read: {first_line(error)}") from error
     except Exception as error:  # TransformerLens and transformers raise whatever the architecture met
         raise ModelError(f"model {name_or_path!r} cannot be booted: {first_line(error)}") from error
-    model.eval()
-    model.requires_grad_(False)
-    model.cfg.kc_name = name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else "")
-    return model
-
-
-def model_name(model: TransformerBridge) -> str:
-    """The name a model was loaded by; of a model loaded elsewhere, what TransformerLens calls it."""
-    return str(getattr(model.cfg, "kc_name", None) or getattr(model.cfg, "model_name", "model"))
-
-
-def model_hash(model: TransformerBridge) -> str:
-    """Hash of every parameter's name, shape, type and bytes: the same weights have the same hash wherever they lie."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def parameter_count(model: TransformerBridge) -> int:
-    """How many parameters the architecture has; the bridge keeps fused weights a second time, in parts."""
-    original: Any = model.original_model
-    with torch.device("meta"), quiet():
-        return sum(parameter.numel() for parameter in type(original)(original.config).parameters())
+    bridge.requires_grad_(False)
+    return Model(bridge, name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else ""))
 
 
 def embedded_models() -> dict[str, tuple[str, str]]:
@@ -162,20 +137,3 @@ def _not_found(name: str, why: str) -> str:
         f"model {name!r} was not found: it is no embedded model or folder, and {why}; embedded models that need no "
         f"network: {', '.join(EMBEDDED)}"
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of transformers while loading; restored on exit."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    lens_level = logging.root.level
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.root.setLevel(max(lens_level, logging.ERROR))  # TransformerLens warns on the root logger
-    try:
-        yield
-    finally:
-        logging.root.setLevel(lens_level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -14,10 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeFact
 from kc_lib.neurons.cloze_batches import batches_by_length
 from kc_lib.neurons.controls import check_numbers, n_empty, sets_of_facts
@@ -26,7 +25,6 @@ from kc_lib.neurons.of_facts import OfFacts
 from kc_lib.neurons.refine import Neuron, NeuronSets
 from kc_lib.neurons.sentences import ReadSentence, SentenceTask, read_sentences
 from kc_lib.neurons.value_vectors import check_neurons
-from kc_lib.residual.from_bridge import mlp_wiring_of
 from kc_lib.results import load_table, save_table
 
 SENTENCES = ("T1", "T2", "T3")  # subject and answer; subject alone; neither
@@ -87,7 +85,7 @@ class TriggerSentences:
 
 
 def sentences_of_facts(
-    model: TransformerBridge, facts: Sequence[ClozeFact], task: SentenceTask, *, seed: int = 0
+    model: Model, facts: Sequence[ClozeFact], task: SentenceTask, *, seed: int = 0
 ) -> dict[int, dict[str, tuple[ReadSentence, ...]]]:
     """The task's sentences as the model reads them, by number of the fact and kind; facts without any are left out."""
     known = {(fact.subject, fact.answer): fact for fact in task.facts}
@@ -104,7 +102,7 @@ def sentences_of_facts(
 
 
 def activating_prompts(
-    model: TransformerBridge,
+    model: Model,
     sets: NeuronSets,
     sentences: Mapping[int, Mapping[str, Sequence[ReadSentence]]],
     *,
@@ -121,15 +119,15 @@ def activating_prompts(
 
     Raises:
         MethodError: sentences of a fact that the sets do not have, of another kind, or a number out of range.
-        ModelError: as ``mlp_wiring_of``.
+        ModelError: as ``Model.mlp_residual``.
     """
     check_numbers(n_random=n_random, batch_size=batch_size)
     unknown: list[Any] = [fact for fact in sentences if fact not in set(sets.facts["fact"])]
     unknown += [kind for own in sentences.values() for kind in own if kind not in SENTENCES]
     if unknown:
         raise MethodError(f"sentences of {unknown[0]!r}: give them by number of the fact, and {', '.join(SENTENCES)}")
-    wiring = mlp_wiring_of(model)
-    found = sets_of_facts(sets, wiring.parts(0).W_out.shape[0], n_random, seed)
+    residual = model.mlp_residual
+    found = sets_of_facts(sets, residual.parts(0).W_out.shape[0], n_random, seed)
     chosen = dict(zip(sets.facts["fact"], found, strict=True))
     asked = [
         (fact, kind, number, sentence)
@@ -142,8 +140,8 @@ def activating_prompts(
     for members, tokens, positions in batches_by_length([sentence for *_, sentence in asked], batch_size):
         distinct = sorted({n for i in members for own in chosen[asked[i][0]].values() for n in own})
         place = {neuron: i for i, neuron in enumerate(distinct)}
-        check_neurons(wiring, distinct)
-        values = neuron_values(wiring, tokens, distinct)[torch.arange(len(members)), positions].cpu()
+        check_neurons(residual, distinct)
+        values = neuron_values(residual, tokens, distinct)[torch.arange(len(members)), positions].cpu()
         for i, of_sentence in zip(members, values, strict=True):
             fact, kind, number, _ = asked[i]
             for variant, neurons in chosen[fact].items():
@@ -152,7 +150,7 @@ def activating_prompts(
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame = frame.sort_values(["fact", "sentences", "sentence", "kind", "draw"], ignore_index=True)
     provenance = {
-        "model": model_name(model),
+        "model": model.name,
         "n_random": n_random,
         "seed": seed,
         "n_facts": len(sets.facts),
@@ -163,7 +161,7 @@ def activating_prompts(
 
 
 def trigger_sentences(
-    model: TransformerBridge,
+    model: Model,
     neurons: Sequence[Neuron],
     sentences: Sequence[ReadSentence],
     *,
@@ -179,27 +177,27 @@ def trigger_sentences(
 
     Raises:
         MethodError: no neurons, no sentences, a neuron the model does not have, or an unknown ``at``.
-        ModelError: as ``mlp_wiring_of``.
+        ModelError: as ``Model.mlp_residual``.
     """
     check_numbers(batch_size=batch_size)
     if at not in PLACES:
         raise MethodError(f"at is {at!r}; it must be one of {', '.join(PLACES)}")
     if not neurons or not sentences:
         raise MethodError(f"no {'sentences' if neurons else 'neurons'} to read: the set is empty")
-    wiring = mlp_wiring_of(model)
-    check_neurons(wiring, neurons)
+    residual = model.mlp_residual
+    check_neurons(residual, neurons)
     tokenizer = model.tokenizer
     special = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}), dtype=torch.long)
     rows: list[dict[str, Any]] = [{} for _ in sentences]
     for members, tokens, positions in batches_by_length(sentences, batch_size):
-        sums = neuron_values(wiring, tokens, neurons).sum(-1).cpu()
+        sums = neuron_values(residual, tokens, neurons).sum(-1).cpu()
         where = positions if at == "read" else _largest(sums, torch.isin(tokens, special))
         for i, own, position in zip(members, sums, where.tolist(), strict=True):
             token = tokenizer.decode([sentences[i].tokens[position]])
             about = {"text": sentences[i].text, "activation": float(own[position])}
             rows[i] = about | {"position": position, "token": token}
     frame = pd.DataFrame(rows).sort_values("activation", ascending=False, kind="stable", ignore_index=True)
-    provenance = {"model": model_name(model), "at": at, "neurons": [list(neuron) for neuron in neurons]}
+    provenance = {"model": model.name, "at": at, "neurons": [list(neuron) for neuron in neurons]}
     return TriggerSentences(frame, provenance)
 
 

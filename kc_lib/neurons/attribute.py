@@ -25,14 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, TaskError, check_counts
-from kc_lib.models.load import model_hash, model_name
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import Cloze, ClozeFact
 from kc_lib.neurons.integrate import RULES, adaptive_gradients, answer_states, integrated_gradients
-from kc_lib.residual.encoder import MlpWiring
-from kc_lib.residual.from_bridge import mlp_wiring_of
+from kc_lib.residual.encoder import Residual
 from kc_lib.results import hash_of, load_table, save_table, save_whole
 
 METHODS = ("knowledge", "base")
@@ -79,7 +77,7 @@ class NeuronAttributions:
 
 
 def attribute_knowledge(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[ClozeFact],
     *,
     rule: str = "adaptive",
@@ -114,11 +112,11 @@ def attribute_knowledge(
     several = [fact for fact in facts if any(len(prompt.clozes) > 1 for prompt in fact.prompts)]
     if several and target != "gold":
         raise MethodError(f"the answer {several[0].answer!r} is of several tokens: its target can only be 'gold'")
-    wiring = mlp_wiring_of(model)
+    residual = model.mlp_residual
     settings = {
-        "model": model_name(model),
-        "n_layers": wiring.n_layers,
-        "d_mlp": wiring.parts(0).W_out.shape[0],
+        "model": model.name,
+        "n_layers": residual.n_layers,
+        "d_mlp": residual.parts(0).W_out.shape[0],
         "rule": rule,
         "steps": None if rule == ADAPTIVE else steps,
         "tolerance": tolerance if rule == ADAPTIVE else None,
@@ -137,7 +135,7 @@ def attribute_knowledge(
     bar = tqdm(total=len(facts), initial=sum(map(len, rows)), desc="attribution", unit="fact", disable=not progress)
     for start in range(int(bar.n), len(facts), FACTS_AT_ONCE):
         group = range(start, min(start + FACTS_AT_ONCE, len(facts)))
-        found = _attributed(wiring, [facts[i] for i in group], integral, target, kept, batch_size)
+        found = _attributed(residual, [facts[i] for i in group], integral, target, kept, batch_size)
         for number, (frame, about) in zip(group, found, strict=True):
             frames.append(frame.assign(fact=number)[list(COLUMNS)])
             prompts.append(about.assign(fact=number))
@@ -173,7 +171,7 @@ def check_attribution(
 
 
 def _attributed(
-    wiring: MlpWiring,
+    residual: Residual,
     facts: Sequence[ClozeFact],
     integral: Callable[..., Tensor],
     target: str | int,
@@ -197,13 +195,13 @@ def _attributed(
     for (_, of_several), members in by_shape.items():
         for start in range(0, len(members), batch_size):
             batch = members[start : start + batch_size]
-            observed = _scores(wiring, [cloze for *_, cloze in batch], integral, target, of_several)
+            observed = _scores(residual, [cloze for *_, cloze in batch], integral, target, of_several)
             for (i, j, _), score, value, p, top in zip(batch, *observed, strict=True):
                 share = value / len(facts[i].prompts[j].clozes)
                 scores[i, j] = scores.get((i, j), 0) + score
                 values[i, j] = values.get((i, j), 0) + share
                 log_p[i, j] += float(p)
-                predicted[i, j] += wiring.model.tokenizer.decode([int(top)])
+                predicted[i, j] += residual.bridge.tokenizer.decode([int(top)])
     result = []
     for i, fact in enumerate(facts):
         frames, rows = [], []
@@ -220,7 +218,7 @@ def _attributed(
 
 
 def _scores(
-    wiring: MlpWiring,
+    residual: Residual,
     clozes: Sequence[Cloze],
     integral: Callable[..., Tensor],
     target: str | int,
@@ -228,12 +226,12 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per cloze of one length: attributions and values ``[layer, d_mlp]``, log p of the gold token, the token of rank 1."""
     tokens = torch.tensor([cloze.tokens for cloze in clozes])
-    states = answer_states(wiring, tokens, torch.tensor([cloze.position for cloze in clozes]))
+    states = answer_states(residual, tokens, torch.tensor([cloze.position for cloze in clozes]))
     top, gold = states.logits.argmax(-1).cpu(), torch.tensor([cloze.target for cloze in clozes])
     if isinstance(target, int) and not 0 <= target < states.logits.shape[-1]:
         raise MethodError(f"target is token {target}; the model has tokens 0 to {states.logits.shape[-1] - 1}")
     chosen = gold if target == "gold" else top if target == "predicted" else torch.full_like(gold, int(target))
-    scores = integral(wiring, states, chosen, log_probability=log_probability).transpose(0, 1).cpu()
+    scores = integral(residual, states, chosen, log_probability=log_probability).transpose(0, 1).cpu()
     log_p = states.logits.log_softmax(-1).cpu()[torch.arange(len(gold)), gold]
     return scores, states.neurons.float().transpose(0, 1).cpu(), log_p, top
 
@@ -250,9 +248,9 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _identity(model: TransformerBridge, facts: Sequence[ClozeFact], settings: Mapping[str, Any]) -> str:
+def _identity(model: Model, facts: Sequence[ClozeFact], settings: Mapping[str, Any]) -> str:
     """Hash of what determines the result."""
-    return hash_of([model_hash(model), dict(settings), [asdict(fact) for fact in facts]])
+    return hash_of([model.hash, dict(settings), [asdict(fact) for fact in facts]])
 
 
 def _resumed(file: Path | None, identity: str) -> NeuronAttributions | None:

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.results import hash_of
 from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.known import ranks_at
@@ -80,7 +79,7 @@ class ClozeTask:
 
 def load_cloze(
     name_or_path: str,
-    model: TransformerBridge,
+    model: Model,
     *,
     relation: str | None = None,
     patterns: str | Path | None = None,
@@ -298,7 +297,7 @@ def _check_enough(relation: str, text: FactText, n_serve: int, n_prompts: int, n
 
 
 def _known(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[ClozeFact],
     order: Sequence[int],
     n_wanted: int,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kc_lib.errors import MethodError, check_counts
 from kc_lib.neurons.cloze import ClozeFact
 from kc_lib.neurons.refine import Neuron, NeuronSets, random_neurons
-from kc_lib.residual.encoder import MlpWiring
+from kc_lib.residual.encoder import Residual
 
 KINDS = ("knowledge", "base", "random")
 Variant = tuple[str, int]  # kind, draw; only random neurons have several draws
@@ -48,7 +48,7 @@ def n_empty(found: Sequence[dict[Variant, tuple[Neuron, ...]]]) -> dict[str, int
     return {method: sum((method, 0) not in own for own in found) for method in ("knowledge", "base")}
 
 
-def check_sets(facts: Sequence[ClozeFact], sets: NeuronSets, wiring: MlpWiring) -> None:
+def check_sets(facts: Sequence[ClozeFact], sets: NeuronSets, residual: Residual) -> None:
     """Raise MethodError for sets of other facts, or of another model."""
     given = [(fact.relation, fact.subject, fact.answer) for fact in facts]
     known = list(zip(*(sets.facts[name] for name in ("relation", "subject", "answer")), strict=True))
@@ -57,7 +57,7 @@ def check_sets(facts: Sequence[ClozeFact], sets: NeuronSets, wiring: MlpWiring) 
             f"the sets of neurons are of {len(known)} facts, and not of these {len(facts)}: give the facts that were "
             "attributed, in their order"
         )
-    shape = {"n_layers": wiring.n_layers, "d_mlp": wiring.parts(0).W_out.shape[0]}
+    shape = {"n_layers": residual.n_layers, "d_mlp": residual.parts(0).W_out.shape[0]}
     for name, number in shape.items():
         if sets.provenance.get(name, number) != number:
             raise MethodError(

@@ -10,15 +10,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeFact
 from kc_lib.neurons.controls import check_numbers, check_sets, with_random
 from kc_lib.neurons.refine import Neuron, NeuronSets
 from kc_lib.neurons.value_vectors import Answers, edited_answers, value_vectors
-from kc_lib.residual.from_bridge import mlp_wiring_of
 from kc_lib.results import load_table, save_table
 
 COLUMNS = ("kind", "draw", "fact", "relation", "prompt", "held_out", "right_before", "right", "nll_before", "nll")
@@ -59,7 +57,7 @@ class RelationErasure:
 
 
 def erase_relation(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[ClozeFact],
     sets: NeuronSets,
     relation: str,
@@ -83,21 +81,21 @@ def erase_relation(
 
     Raises:
         MethodError: an unknown relation, sets of other facts or of another model, or a number out of range.
-        ModelError: as ``mlp_wiring_of``; or weights that cannot be written in place.
+        ModelError: as ``Model.mlp_residual``; or weights that cannot be written in place.
     """
     check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
-    wiring = mlp_wiring_of(model)
-    check_sets(facts, sets, wiring)
+    residual = model.mlp_residual
+    check_sets(facts, sets, residual)
     check_erasing(facts, relation, n_neurons)
     relations = list(dict.fromkeys(fact.relation for fact in facts))
     knowledge, base = (sets.of_relation(method, relation)[:n_neurons] for method in ("knowledge", "base"))
-    chosen = with_random(knowledge, base, wiring.parts(0).W_out.shape[0], n_random, seed)
+    chosen = with_random(knowledge, base, residual.parts(0).W_out.shape[0], n_random, seed)
     prompts = _asked(facts, relation, relations, n_other, seed)
     clozes = [(i, cloze) for i, (_, _, prompt, _) in enumerate(prompts) for cloze in prompt.clozes]
     tokens = torch.tensor([[cloze.target] for _, cloze in clozes])
-    edits = [{}, *(_zeros(value_vectors(wiring, neurons), neurons) for neurons in chosen.values())]
+    edits = [{}, *(_zeros(value_vectors(residual, neurons), neurons) for neurons in chosen.values())]
     found = (
-        edited_answers(wiring, [cloze for _, cloze in clozes], tokens, edits, batch_size) if chosen else []
+        edited_answers(residual, [cloze for _, cloze in clozes], tokens, edits, batch_size) if chosen else []
     )  # nothing to erase, nothing to ask
     places: list[list[int]] = [[] for _ in prompts]
     for place, (i, _) in enumerate(clozes):
@@ -110,7 +108,7 @@ def erase_relation(
             rows.append((*about, right_before, right, nll_before, nll))
     zeroed = [(*variant, *neuron) for variant, neurons in chosen.items() for neuron in neurons]
     provenance = {
-        "model": model_name(model),
+        "model": model.name,
         "relation": relation,
         "n_neurons": n_neurons,
         "n_other": n_other,

@@ -8,30 +8,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from kc_lib import plotting as plot
 from kc_lib.errors import MethodError
 from kc_lib.neurons.activate import SENTENCES, NeuronActivations
+from kc_lib.neurons.attribute import NeuronAttributions
 from kc_lib.neurons.controls import KINDS
 from kc_lib.neurons.effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
 from kc_lib.neurons.erase import RelationErasure
-from kc_lib.neurons.refine import NeuronSets
+from kc_lib.neurons.refine import THRESHOLDS, NeuronSets, coarse_neurons
 from kc_lib.neurons.sets import ALL, METHODS, layer_shares, neurons_per_fact, overlaps, set_sizes
 from kc_lib.neurons.suppress import NeuronChanges
 from kc_lib.neurons.update import FactUpdates
-from kc_lib.plotting import DARK, HEAD, NEUTRAL, OKABE_ITO, OVER_FACTS, POSITIVE, figure_text, titled, whiskers
 
-COLOURS = {"knowledge": POSITIVE, "base": OKABE_ITO[1], "random": NEUTRAL}
+COLOURS = {"knowledge": plot.POSITIVE, "base": "#E69F00", "random": plot.NEUTRAL}
 SENTENCE_LOOKS = {
-    "T1": ("T1: subject and answer", POSITIVE),
-    "T2": ("T2: subject alone", HEAD),
-    "T3": ("T3: neither", NEUTRAL),
+    "T1": ("T1: subject and answer", plot.POSITIVE),
+    "T2": ("T2: subject alone", plot.HEAD),
+    "T3": ("T3: neither", plot.NEUTRAL),
 }
+KIND_LOOKS = {kind: (kind, COLOURS[kind]) for kind in KINDS}
 PROMPTS = {"own": "own prompts", "other": "other relations' prompts", "held_out": "held-out paraphrases"}
-RATES = {"changed": "rank-1 token changed", "success_1": "new answer at rank 1", "success_5": "new answer within rank 5"}
-BELOW = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
+RATES = {
+    "changed": "rank-1 token<br>changed",
+    "success_1": "new answer at<br>rank 1",
+    "success_5": "new answer within<br>rank 5",
+}
+PASSED = {"one paraphrase": plot.NEUTRAL, "several": plot.HEAD, "every one": plot.POSITIVE}
+FACTORS = {0.0: "suppressed (times 0)", 2.0: "amplified (times 2)"}
+PAIRS = {"intra": "two facts of a relation", "inter": "facts of two relations"}
+OTHERS = {"intra": "other facts of the relation", "inter": "facts of other relations"}
+ERASED = {"erased": "the erased relation", "others": "all other relations"}
+NOTHING = "no fact has neurons: there is nothing to show"
 
 
 def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
@@ -42,45 +53,41 @@ def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     Raises:
         MethodError: no fact has neurons.
     """
-    _filled(sets.frame, "no fact has neurons: there is nothing to show")
+    _check_rows(sets.frame, NOTHING)
     table = layer_shares(sets, seed)
     figure = go.Figure()
     for method in METHODS:
         rows = table[(table["method"] == method) & table["share"].notna()]
         hover = [
-            f"layer {row['layer']}: {row['neurons']} {method} neurons<br>{_shown(row, 'share')}" for row in _records(rows)
+            f"layer {row['layer']}: {row['neurons']} {method} neurons<br>{_percent(row, 'share')}"
+            for row in rows.to_dict("records")
         ]
-        _bars(figure, rows["layer"].tolist(), rows, "share", method, COLOURS[method], hover)
-    chance = float(table.loc[table["method"] == "random", "share"].iloc[0])
-    line = {"mode": "lines", "line": {"color": DARK, "width": 1.5, "dash": "dot"}, "hoverinfo": "skip"}
-    n_layers = int(sets.provenance["n_layers"])
-    figure.add_scatter(x=[-0.5, n_layers - 0.5], y=[chance] * 2, name="random neurons of the model", **line)
-    titled(figure, "Neurons by layer", [*_about(sets), OVER_FACTS])
-    figure.update_xaxes(title_text="layer", dtick=max(1, n_layers // 15), range=[-0.5, n_layers - 0.5])
+        plot.bars(figure, rows, "layer", "share", COLOURS[method], hover, name=method)
+    chance, n_layers = table.loc[table["method"] == "random", "share"].iloc[0], int(sets.provenance["n_layers"])
+    ends = pd.DataFrame({"layer": [-0.5, n_layers - 0.5], "share": float(chance)})
+    dotted = {"width": 1.5, "dash": "dot", "name": "random neurons of the model"}
+    plot.curve(figure, ends, "layer", "share", plot.DARK, None, **dotted)
+    plot.layer_axis(figure, n_layers, range=[-0.5, n_layers - 0.5])
     figure.update_yaxes(title_text="share of all facts' neurons", tickformat=".0%", rangemode="tozero")
-    return figure.update_layout(width=900, height=450, barmode="group", legend=BELOW)
+    about = [*_about(sets), plot.OVER_FACTS]
+    return plot.titled(figure, "Neurons by layer", about, width=900, height=450, barmode="group", legend=plot.below(0.2))
 
 
 def neurons_per_fact_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     """How many facts have how many neurons; facts without any are the bar at 0."""
-    sizes = set_sizes(sets)
-    pooled = neurons_per_fact(sets, seed)
-    by_method = {row["method"]: row for row in _records(pooled[pooled["relation"] == ALL])}
+    sizes, pooled = set_sizes(sets), neurons_per_fact(sets, seed)
+    by_method = {row["method"]: row for row in pooled[pooled["relation"] == ALL].to_dict("records")}
     figure = go.Figure()
     for method in METHODS:
         counts = sizes[method].astype(int).value_counts().sort_index()
-        figure.add_bar(
-            x=counts.index.tolist(),
-            y=counts.tolist(),
-            name=f"{method}, mean {figure_text(by_method[method], 'neurons')}",
-            marker_color=COLOURS[method],
-            hovertemplate=f"%{{y}} facts with %{{x}} {method} neurons<extra></extra>",
-        )
-    without = [f"without any: {by_method[method]['n_empty']} ({method})" for method in METHODS]
-    titled(figure, "Neurons per fact", [*_about(sets), *without])
+        rows = pd.DataFrame({"neurons": counts.index, "facts": counts.to_numpy()})
+        hover = f"%{{y}} facts with %{{x}} {method} neurons<extra></extra>"
+        name = f"{method}, mean {plot.figure_text(by_method[method], 'neurons')}"
+        plot.bars(figure, rows, "neurons", "facts", COLOURS[method], hover, name=name)
     figure.update_xaxes(title_text="neurons of a fact", dtick=max(1, int(sizes.max().max()) // 20))
     figure.update_yaxes(title_text="facts", rangemode="tozero")
-    return figure.update_layout(width=800, height=430, barmode="group", legend=BELOW)
+    about = [*_about(sets), *(f"without any: {by_method[method]['n_empty']} ({method})" for method in METHODS)]
+    return plot.titled(figure, "Neurons per fact", about, width=800, height=430, barmode="group", legend=plot.below(0.2))
 
 
 def neuron_overlap_figure(sets: NeuronSets, n_random: int = 10, seed: int = 0) -> go.Figure:
@@ -89,22 +96,55 @@ def neuron_overlap_figure(sets: NeuronSets, n_random: int = 10, seed: int = 0) -
     Raises:
         MethodError: no fact has neurons, or there is but one fact.
     """
-    _filled(sets.frame, "no fact has neurons: there is nothing to show")
+    _check_rows(sets.frame, NOTHING)
     table = overlaps(sets, n_random, seed)
-    table = table[table["pairs"].isin(["intra", "inter"]) & table["shared"].notna()]
-    _filled(table, "there is one fact: it shares its neurons with no other")
-    names = {"intra": "two facts of a relation", "inter": "facts of two relations"}
+    table = table[table["pairs"].isin(list(PAIRS)) & table["shared"].notna()]
+    _check_rows(table, "there is one fact: it shares its neurons with no other")
+    table = table.assign(pair=table["pairs"].map(PAIRS))
     figure = go.Figure()
     for kind in KINDS:
         rows = table[table["kind"] == kind]
         hover = [
-            f"{kind}, {names[row['pairs']]}<br>{figure_text(row, 'shared')} ({row['n_pairs']} pairs)"
-            for row in _records(rows)
+            f"{kind}, {row['pair']}<br>{plot.figure_text(row, 'shared')} ({row['n_pairs']} pairs)"
+            for row in rows.to_dict("records")
         ]
-        _bars(figure, rows["pairs"].map(names).tolist(), rows, "shared", kind, COLOURS[kind], hover)
-    titled(figure, "Neurons that two facts share", [*_about(sets), OVER_FACTS, "random: same layers"])
+        plot.bars(figure, rows, "pair", "shared", COLOURS[kind], hover, name=kind)
     figure.update_yaxes(title_text="shared neurons, mean over pairs", rangemode="tozero")
-    return figure.update_layout(width=720, height=450, barmode="group", legend=BELOW)
+    about = [*_about(sets), plot.OVER_FACTS, "random: same layers"]
+    size = {"width": 720, "height": 450, "barmode": "group", "legend": plot.below(0.2)}
+    return plot.titled(figure, "Neurons that two facts share", about, **size)
+
+
+def attribution_figure(
+    attributions: NeuronAttributions, fact: int = 0, method: str = "knowledge", threshold: float | None = None
+) -> go.Figure:
+    """The neurons that pass the threshold on a fact's paraphrases, by layer, coloured by how many paraphrases they pass on.
+
+    Args:
+        threshold: share of a prompt's largest score; by default the method's own.
+
+    Raises:
+        MethodError: no such fact, or no neuron of it has a positive score.
+    """
+    rows = coarse_neurons(attributions, method, THRESHOLDS[method] if threshold is None else threshold)
+    rows = rows[rows["fact"] == fact]
+    _check_rows(rows, f"fact {fact} has no neurons to show; facts are 0 to {len(attributions.facts) - 1}")
+    about = attributions.facts[attributions.facts["fact"] == fact].iloc[0]
+    n_prompts, n_layers = int(about["n_prompts"]), int(attributions.provenance["n_layers"])
+    n_passed: pd.Series = rows.groupby(["layer", "neuron"])["prompt"].transform("size")
+    figure, width = go.Figure(), 0.6
+    passed_on = np.select([n_passed == 1, n_passed < n_prompts], list(PASSED)[:2], list(PASSED)[2])
+    for name, colour in PASSED.items():
+        some = rows[passed_on == name]
+        x = some["layer"] + width * ((some["prompt"] + 0.5) / n_prompts - 0.5)  # paraphrases side by side
+        hover = "layer %{customdata[0]}, neuron %{customdata[1]}<br>paraphrase %{customdata[2]}: %{y:.4f}<extra></extra>"
+        look: dict[str, Any] = {"size": 9, "opacity": 0.75, "outline": {"width": 0.5, "color": "white"}}
+        look |= {"name": f"passes on {name} ({some.groupby(['layer', 'neuron']).ngroups} neurons)"}
+        plot.points(figure, x, some["value"], colour, hover, customdata=some[["layer", "neuron", "prompt"]], **look)
+    plot.layer_axis(figure, n_layers, range=[-0.7, n_layers - 0.3])
+    figure.update_yaxes(title_text="value" if method == "base" else "attribution", rangemode="tozero")
+    title, words = f"Neurons of {about['subject']}: {about['answer']}", [*plot.origin(attributions.provenance)]
+    return plot.titled(figure, title, [*words, f"{n_prompts} paraphrases"], width=900, height=430, legend=plot.below(0.2))
 
 
 def change_ratio_figure(changes: NeuronChanges, on: str = "own", seed: int = 0) -> go.Figure:
@@ -118,21 +158,14 @@ def change_ratio_figure(changes: NeuronChanges, on: str = "own", seed: int = 0) 
     """
     table = change_ratios(changes, seed)
     table = table[table["on"] == on]
-    _filled(table, f"no neurons were changed on {on} prompts: there is nothing to show")
-    factors = sorted(table["factor"].unique())
-    names = {0.0: "suppressed (times 0)", 2.0: "amplified (times 2)"}
-    figure = make_subplots(
-        1, len(factors), subplot_titles=[names.get(factor, f"times {factor:g}") for factor in factors], shared_yaxes=True
-    )
-    for column, factor in enumerate(factors, start=1):
-        own = table[table["factor"] == factor]
-        _by_relation(figure, own, "ratio", list(KINDS), "kind", COLOURS, column)
-    figure.add_vline(0, line={"color": DARK, "width": 1})
+    _check_rows(table, f"no neurons were changed on {on} prompts: there is nothing to show")
+    table = table.sort_values("factor", kind="stable")
+    names = {factor: FACTORS.get(factor, f"times {factor:g}") for factor in table["factor"]}
+    figure = _by_relation(table.assign(panel=table["factor"].map(names)), "ratio", KIND_LOOKS)
     figure.update_xaxes(title_text="change of p(answer), share of p", tickformat="+.0%")
-    n = int(table.loc[table["relation"] == ALL, "n"].max())
-    about = [str(changes.provenance.get("model", "")), f"n = {n} facts", PROMPTS[on], OVER_FACTS]
-    titled(figure, "What becomes of the answer without its neurons, and with twice as much", about)
-    return _tall(figure, table, len(KINDS), 520 + 260 * len(factors))
+    about = [*_model(changes.provenance, table), PROMPTS[on], plot.OVER_FACTS]
+    title = "What becomes of the answer without its neurons, and with twice as much"
+    return plot.titled(figure, title, about, width=520 + 260 * len(names))
 
 
 def activating_figure(activations: NeuronActivations, kind: str = "knowledge", seed: int = 0) -> go.Figure:
@@ -143,21 +176,11 @@ def activating_figure(activations: NeuronActivations, kind: str = "knowledge", s
     """
     table = activation_means(activations, seed)
     table = table[(table["kind"] == kind) & table["sentences"].isin(SENTENCES)]
-    _filled(table, f"no {kind} neurons were read on sentences: there is nothing to show")
-    figure = make_subplots(1, 1)
-    colours = {name: colour for name, (_, colour) in SENTENCE_LOOKS.items()}
-    _by_relation(figure, table, "activation", list(SENTENCES), "sentences", colours, 1)
-    for trace in figure.data:
-        trace.name = SENTENCE_LOOKS[str(trace.name)][0]
-    figure.add_vline(0, line={"color": DARK, "width": 1})
+    _check_rows(table, f"no {kind} neurons were read on sentences: there is nothing to show")
+    figure = _by_relation(table.assign(panel="", kind=table["sentences"]), "activation", SENTENCE_LOOKS)
     figure.update_xaxes(title_text=f"mean activation of {kind} neurons")
-    n = int(table.loc[table["relation"] == ALL, "n"].max())
-    titled(
-        figure,
-        f"Which sentences activate {kind} neurons",
-        [str(activations.provenance.get("model", "")), f"n = {n} facts", OVER_FACTS],
-    )
-    return _tall(figure, table, len(SENTENCES), 820)
+    about = [*_model(activations.provenance, table), plot.OVER_FACTS]
+    return plot.titled(figure, f"Which sentences activate {kind} neurons", about, width=820)
 
 
 def update_figure(updates: FactUpdates) -> go.Figure:
@@ -168,39 +191,26 @@ def update_figure(updates: FactUpdates) -> go.Figure:
     """
     table = update_rates(updates)
     table = table[table["relation"] == ALL]
-    _filled(table, "no fact was updated: there is nothing to show")
+    _check_rows(table, "no fact was updated: there is nothing to show")
     shown = [on for on in ("own", "held_out") if on in set(table["on"])]
-    figure = make_subplots(1, len(shown), subplot_titles=[PROMPTS[on] for on in shown], shared_yaxes=True)
+    figure = plot.panels([PROMPTS[on] for on in shown], size=16, shared_yaxes=True)
     for column, on in enumerate(shown, start=1):
-        for kind in KINDS:
-            own = _records(table[(table["on"] == on) & (table["kind"] == kind)])
-            if own:
-                rows = pd.DataFrame(
-                    [
-                        {"rate": own[0][name], "rate_low": own[0][f"{name}_low"], "rate_high": own[0][f"{name}_high"]}
-                        for name in RATES
-                    ]
-                )
-                hover = [
-                    f"{kind}, {text}<br>{_shown(row, 'rate')}"
-                    for text, row in zip(RATES.values(), _records(rows), strict=True)
-                ]
-                x = [text.replace(" rank", "<br>rank").replace(" changed", "<br>changed") for text in RATES.values()]
-                at = {"row": 1, "col": column, "showlegend": column == 1, "legendgroup": kind}
-                _bars(figure, x, rows, "rate", kind, COLOURS[kind], hover, **at)
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    figure.update_yaxes(title_text="share of facts", col=1)
-    about = updates.provenance
-    told = [str(about.get("model", "")), f"n = {int(table['n'].max())} facts", f"l1 = {about['l1']:g}, l2 = {about['l2']:g}"]
-    told += ["" if about.get("orient", True) else "not oriented"]
-    titled(
-        figure,
-        "Facts given another answer by their neurons",
-        [*filter(None, told), "whiskers: 95% Wilson intervals over facts"],
-    )
-    return figure.update_layout(
-        width=420 + 280 * len(shown), height=470, margin={"t": 115}, barmode="group", legend=BELOW | {"y": -0.24}
-    )
+        for row in table[table["on"] == on].to_dict("records"):
+            kind = str(row["kind"])
+            rates = [{f"rate{end}": row[f"{name}{end}"] for end in plot.ENDS} for name in RATES]
+            rows = pd.DataFrame(rates).assign(rate_of=list(RATES.values()))
+            hover = [
+                f"{kind}, {rate['rate_of'].replace('<br>', ' ')}<br>{_percent(rate, 'rate')}"
+                for rate in rows.to_dict("records")
+            ]
+            group: dict[str, Any] = {"row": 1, "col": column, "showlegend": column == 1, "legendgroup": kind}
+            plot.bars(figure, rows, "rate_of", "rate", COLOURS[kind], hover, name=kind, **group)
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%").update_yaxes(title_text="share of facts", col=1)
+    settings = updates.provenance
+    about = [*_model(settings, table), f"l1 = {settings['l1']:g}, l2 = {settings['l2']:g}"]
+    about += ["" if settings.get("orient", True) else "not oriented", "whiskers: 95% Wilson intervals over facts"]
+    size = {"width": 420 + 280 * len(shown), "height": 470, "margin": {"t": 115}, "legend": plot.below(0.24)}
+    return plot.titled(figure, "Facts given another answer by their neurons", about, barmode="group", **size)
 
 
 def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
@@ -213,36 +223,25 @@ def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
     """
     table = side_effects(updates, seed)
     table = table[table["relation"] == ALL]
-    _filled(table, "no fact was updated, or there are no other facts: there is nothing to show")
-    times = table.assign(**{f"times{end}": 1 + table[f"ratio{end}"] for end in ("", "_low", "_high")})
-    names = {"intra": "other facts of the relation", "inter": "facts of other relations"}
+    _check_rows(table, "no fact was updated, or there are no other facts: there is nothing to show")
+    times = table.assign(others=table["on"].map(OTHERS), **{f"times{end}": 1 + table[f"ratio{end}"] for end in plot.ENDS})
     figure = go.Figure()
     for kind in KINDS:
         rows = times[times["kind"] == kind]
-        if rows.empty:
-            continue
-        figure.add_scatter(
-            x=rows["on"].map(names).tolist(),
-            y=rows["times"].tolist(),
-            error_y=whiskers(_records(rows), "times"),
-            mode="markers",
-            marker={"color": COLOURS[kind], "size": 11},
-            name=kind,
-            hovertext=[f"{kind}, {names[row['on']]}<br>{figure_text(row, 'times', 3)} times" for row in _records(rows)],
-            hovertemplate="%{hovertext}<extra></extra>",
-        )
-    figure.add_hline(1, line={"color": DARK, "width": 1, "dash": "dot"})
-    n = int(table["n"].max())
-    titled(
-        figure, "What updates do to other facts", [str(updates.provenance.get("model", "")), f"n = {n} facts", OVER_FACTS]
-    )
+        records = rows.to_dict("records")
+        hover = [f"{kind}, {row['others']}<br>{plot.figure_text(row, 'times', 3)} times" for row in records]
+        if records:
+            look = {"size": 11, "name": kind, "error_y": plot.whiskers(records, "times")}
+            plot.points(figure, rows["others"], rows["times"], COLOURS[kind], hover, **look)
+    plot.level_lines(figure, "y", 1)
     figure.update_xaxes(range=[-0.5, table["on"].nunique() - 0.5])
-    decades = range(-3, 31)
     steps = (1, 2, 5) if times[["times", "times_high"]].to_numpy(dtype=float).max() < 300 else (1,)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    figure.update_yaxes(title_text="perplexity after / before", type="log", tickvals=ticks)
-    figure.update_yaxes(ticktext=[f"{tick:,g}" for tick in ticks])
-    return figure.update_layout(width=680, height=450, scattermode="group", scattergap=0.6, legend=BELOW)
+    ticks = [step * 10.0**decade for decade in range(-3, 31) for step in steps]
+    figure.update_yaxes(title_text="perplexity after / before", type="log")
+    figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
+    about = [*_model(updates.provenance, table), plot.OVER_FACTS]
+    size = {"width": 680, "height": 450, "scattermode": "group", "scattergap": 0.6, "legend": plot.below(0.2)}
+    return plot.titled(figure, "What updates do to other facts", about, **size)
 
 
 def erase_figure(erasures: Sequence[RelationErasure], seed: int = 0) -> go.Figure:
@@ -252,99 +251,47 @@ def erase_figure(erasures: Sequence[RelationErasure], seed: int = 0) -> go.Figur
         MethodError: nothing was erased.
     """
     table = erasure_effects(erasures, seed)
-    table = table[table["on"].isin(["erased", "others"])]
-    _filled(table, "no relation had neurons to erase: there is nothing to show")
-    panels = {"erased": "the erased relation", "others": "all other relations"}
-    shown = [on for on in panels if on in set(table["on"])]
-    figure = make_subplots(1, len(shown), subplot_titles=[panels[on] for on in shown], shared_yaxes=True)
-    for column, on in enumerate(shown, start=1):
-        own = table[table["on"] == on].assign(relation=lambda rows: rows["erased"])
-        _by_relation(figure, own, "ratio", list(KINDS), "kind", COLOURS, column)
-    figure.add_vline(0, line={"color": DARK, "width": 1})
+    table = table[table["on"].isin(list(ERASED))]
+    _check_rows(table, "no relation had neurons to erase: there is nothing to show")
+    panels = table["on"].map(ERASED)
+    table = table.assign(relation=table["erased"], panel=panels).sort_values("on", kind="stable")  # erased, others
+    figure = _by_relation(table, "ratio", KIND_LOOKS)
     figure.update_xaxes(title_text="change of perplexity", tickformat="+.0%", matches="x")
-    model = str(erasures[0].provenance.get("model", ""))
-    most = int(table["n_neurons"].max())
-    titled(figure, "Relations erased by their most frequent neurons", [model, f"at most {most} neurons", OVER_FACTS])
-    return _tall(figure, table.assign(relation=table["erased"]), len(KINDS), 520 + 260 * len(shown))
+    about = [str(erasures[0].provenance.get("model", "")), f"at most {int(table['n_neurons'].max())} neurons"]
+    title = "Relations erased by their most frequent neurons"
+    return plot.titled(figure, title, [*about, plot.OVER_FACTS], width=520 + 260 * panels.nunique())
 
 
-def _by_relation(
-    figure: go.Figure,
-    table: pd.DataFrame,
-    name: str,
-    kinds: Sequence[str],
-    column_of_kinds: str,
-    colours: Mapping[str, str],
-    column: int,
-) -> None:
-    """Horizontal bars, relations from the top with those of all of them first, one bar per kind."""
-    for kind in reversed(kinds):  # bars of a group go up from the bottom
-        rows = table[(table[column_of_kinds] == kind) & table[name].notna()]
-        if rows.empty:
-            continue
-        records = _records(rows)
-        figure.add_bar(
-            x=rows[name].tolist(),
-            y=[_label(row["relation"]) for row in records],
-            error_x=whiskers(records, name),
-            orientation="h",
-            name=kind,
-            legendgroup=kind,
-            showlegend=column == 1,
-            marker_color=colours[kind],
-            hovertext=[
-                f"{_label(row['relation'])}, {kind} (n = {row['n']})<br>{figure_text(row, name, 3)}" for row in records
-            ],
-            hovertemplate="%{hovertext}<extra></extra>",
-            row=1,
-            col=column,
-        )
+def _by_relation(table: pd.DataFrame, value: str, looks: Mapping[str, tuple[str, str]]) -> go.Figure:
+    """Horizontal bars of every ``panel``: relations from the top with all of them first, one bar per ``kind``.
+
+    Args:
+        looks: name and colour of each kind.
+    """
+    names = ["all facts" if relation == ALL else relation.replace("_", " ") for relation in table["relation"]]
+    table = table.assign(name=names)
+    panels = table["panel"].unique().tolist()
+    figure = plot.panels(panels, size=16, shared_yaxes=True)
+    for column, panel in enumerate(panels, start=1):
+        for kind in reversed(list(looks)):  # bars of a group go up from the bottom
+            rows = table[(table["panel"] == panel) & (table["kind"] == kind) & table[value].notna()]
+            records = rows.to_dict("records")
+            texts = [f"{row['name']}, {kind} (n = {row['n']})<br>{plot.figure_text(row, value, 3)}" for row in records]
+            if records:
+                look = {"orientation": "h", "name": looks[kind][0], "legendgroup": kind, "showlegend": column == 1}
+                plot.bars(figure, rows, "name", value, looks[kind][1], texts, row=1, col=column, **look)
+    plot.level_lines(figure, "x", 0, dash="solid")
+    order = list(dict.fromkeys(names))[::-1]
+    figure.update_yaxes(categoryorder="array", categoryarray=order, ticks="", showgrid=False, ticklabelstandoff=8)
+    height = len(order) * (16 * len(looks) + 14)
+    legend = plot.below(70 / height, traceorder="reversed")
+    return figure.update_layout(height=190 + height, margin={"t": 115, "b": 85}, barmode="group", bargap=0.25, legend=legend)
 
 
-def _tall(figure: go.Figure, table: pd.DataFrame, n_kinds: int, width: int) -> go.Figure:
-    relations = list(dict.fromkeys(_label(relation) for relation in table["relation"]))
-    figure.update_yaxes(categoryorder="array", categoryarray=relations[::-1], ticks="", showgrid=False, ticklabelstandoff=8)
-    height = 190 + len(relations) * (16 * n_kinds + 14)
-    legend = BELOW | {"traceorder": "reversed", "y": -70 / (height - 190)}
-    return figure.update_layout(
-        width=width, height=height, margin={"t": 115, "b": 85}, barmode="group", bargap=0.25, legend=legend
-    )
-
-
-def _bars(
-    figure: go.Figure,
-    x: Sequence[Any],
-    rows: pd.DataFrame,
-    name: str,
-    label: str,
-    colour: str,
-    hover: Sequence[str],
-    **where: Any,
-) -> None:
-    figure.add_bar(
-        x=list(x),
-        y=rows[name].tolist(),
-        error_y=whiskers(_records(rows), name),
-        name=label,
-        marker_color=colour,
-        hovertext=list(hover),
-        hovertemplate="%{hovertext}<extra></extra>",
-        **where,
-    )
-
-
-def _label(relation: str) -> str:
-    return "all facts" if relation == ALL else relation.replace("_", " ")
-
-
-def _shown(row: Any, name: str) -> str:
+def _percent(row: plot.Row, name: str) -> str:
     """A share as a percentage with its interval."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return f"{row[name]:.1%}" + ("" if pd.isna(low) else f" [{low:.1%}, {high:.1%}]")
-
-
-def _records(rows: pd.DataFrame) -> list[dict[Any, Any]]:
-    return rows.to_dict("records")
 
 
 def _about(sets: NeuronSets) -> list[str]:
@@ -352,6 +299,11 @@ def _about(sets: NeuronSets) -> list[str]:
     return [str(sets.provenance.get("model", "")), f"n = {len(sets.facts)} facts of {relations} relations"]
 
 
-def _filled(table: pd.DataFrame, otherwise: str) -> None:
+def _model(provenance: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
+    """The model, and how many facts the table has of all relations together."""
+    return [str(provenance.get("model", "")), f"n = {int(table.loc[table['relation'] == ALL, 'n'].max())} facts"]
+
+
+def _check_rows(table: pd.DataFrame, otherwise: str) -> None:
     if table.empty:
         raise MethodError(otherwise)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kc_lib.errors import MethodError, checked
 from kc_lib.residual.decoder import frozen
-from kc_lib.residual.encoder import MlpWiring
+from kc_lib.residual.encoder import Residual
 
 RULES = ("right", "left", "trapezoid")
 GAUSS_POINTS = 6
@@ -59,39 +59,39 @@ class AnswerStates:
 
 @torch.no_grad()
 @checked
-def answer_states(wiring: MlpWiring, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " batch"]) -> AnswerStates:
+def answer_states(residual: Residual, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " batch"]) -> AnswerStates:
     """One clean run of prompts of one length, read at one position of each.
 
     Raises:
         MethodError: a causal model is asked anywhere but at the last position, or the MLPs differ in width.
     """
-    widths = {wiring.parts(layer).W_out.shape[0] for layer in range(wiring.n_layers)}
+    widths = {residual.parts(layer).W_out.shape[0] for layer in range(residual.n_layers)}
     if len(widths) > 1:
         raise MethodError(f"the model's MLPs have different widths ({sorted(widths)}): its neurons do not fit one table")
     last = tokens.shape[1] - 1
-    if wiring.causal and bool((positions != last).any()):
+    if residual.causal and bool((positions != last).any()):
         raise MethodError("a causal model's prompts must end at the position that is read: leave out what follows it")
-    tokens, positions = tokens.to(wiring.device), positions.to(wiring.device)
-    kept = slice(last, None) if wiring.causal else slice(None)
-    at = torch.zeros_like(positions) if wiring.causal else positions
-    rows = torch.arange(len(tokens), device=wiring.device)
-    resid = wiring.embed(tokens)
+    tokens, positions = tokens.to(residual.device), positions.to(residual.device)
+    kept = slice(last, None) if residual.causal else slice(None)
+    at = torch.zeros_like(positions) if residual.causal else positions
+    rows = torch.arange(len(tokens), device=residual.device)
+    resid = residual.embed(tokens)
     neurons, after_attention, writes, past = [], [], [], []
-    for layer in range(wiring.n_layers):
-        if wiring.causal:
-            past.append(wiring.keys_values(layer, resid[:, :last]))
-        after = wiring.run_attention(layer, resid)
-        post = wiring.parts(layer).neurons(wiring.mlp_input(layer, resid, after))
-        write = wiring.parts(layer).write(post)
+    for layer in range(residual.n_layers):
+        if residual.causal:
+            past.append(residual.keys_values(layer, resid[:, :last]))
+        after = residual.run_attention(layer, resid)
+        post = residual.parts(layer).neurons(residual.mlp_input(layer, resid, after))
+        write = residual.parts(layer).write(post)
         neurons.append(post[rows, positions])
         after_attention.append(after[:, kept])
         writes.append(write[:, kept])
-        resid = wiring.after_mlp(layer, after, write)
+        resid = residual.after_mlp(layer, after, write)
     return AnswerStates(
         neurons=torch.stack(neurons),
         after_attention=torch.stack(after_attention),
         writes=torch.stack(writes),
-        logits=wiring.unembed(resid[rows, positions]).float(),
+        logits=residual.unembed(resid[rows, positions]).float(),
         past=tuple(past),
         at=at,
     )
@@ -118,7 +118,7 @@ def quadrature(m: int, rule: str) -> tuple[list[float], list[float]]:
 
 @checked
 def integrated_gradients(
-    wiring: MlpWiring,
+    residual: Residual,
     states: AnswerStates,
     targets: Int[Tensor, " batch"],
     steps: int = 20,
@@ -139,15 +139,15 @@ def integrated_gradients(
         MethodError: as ``quadrature``.
     """
     points, weights = (states.neurons.new_tensor(numbers) for numbers in quadrature(steps, rule))
-    paths = _Paths(wiring, states, targets, log_probability, max_rows)
-    every = torch.arange(paths.n, device=wiring.device)
+    paths = _Paths(residual, states, targets, log_probability, max_rows)
+    every = torch.arange(paths.n, device=residual.device)
     _, gradients = paths(every.repeat_interleave(len(points)), points.repeat(paths.n))
     return paths.scores(torch.einsum("k,nkd->nd", weights.float(), rearrange(gradients, "(n k) d -> n k d", n=paths.n)))
 
 
 @checked
 def adaptive_gradients(
-    wiring: MlpWiring,
+    residual: Residual,
     states: AnswerStates,
     targets: Int[Tensor, " batch"],
     tolerance: float = 1e-2,
@@ -161,7 +161,7 @@ def adaptive_gradients(
     path if that is more; of log p at least so many nats), the interval is cut in ``PARTS``, at most ``CUTS`` times. Where p
     is smooth along the path, as in most layers, the first look is enough, and more exact than twenty points of any rule.
     """
-    paths, device = _Paths(wiring, states, targets, log_probability, max_rows), wiring.device
+    paths, device = _Paths(residual, states, targets, log_probability, max_rows), residual.device
     nodes, weights = (torch.tensor(x, dtype=torch.float32, device=device) for x in leggauss(GAUSS_POINTS))
     nodes, weights = (nodes + 1) / 2, weights / 2
     which, start = torch.arange(paths.n, device=device), torch.zeros(paths.n, device=device)
@@ -169,7 +169,7 @@ def adaptive_gradients(
     p_start, p_end = paths.values(which, start), paths.observed.clone()
     least = torch.ones_like(p_end) if log_probability else p_end
     allowed = None
-    at_output = torch.zeros(paths.n, wiring.W_U.shape[0], device=device)
+    at_output = torch.zeros(paths.n, residual.W_U.shape[0], device=device)
     for cut in range(CUTS + 1):
         points = start[:, None] + (end - start)[:, None] * nodes
         _, gradients = paths(which.repeat_interleave(len(nodes)), points.flatten())
@@ -196,7 +196,7 @@ def adaptive_gradients(
 @torch.no_grad()
 @checked
 def changed_logits(
-    wiring: MlpWiring,
+    residual: Residual,
     states: AnswerStates,
     change: Callable[[int, Tensor], Tensor],
     first_layer: int = 0,
@@ -207,34 +207,34 @@ def changed_logits(
     changed one it is given what they became through that change.
     """
     neurons = states.neurons[first_layer]
-    write = wiring.parts(first_layer).write(change(first_layer, neurons))
+    write = residual.parts(first_layer).write(change(first_layer, neurons))
     rows = torch.arange(len(write), device=write.device)
-    resid = wiring.after_mlp(first_layer, states.after_attention[first_layer], _placed(states, first_layer, write, rows))
-    for layer in range(first_layer + 1, wiring.n_layers):
-        after = wiring.run_attention(layer, resid, states.past[layer] if states.past else None)
-        post = wiring.parts(layer).neurons(wiring.mlp_input(layer, resid, after))
+    resid = residual.after_mlp(first_layer, states.after_attention[first_layer], _placed(states, first_layer, write, rows))
+    for layer in range(first_layer + 1, residual.n_layers):
+        after = residual.run_attention(layer, resid, states.past[layer] if states.past else None)
+        post = residual.parts(layer).neurons(residual.mlp_input(layer, resid, after))
         post[rows, states.at] = change(layer, post[rows, states.at])
-        resid = wiring.after_mlp(layer, after, wiring.parts(layer).write(post))
-    return wiring.unembed(resid[rows, states.at]).float()
+        resid = residual.after_mlp(layer, after, residual.parts(layer).write(post))
+    return residual.unembed(resid[rows, states.at]).float()
 
 
 @torch.no_grad()
 @checked
 def neuron_values(
-    wiring: MlpWiring, tokens: Int[Tensor, "batch pos"], neurons: Sequence[tuple[int, int]]
+    residual: Residual, tokens: Int[Tensor, "batch pos"], neurons: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "batch pos neuron"]:
     """Values of some neurons (layer, index) at every position of prompts of one length; layers above are not run."""
     by_layer: dict[int, list[int]] = defaultdict(list)
     for place, (layer, _) in enumerate(neurons):
         by_layer[layer].append(place)
-    resid = wiring.embed(tokens)
+    resid = residual.embed(tokens)
     values = resid.new_zeros(*tokens.shape, len(neurons), dtype=torch.float32)
     for layer in range(max(by_layer, default=-1) + 1):
-        after = wiring.run_attention(layer, resid)
-        post = wiring.parts(layer).neurons(wiring.mlp_input(layer, resid, after))
+        after = residual.run_attention(layer, resid)
+        post = residual.parts(layer).neurons(residual.mlp_input(layer, resid, after))
         places = by_layer.get(layer, [])
         values[..., places] = post[..., [neurons[place][1] for place in places]].float()
-        resid = wiring.after_mlp(layer, after, wiring.parts(layer).write(post))
+        resid = residual.after_mlp(layer, after, residual.parts(layer).write(post))
     return values
 
 
@@ -246,18 +246,18 @@ class _Paths:
     """
 
     def __init__(
-        self, wiring: MlpWiring, states: AnswerStates, targets: Tensor, log_probability: bool, max_rows: int
+        self, residual: Residual, states: AnswerStates, targets: Tensor, log_probability: bool, max_rows: int
     ) -> None:
-        self.wiring, self.states = wiring, states
-        self.targets, self.log_probability, self.max_rows = targets.to(wiring.device), log_probability, max_rows
+        self.residual, self.states = residual, states
+        self.targets, self.log_probability, self.max_rows = targets.to(residual.device), log_probability, max_rows
         self.batch = len(targets)
-        self.n = wiring.n_layers * self.batch
-        log_p = states.logits.log_softmax(-1)[torch.arange(self.batch, device=wiring.device), self.targets]
-        self.observed = (log_p if log_probability else log_p.exp()).repeat(wiring.n_layers)  # at point 1, of every layer
+        self.n = residual.n_layers * self.batch
+        log_p = states.logits.log_softmax(-1)[torch.arange(self.batch, device=residual.device), self.targets]
+        self.observed = (log_p if log_probability else log_p.exp()).repeat(residual.n_layers)  # at point 1, of every layer
         # the output is linear in the point: one product serves all
-        outputs = [states.neurons[layer] @ wiring.parts(layer).W_out for layer in range(wiring.n_layers)]
+        outputs = [states.neurons[layer] @ residual.parts(layer).W_out for layer in range(residual.n_layers)]
         self.of_neurons = torch.cat(outputs).detach()
-        self.biases = torch.stack([wiring.parts(layer).b_out for layer in range(wiring.n_layers)])
+        self.biases = torch.stack([residual.parts(layer).b_out for layer in range(residual.n_layers)])
 
     def __call__(
         self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]
@@ -265,7 +265,7 @@ class _Paths:
         """Values and gradients, in float32, of paths each at a point."""
         values, gradients = [], []
         for order, some, at in self._pieces(paths, points):
-            with frozen(self.wiring.model), torch.enable_grad():
+            with frozen(self.residual.bridge), torch.enable_grad():
                 writes = self._writes(some, at).requires_grad_(True)
                 value = self._values(some, writes)
                 (gradient,) = torch.autograd.grad(value.sum(), [writes])
@@ -282,7 +282,7 @@ class _Paths:
     def scores(self, at_output: Float[Tensor, "path d_model"]) -> Float[Tensor, "layer batch d_mlp"]:
         """Scores of the neurons from the integrals of the gradients at their layers' outputs."""
         by_layer = rearrange(at_output, "(layer b) d -> layer b d", b=self.batch)
-        vectors = (self.wiring.parts(layer).W_out.float().T for layer in range(self.wiring.n_layers))
+        vectors = (self.residual.parts(layer).W_out.float().T for layer in range(self.residual.n_layers))
         return torch.stack([own @ W for own, W in zip(by_layer, vectors, strict=True)]) * self.states.neurons.float()
 
     def _pieces(self, paths: Tensor, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -296,22 +296,22 @@ class _Paths:
         return scaled + self.biases[paths // self.batch]
 
     def _values(self, paths: Tensor, writes: Tensor) -> Tensor:
-        wiring, states = self.wiring, self.states
+        residual, states = self.residual, self.states
         prompts, layers = paths % self.batch, paths // self.batch
-        starting = torch.bincount(layers, minlength=wiring.n_layers).tolist()
+        starting = torch.bincount(layers, minlength=residual.n_layers).tolist()
         resid, n = states.after_attention[0][:0], 0
         for layer, joining in enumerate(starting):
             if n:
                 past = (states.past[layer][0][prompts[:n]], states.past[layer][1][prompts[:n]]) if states.past else None
-                resid = wiring.run_block(layer, resid, past)
+                resid = residual.run_block(layer, resid, past)
             if joining:
                 new = slice(n, n + joining)
                 after = states.after_attention[layer][prompts[new]]
-                joined = wiring.after_mlp(layer, after, _placed(states, layer, writes[new], prompts[new]))
+                joined = residual.after_mlp(layer, after, _placed(states, layer, writes[new], prompts[new]))
                 resid = torch.cat([resid, joined])
                 n += joining
         each = torch.arange(n, device=paths.device)
-        log_p = wiring.unembed(resid[each, states.at[prompts]]).float().log_softmax(-1)[each, self.targets[prompts]]
+        log_p = residual.unembed(resid[each, states.at[prompts]]).float().log_softmax(-1)[each, self.targets[prompts]]
         return log_p if self.log_probability else log_p.exp()
 
 

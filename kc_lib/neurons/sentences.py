@@ -15,14 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeTask
 from kc_lib.results import hash_of
 from kc_lib.tasks.facts import read_json
+from kc_lib.tasks.files import load_text
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, relation_files
-from kc_lib.tasks.text import load_text
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 MAX_TOKENS = 128  # as the published code reads a sentence
@@ -111,7 +110,7 @@ def own_sentences(
     task: ClozeTask,
     corpus: Sequence[str] = (),
     *,
-    model: TransformerBridge | None = None,
+    model: Model | None = None,
     n_random: int = 10,
     seed: int = 0,
 ) -> SentenceTask:
@@ -144,7 +143,7 @@ def own_sentences(
 
 
 def read_sentences(
-    model: TransformerBridge,
+    model: Model,
     sentences: Sequence[str],
     *,
     subject: str = "",

@@ -17,18 +17,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeFact
 from kc_lib.neurons.cloze_batches import batches_by_length
 from kc_lib.neurons.controls import Variant, check_numbers, check_sets, n_empty, sets_of_facts, variants
 from kc_lib.neurons.integrate import AnswerStates, answer_states, changed_logits
 from kc_lib.neurons.of_facts import OfFacts
 from kc_lib.neurons.refine import Neuron, NeuronSets
-from kc_lib.residual.encoder import MlpWiring
-from kc_lib.residual.from_bridge import mlp_wiring_of
+from kc_lib.residual.encoder import Residual
 
 COLUMNS = ("kind", "draw", "factor", "fact", "on", "of_fact", "prompt", "p", "p_changed", "n_neurons")
 
@@ -59,7 +57,7 @@ class _Row:
 
 
 def change_neurons(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[ClozeFact],
     sets: NeuronSets,
     *,
@@ -82,14 +80,14 @@ def change_neurons(
     Raises:
         MethodError: sets of other facts or of another model, a number out of range, or a layer without enough other
             neurons to draw from.
-        ModelError: as ``mlp_wiring_of``.
+        ModelError: as ``Model.mlp_residual``.
     """
     check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
     if not factors:
         raise MethodError("no factors to multiply neurons by: give 0 to suppress, 2 to amplify")
-    wiring = mlp_wiring_of(model)
-    check_sets(facts, sets, wiring)
-    chosen = sets_of_facts(sets, wiring.parts(0).W_out.shape[0], n_random, seed)
+    residual = model.mlp_residual
+    check_sets(facts, sets, residual)
+    chosen = sets_of_facts(sets, residual.parts(0).W_out.shape[0], n_random, seed)
     asked = [
         (fact, *prompt) for fact, own in enumerate(chosen) if own for prompt in _prompts_for(facts, fact, n_other, seed)
     ]
@@ -102,14 +100,14 @@ def change_neurons(
     with tqdm(total=len(rows), desc="interventions", unit="prompt", disable=not progress) as bar:
         for members, _, _ in batches_by_length(rows, batch_size):
             batch = [rows[i] for i in members]
-            states = _states(wiring, batch)
+            states = _states(residual, batch)
             _add(log_p, batch, states.logits, None, 1.0)
             for variant in variants(n_random):
                 neurons = [chosen[row.fact].get(variant, ()) for row in batch]
                 if not any(neurons):
                     continue
                 for factor in factors:
-                    _add(log_p, batch, _multiplied(wiring, states, neurons, factor), variant, factor)
+                    _add(log_p, batch, _multiplied(residual, states, neurons, factor), variant, factor)
             bar.update(len(batch))
     found = [
         (*variant, factor, fact, on, of_fact, prompt, *_probabilities(log_p, i, variant, factor), len(neurons))
@@ -118,7 +116,7 @@ def change_neurons(
         for factor in factors
     ]
     provenance = {
-        "model": model_name(model),
+        "model": model.name,
         "factors": list(factors),
         "n_other": n_other,
         "n_random": n_random,
@@ -142,16 +140,16 @@ def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int)
     return own + sorted(generator.sample(others, min(n_other, len(others))))
 
 
-def _states(wiring: MlpWiring, batch: Sequence[_Row]) -> AnswerStates:
+def _states(residual: Residual, batch: Sequence[_Row]) -> AnswerStates:
     """The clean run of every row; equal prompts are run once."""
     distinct = {(row.tokens, row.position): i for i, row in enumerate(batch)}
     place = {prompt: i for i, prompt in enumerate(distinct)}
     tokens = torch.tensor([prompt for prompt, _ in distinct])
-    states = answer_states(wiring, tokens, torch.tensor([position for _, position in distinct]))
+    states = answer_states(residual, tokens, torch.tensor([position for _, position in distinct]))
     return states.rows(torch.tensor([place[row.tokens, row.position] for row in batch]))
 
 
-def _multiplied(wiring: MlpWiring, states: AnswerStates, neurons: Sequence[Sequence[Neuron]], factor: float) -> Tensor:
+def _multiplied(residual: Residual, states: AnswerStates, neurons: Sequence[Sequence[Neuron]], factor: float) -> Tensor:
     """Logits when in every row its own neurons are multiplied."""
     of_layer: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for row, own in enumerate(neurons):
@@ -166,7 +164,7 @@ def _multiplied(wiring: MlpWiring, states: AnswerStates, neurons: Sequence[Seque
         values[of_layer[layer]] *= factor
         return values
 
-    return changed_logits(wiring, states, change, min(of_layer))
+    return changed_logits(residual, states, change, min(of_layer))
 
 
 def _add(

@@ -20,18 +20,16 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
-from kc_lib.models.load import model_name
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import Cloze, ClozeFact, ClozePrompt
 from kc_lib.neurons.controls import Variant, check_numbers, check_sets, sets_of_facts
 from kc_lib.neurons.integrate import answer_states
 from kc_lib.neurons.refine import Neuron, NeuronSets
 from kc_lib.neurons.value_vectors import Answers, Values, edited_answers, edited_values
 from kc_lib.neurons.values import check_update, mean_activations, updated_values
-from kc_lib.residual.encoder import MlpWiring
-from kc_lib.residual.from_bridge import mlp_wiring_of
+from kc_lib.residual.encoder import Residual
 from kc_lib.results import load_table, save_table
 
 __all__ = ["FactUpdates", "update_answers", "update_facts"]
@@ -82,7 +80,7 @@ class FactUpdates:
 
 
 def update_facts(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[ClozeFact],
     sets: NeuronSets,
     *,
@@ -110,15 +108,15 @@ def update_facts(
 
     Raises:
         MethodError: sets of other facts or of another model, or a parameter out of range.
-        ModelError: as ``mlp_wiring_of``; or weights that cannot be written in place.
+        ModelError: as ``Model.mlp_residual``; or weights that cannot be written in place.
     """
     check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
     check_update(l1, l2, scale, embedding)
-    wiring = mlp_wiring_of(model)
-    check_sets(facts, sets, wiring)
-    chosen = sets_of_facts(sets, wiring.parts(0).W_out.shape[0], n_random, seed, common=False)
+    residual = model.mlp_residual
+    check_sets(facts, sets, residual)
+    chosen = sets_of_facts(sets, residual.parts(0).W_out.shape[0], n_random, seed, common=False)
     targets, left_out = _targets(facts, seed)
-    before = _unedited(wiring, facts, targets, batch_size)
+    before = _unedited(residual, facts, targets, batch_size)
     how: dict[str, Any] = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
     frames, sides, rows = [], [], []
     for fact, target in tqdm(targets.items(), desc="updates", unit="fact", disable=not progress):
@@ -130,8 +128,8 @@ def update_facts(
         prompts = _prompts_for(facts, fact, n_other, seed)
         asked = [(i, cloze) for i, (_, of, number) in enumerate(prompts) for cloze in _all(facts[of])[number].clozes]
         tokens = torch.tensor([[cloze.target, new] for _, cloze in asked])
-        edits = [_edit(wiring, about, neurons, new, how, batch_size) for neurons in chosen[fact].values()]
-        after = edited_answers(wiring, [cloze for _, cloze in asked], tokens, edits, batch_size)
+        edits = [_edit(residual, about, neurons, new, how, batch_size) for neurons in chosen[fact].values()]
+        after = edited_answers(residual, [cloze for _, cloze in asked], tokens, edits, batch_size)
         unedited = [before[of, number] for _, of, number in prompts]
         for (variant, neurons), answers in zip(chosen[fact].items(), after, strict=True):
             frame, side = _compared(variant, fact, prompts, [i for i, _ in asked], unedited, answers)
@@ -142,7 +140,7 @@ def update_facts(
         method: sum((method, 0) not in chosen[int(fact)] for fact in reported["fact"]) for method in ("knowledge", "base")
     }
     provenance = {
-        "model": model_name(model),
+        "model": model.name,
         **how,
         "n_other": n_other,
         "n_random": n_random,
@@ -157,7 +155,7 @@ def update_facts(
 
 
 def update_answers(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[ClozeFact],
     sets: NeuronSets,
     fact: int,
@@ -180,8 +178,8 @@ def update_answers(
     """
     check_numbers(answers=n_answers)
     check_update(l1, l2, scale, embedding)
-    wiring = mlp_wiring_of(model)
-    check_sets(facts, sets, wiring)
+    residual = model.mlp_residual
+    check_sets(facts, sets, residual)
     check_fact(facts, fact)
     targets, _ = _targets(facts, seed)
     rows: list[dict[str, Any]] = []
@@ -189,9 +187,9 @@ def update_answers(
     if fact in targets:
         how = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
         new = _token(facts[targets[fact]])
-        rows += _top_answers(wiring, facts[fact], {}, n_answers)
+        rows += _top_answers(residual, facts[fact], {}, n_answers)
         if neurons:
-            rows += _top_answers(wiring, facts[fact], _edit(wiring, facts[fact], neurons, new, how), n_answers)
+            rows += _top_answers(residual, facts[fact], _edit(residual, facts[fact], neurons, new, how), n_answers)
     return pd.DataFrame(rows, columns=["on", "prompt", "text", "edited", "rank", "token", "p"])
 
 
@@ -202,7 +200,7 @@ def check_fact(facts: Sequence[ClozeFact], fact: int) -> None:
 
 
 def _edit(
-    wiring: MlpWiring,
+    residual: Residual,
     fact: ClozeFact,
     neurons: Sequence[Neuron],
     new: int,
@@ -210,21 +208,21 @@ def _edit(
     batch_size: int = 32,
 ) -> Values:
     clozes = [prompt.clozes[0] for prompt in fact.prompts]
-    activations = mean_activations(wiring, clozes, neurons, batch_size)
-    return updated_values(wiring, neurons, _token(fact), new, activations=activations, **how)
+    activations = mean_activations(residual, clozes, neurons, batch_size)
+    return updated_values(residual, neurons, _token(fact), new, activations=activations, **how)
 
 
-def _top_answers(wiring: MlpWiring, fact: ClozeFact, edit: Values, n_answers: int) -> list[dict[str, Any]]:
+def _top_answers(residual: Residual, fact: ClozeFact, edit: Values, n_answers: int) -> list[dict[str, Any]]:
     rows = []
-    with edited_values(wiring, edit):
+    with edited_values(residual, edit):
         for number, prompt in enumerate(_all(fact)):
             cloze = prompt.clozes[0]
-            states = answer_states(wiring, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
+            states = answer_states(residual, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
             p_all = states.logits[0].softmax(-1)
             top = p_all.topk(min(n_answers, len(p_all)))
             about = {"on": "own" if number < len(fact.prompts) else "held_out", "prompt": number, "text": prompt.text}
             for rank, (p, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
-                word = wiring.model.tokenizer.decode([token])
+                word = residual.bridge.tokenizer.decode([token])
                 rows.append(about | {"edited": bool(edit), "rank": rank, "token": word, "p": p})
     return rows
 
@@ -280,14 +278,14 @@ class _Unedited:
 
 
 def _unedited(
-    wiring: MlpWiring, facts: Sequence[ClozeFact], targets: Mapping[int, int], batch_size: int
+    residual: Residual, facts: Sequence[ClozeFact], targets: Mapping[int, int], batch_size: int
 ) -> dict[tuple[int, int], _Unedited]:
     """What the model itself answers to every prompt of every fact."""
     keys = [(i, number) for i, fact in enumerate(facts) for number in range(len(_all(fact)))]
     asked = [(key, cloze) for key in keys for cloze in _all(facts[key[0]])[key[1]].clozes]
     new = {i: _token(facts[target]) for i, target in targets.items()}
     tokens = torch.tensor([[cloze.target, new.get(i, cloze.target)] for (i, _), cloze in asked])
-    (answers,) = edited_answers(wiring, [cloze for _, cloze in asked], tokens, [{}], batch_size)
+    (answers,) = edited_answers(residual, [cloze for _, cloze in asked], tokens, [{}], batch_size)
     places: dict[tuple[int, int], list[int]] = {key: [] for key in keys}
     for place, (key, _) in enumerate(asked):
         places[key].append(place)

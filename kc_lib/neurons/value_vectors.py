@@ -18,48 +18,48 @@ from torch import Tensor
 
 from kc_lib.errors import MethodError, ModelError, checked
 from kc_lib.neurons.cloze_batches import Read, batches_by_length
-from kc_lib.residual.encoder import MlpWiring
+from kc_lib.residual.encoder import Residual
 
 Neuron = tuple[int, int]  # layer, index in the layer
 Values = Mapping[Neuron, Float[Tensor, " d_model"]]
 
 
 @checked
-def value_vectors(wiring: MlpWiring, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron d_model"]:
+def value_vectors(residual: Residual, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron d_model"]:
     """Copies of the neurons' value vectors."""
-    check_neurons(wiring, neurons)
-    rows = [wiring.parts(layer).W_out[neuron] for layer, neuron in neurons]
-    return torch.stack(rows) if rows else wiring.parts(0).W_out.new_zeros(0, wiring.W_U.shape[0])
+    check_neurons(residual, neurons)
+    rows = [residual.parts(layer).W_out[neuron] for layer, neuron in neurons]
+    return torch.stack(rows) if rows else residual.parts(0).W_out.new_zeros(0, residual.W_U.shape[0])
 
 
-def check_neurons(wiring: MlpWiring, neurons: Sequence[Neuron]) -> None:
+def check_neurons(residual: Residual, neurons: Sequence[Neuron]) -> None:
     """Raise MethodError for a neuron that the model does not have."""
     for layer, neuron in neurons:
-        if not (0 <= layer < wiring.n_layers and 0 <= neuron < wiring.parts(layer).W_out.shape[0]):
+        if not (0 <= layer < residual.n_layers and 0 <= neuron < residual.parts(layer).W_out.shape[0]):
             raise MethodError(
-                f"the model has no neuron {neuron} in layer {layer}: it has {wiring.n_layers} layers of "
-                f"{wiring.parts(0).W_out.shape[0]} neurons"
+                f"the model has no neuron {neuron} in layer {layer}: it has {residual.n_layers} layers of "
+                f"{residual.parts(0).W_out.shape[0]} neurons"
             )
 
 
 @contextmanager
-def edited_values(wiring: MlpWiring, values: Values) -> Iterator[None]:
+def edited_values(residual: Residual, values: Values) -> Iterator[None]:
     """The neurons have these value vectors inside; on exit, also by an exception, the weights are what they were to the bit.
 
     Raises:
         MethodError: a neuron that the model does not have, or a vector of another size.
         ModelError: the value vectors are not the model's own memory, so that writing them would not change the model.
     """
-    check_neurons(wiring, list(values))
-    width = wiring.W_U.shape[0]
+    check_neurons(residual, list(values))
+    width = residual.W_U.shape[0]
     wrong = [vector.shape for vector in values.values() if vector.shape != (width,)]
     if wrong:
         raise MethodError(f"a value vector has the shape {tuple(wrong[0])}; it must have ({width},)")
     by_layer: dict[int, list[int]] = defaultdict(list)
     for layer, neuron in values:
         by_layer[layer].append(neuron)
-    tables = {layer: wiring.parts(layer).W_out for layer in by_layer}
-    _check_memory(wiring, tables)
+    tables = {layer: residual.parts(layer).W_out for layer in by_layer}
+    _check_memory(residual, tables)
     before = {layer: tables[layer][neurons].clone() for layer, neurons in by_layer.items()}
     try:
         with torch.no_grad():
@@ -72,8 +72,8 @@ def edited_values(wiring: MlpWiring, values: Values) -> Iterator[None]:
                 tables[layer][neurons] = before[layer]
 
 
-def _check_memory(wiring: MlpWiring, tables: Mapping[int, Tensor]) -> None:
-    owned = {parameter.untyped_storage().data_ptr() for parameter in wiring.model.parameters()}
+def _check_memory(residual: Residual, tables: Mapping[int, Tensor]) -> None:
+    owned = {parameter.untyped_storage().data_ptr() for parameter in residual.bridge.parameters()}
     for layer, table in tables.items():
         if table.untyped_storage().data_ptr() not in owned:
             raise ModelError(
@@ -93,7 +93,7 @@ class Answers:
 
 @torch.no_grad()
 def edited_answers(
-    wiring: MlpWiring,
+    residual: Residual,
     prompts: Sequence[Read],
     tokens: Int[Tensor, "prompt token"],
     edits: Sequence[Values],
@@ -106,7 +106,7 @@ def edited_answers(
     Raises:
         MethodError, ModelError: as ``edited_values``; MethodError also for logits that are no finite numbers.
     """
-    firsts = [min((layer for layer, _ in edit), default=wiring.n_layers) for edit in edits]
+    firsts = [min((layer for layer, _ in edit), default=residual.n_layers) for edit in edits]
     n_prompts, n_tokens = tokens.shape
     found = [
         Answers(
@@ -117,15 +117,15 @@ def edited_answers(
         for _ in edits
     ]
     for rows, batch, positions in batches_by_length(prompts, batch_size):
-        wanted = tokens[rows].to(wiring.device)
-        resid, layer, streams = wiring.embed(batch), 0, {}
+        wanted = tokens[rows].to(residual.device)
+        resid, layer, streams = residual.embed(batch), 0, {}
         for first in sorted(set(firsts)):
-            resid, layer = _run(wiring, resid, layer, first), first
+            resid, layer = _run(residual, resid, layer, first), first
             streams[first] = resid
         for edit, first, answers in zip(edits, firsts, found, strict=True):
-            with edited_values(wiring, edit):
-                final = _run(wiring, streams[first], first, wiring.n_layers)
-            logits = wiring.unembed(final[torch.arange(len(rows)), positions]).float()
+            with edited_values(residual, edit):
+                final = _run(residual, streams[first], first, residual.n_layers)
+            logits = residual.unembed(final[torch.arange(len(rows)), positions]).float()
             if not logits.isfinite().all():  # ranks of what is no number would be 1
                 raise MethodError("the edited model's logits are no finite numbers: use dtype float32, or a smaller edit")
             asked = logits.gather(1, wanted)
@@ -135,8 +135,8 @@ def edited_answers(
     return found
 
 
-def _run(wiring: MlpWiring, resid: Float[Tensor, "batch pos d_model"], first: int, end: int) -> Tensor:
+def _run(residual: Residual, resid: Float[Tensor, "batch pos d_model"], first: int, end: int) -> Tensor:
     """The stream before layer ``end`` from that before layer ``first``."""
     for layer in range(first, end):
-        resid = wiring.run_block(layer, resid)
+        resid = residual.run_block(layer, resid)
     return resid

@@ -23,7 +23,7 @@ from kc_lib.neurons.cloze_batches import Read, batches_by_length
 from kc_lib.neurons.integrate import neuron_values
 from kc_lib.neurons.refine import Neuron
 from kc_lib.neurons.value_vectors import value_vectors
-from kc_lib.residual.encoder import MlpWiring
+from kc_lib.residual.encoder import Residual
 
 SCALES = ("code", "paper")
 EMBEDDINGS = ("output", "input")
@@ -32,7 +32,7 @@ EMBEDDINGS = ("output", "input")
 @torch.no_grad()
 @checked
 def updated_values(
-    wiring: MlpWiring,
+    residual: Residual,
     neurons: Sequence[Neuron],
     old: int,
     new: int,
@@ -58,8 +58,8 @@ def updated_values(
         MethodError: a neuron the model does not have, or a parameter out of range.
     """
     check_update(l1, l2, scale, embedding)
-    values = value_vectors(wiring, neurons)
-    table = wiring.W_U.T if embedding == "output" else wiring.model.embed.W_E.detach()
+    values = value_vectors(residual, neurons)
+    table = residual.W_U.T if embedding == "output" else residual.bridge.embed.W_E.detach()
     e_old, e_new = (table[token].float() for token in (old, new))
     fired = [1.0] * len(neurons) if activations is None else activations.tolist()
     updated: dict[Neuron, Tensor] = {}
@@ -71,12 +71,12 @@ def updated_values(
 
 
 def mean_activations(
-    wiring: MlpWiring, prompts: Sequence[Read], neurons: Sequence[Neuron], batch_size: int = 32
+    residual: Residual, prompts: Sequence[Read], neurons: Sequence[Neuron], batch_size: int = 32
 ) -> Float[Tensor, " neuron"]:
     """Mean activation of each neuron over prompts, where each is answered."""
     sums = torch.zeros(len(neurons))
     for _, tokens, positions in batches_by_length(prompts, batch_size):
-        sums += neuron_values(wiring, tokens, neurons)[torch.arange(len(tokens)), positions].sum(0).cpu()
+        sums += neuron_values(residual, tokens, neurons)[torch.arange(len(tokens)), positions].sum(0).cpu()
     return sums / len(prompts)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kc_lib.errors import MethodError, checked
 from kc_lib.graph import Graph
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
@@ -21,18 +21,18 @@ INTERVENTIONS = ("patching", "zero", "mean", "positional_mean")
 @torch.no_grad()
 @checked
 def writer_outputs(
-    wiring: Wiring, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
 ) -> Float[Tensor, "writer batch new_pos d_model"]:
     """Every writer's contribution to the stream in a plain run, at the positions after the context's.
 
     The contributions below a reader, plus the attention biases below it, sum to the reader's input exactly; where the
     model normalises outputs (Gemma), a head's contribution is scaled as the norm scales it in this run.
     """
-    resid = wiring.embed(tokens)[:, context.start :]
-    outputs = resid.new_empty(wiring.n_writers, *resid.shape)
+    resid = decoder.embed(tokens)[:, context.start :]
+    outputs = resid.new_empty(decoder.n_writers, *resid.shape)
     outputs[0] = resid
     row = 1
-    for layer, block in enumerate(wiring.blocks):
+    for layer, block in enumerate(decoder.blocks):
         attention = block.attention
         x = attention.norm(resid)
         q, k, v = (attention.project(kind, x) for kind in "qkv")
@@ -40,10 +40,10 @@ def writer_outputs(
         heads = attention.contributions(attention.head_outputs(z))
         after_attention = resid + heads.sum(0) + attention.b_O
         mlp = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
-        outputs[row : row + wiring.n_heads] = heads
-        outputs[row + wiring.n_heads] = mlp
+        outputs[row : row + decoder.n_heads] = heads
+        outputs[row + decoder.n_heads] = mlp
         resid = after_attention + mlp
-        row += wiring.n_heads + 1
+        row += decoder.n_heads + 1
     return outputs
 
 
@@ -71,7 +71,7 @@ class Means:
 
 
 def mean_outputs(
-    wiring: Wiring,
+    decoder: Decoder,
     reference: Iterable[Batch],
     positional: bool = False,
     outputs_of: Callable[..., Tensor] = writer_outputs,
@@ -80,12 +80,12 @@ def mean_outputs(
 
     ``positional`` averages each position (counted from the left) on its own. EAP-IG's non-positional mean averages
     across nodes and reads the last token only (known fault); this is the mean over examples and positions, per node.
-    ``outputs_of`` gives what else is to be averaged, neurons say, from wiring and tokens.
+    ``outputs_of`` gives what else is to be averaged, neurons say, from decoder and tokens.
     """
     total: Tensor | None = None
     count: Tensor | None = None
     for batch in reference:
-        outputs = outputs_of(wiring, batch.clean)
+        outputs = outputs_of(decoder, batch.clean)
         n_pos = outputs.shape[2]
         real = torch.arange(n_pos, device=outputs.device) < batch.lengths[:, None]
         summed = (outputs * real[:, :, None]).sum(1, keepdim=True)
@@ -105,7 +105,7 @@ def mean_outputs(
 
 
 def ablation(
-    wiring: Wiring,
+    decoder: Decoder,
     kind: str,
     batch: Batch,
     means: Means | None = None,
@@ -120,9 +120,9 @@ def ablation(
         MethodError: an unknown kind, or a mean without its reference or too short for this batch.
     """
     if kind == "patching":
-        return Ablation(kind, outputs_of(wiring, batch.corrupted, context))
+        return Ablation(kind, outputs_of(decoder, batch.corrupted, context))
     if kind == "zero":
-        return Ablation(kind, wiring.W_U.new_zeros(wiring.n_writers, 1, 1, wiring.W_U.shape[0]))
+        return Ablation(kind, decoder.W_U.new_zeros(decoder.n_writers, 1, 1, decoder.W_U.shape[0]))
     if kind not in INTERVENTIONS:
         raise MethodError(f"unknown intervention {kind!r}: use one of {', '.join(INTERVENTIONS)}")
     if means is None:
@@ -139,10 +139,10 @@ def ablation(
 
 
 def ablated_inputs(
-    wiring: Wiring, graph: Graph, ablated: Float[Tensor, "writer row d_model"]
+    decoder: Decoder, graph: Graph, ablated: Float[Tensor, "writer row d_model"]
 ) -> Float[Tensor, "reader row d_model"]:
     """What each reader sees without any edge: the ablated stream and the attention biases below it."""
-    streams, biases = [], wiring.bias_before
+    streams, biases = [], decoder.bias_before
     total = ablated[0]
     for layer in range(graph.n_layers):
         heads = graph.head_writers(layer)

@@ -20,10 +20,10 @@ from kc_lib.residual.parts import Block, Mlp, Norm
 
 
 @dataclass(frozen=True)
-class Wiring:
+class Decoder:
     """A decoder as writers and readers of one residual stream; see the head of ``kc_lib.residual``."""
 
-    model: TransformerBridge
+    bridge: TransformerBridge
     blocks: list[Block]
     final_norm: Norm
     W_U: Float[Tensor, "d_model d_vocab"]
@@ -71,11 +71,11 @@ class Wiring:
         """The stream before block 0: token embedding and, where the model has them, learned positions."""
         with torch.no_grad():
             # a clone, so that no hook of the model can reach the kernels' copy
-            return self.model(tokens.to(self.device), stop_at_layer=0).clone()
+            return self.bridge(tokens.to(self.device), stop_at_layer=0).clone()
 
     def token_embedding(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         """Rows of the embedding matrix: no positions, and none of the scaling some models apply to them."""
-        return self.model.embed.W_E.detach()[tokens.to(self.device)]
+        return self.bridge.embed.W_E.detach()[tokens.to(self.device)]
 
     def token_part(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """What the tokens alone put into the stream before block 0, scaled as the model scales it: ``embed`` less positions.
@@ -88,16 +88,16 @@ class Wiring:
         # a difference of two sums of sizes W_E and W_pos: equal up to what float addition rounds
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-2 * float(first.abs().max())):
             raise ModelError(
-                f"{getattr(self.model.cfg, 'architecture', 'the model')} does not add learned positions to embeddings: "
+                f"{getattr(self.bridge.cfg, 'architecture', 'the model')} does not add learned positions to embeddings: "
                 "the tokens' own part of its stream is not known"
             )
         return self.embed(tokens) - self._positions(tokens.shape[1])
 
     def _positions(self, n_pos: int) -> Float[Tensor, "pos d_model"]:
         """Learned positions as they are added to the stream, zero where the model has none."""
-        if not hasattr(self.model, "pos_embed"):
+        if not hasattr(self.bridge, "pos_embed"):
             return self.W_U.new_zeros(n_pos, self.W_U.shape[0])
-        return self.model.pos_embed.W_pos[:n_pos].detach()
+        return self.bridge.pos_embed.W_pos[:n_pos].detach()
 
     def unembed(
         self,

@@ -2,7 +2,7 @@
 
 Every block normalises the residual stream after attention and again after the MLP, so no sum of writers equals it, and
 circuits are not defined for these models. What is defined is each MLP's neurons, what they read, and what follows from
-them. ``EncoderWiring`` has just that, under the names a ``Wiring`` has: a block of either is
+them. ``Encoder`` has just that, under the names a ``Decoder`` has: a block of either is
 ``after = run_attention(layer, resid)``, ``neurons = parts(layer).neurons(mlp_input(layer, resid, after))``,
 ``resid = after_mlp(layer, after, parts(layer).write(neurons))``.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.parts import Attention, Mlp, Norm
 
 
@@ -33,10 +33,10 @@ class EncoderBlock:
 
 
 @dataclass(frozen=True)
-class EncoderWiring:
+class Encoder:
     """A masked language model run from its parts; prompts of a batch are of one length, there are no pads."""
 
-    model: TransformerBridge
+    bridge: TransformerBridge
     blocks: list[EncoderBlock]
     embeddings: Callable[[Tensor], Tensor]  # the model's own module: words, positions, segment 0, and the norm on them
     head: Callable[[Tensor], Tensor]  # the transform before the unembedding
@@ -97,4 +97,4 @@ class EncoderWiring:
         return F.linear(self.head(resid), self.W_U.T, self.b_U)
 
 
-MlpWiring = Wiring | EncoderWiring  # what methods about MLP neurons take
+Residual = Decoder | Encoder  # what methods about MLP neurons take

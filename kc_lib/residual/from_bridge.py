@@ -14,14 +14,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 
 from kc_lib.errors import ModelError, first_line
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.encoder import EncoderBlock, EncoderWiring, MlpWiring
+from kc_lib.residual.decoder import Decoder
+from kc_lib.residual.encoder import Encoder, EncoderBlock, Residual
 from kc_lib.residual.parts import Attention, Block, Mlp, Norm
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-def wiring_of(model: TransformerBridge) -> Wiring:
+def decoder_of(model: TransformerBridge) -> Decoder:
     """Take a booted decoder apart into writers and readers, and check the parts against the model's own logits.
 
     Raises:
@@ -36,8 +36,8 @@ def wiring_of(model: TransformerBridge) -> Wiring:
             "writers, so circuits are not defined for it; use a causal model"
         )
     try:
-        wiring = Wiring(
-            model=model,
+        decoder = Decoder(
+            bridge=model,
             blocks=[_block(model, layer, name) for layer in range(len(model.blocks))],
             final_norm=_norm(model.ln_final, model.cfg),
             W_U=model.unembed.W_U.detach(),
@@ -45,9 +45,9 @@ def wiring_of(model: TransformerBridge) -> Wiring:
             logit_soft_cap=_positive(getattr(model.cfg, "output_logits_soft_cap", None)),
         )
     except (AttributeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{name} has a part the residual-stream wiring does not know ({error})") from error
-    _check_against_model(wiring, lambda tokens: wiring.unembed(wiring.run(wiring.embed(tokens))), name)
-    return wiring
+        raise ModelError(f"{name} has a part the residual-stream decoder does not know ({error})") from error
+    _check_against_model(decoder, lambda tokens: decoder.unembed(decoder.run(decoder.embed(tokens))), name)
+    return decoder
 
 
 def is_causal(model: TransformerBridge) -> bool:
@@ -55,27 +55,18 @@ def is_causal(model: TransformerBridge) -> bool:
     return bool(getattr(model.cfg, "attention_dir", "causal") == "causal")
 
 
-def mlp_wiring_of(model: TransformerBridge) -> MlpWiring:
-    """Take a decoder or a masked language model of the BERT kind apart as far as methods about MLP neurons need it.
+def encoder_of(model: TransformerBridge) -> Encoder:
+    """Take a masked language model of the BERT kind apart as far as methods about MLP neurons need it.
 
     Raises:
-        ModelError: as ``wiring_of``; or MLPs that are no sum over neurons.
+        ModelError: another kind of model.
     """
-    if is_causal(model):
-        wiring = wiring_of(model)
-        for block in wiring.blocks:
-            _ = block.mlp_parts  # seen to equal the module, or refused
-        return wiring
-    return _encoder(model)
-
-
-def _encoder(model: TransformerBridge) -> EncoderWiring:
     name, cfg = str(getattr(model.cfg, "architecture", type(model).__name__)), model.cfg
     try:
         ln_final, activation = _norm(model.ln_final, cfg), ACT2FN[cfg.act_fn]
         original: Any = model.original_model
-        wiring = EncoderWiring(
-            model=model,
+        decoder = Encoder(
+            bridge=model,
             blocks=[
                 EncoderBlock(
                     attention=_attention(model, layer, Norm("none"), name),
@@ -90,19 +81,19 @@ def _encoder(model: TransformerBridge) -> EncoderWiring:
             W_U=model.unembed.W_U.detach(),
             b_U=_bias(model.unembed.b_U, model.unembed.W_U, (model.unembed.W_U.shape[1],)),
         )
-        _check_against_model(wiring, lambda tokens: _encoded(wiring, tokens), name)
+        _check_against_model(decoder, lambda tokens: _encoded(decoder, tokens), name)
     except (AttributeError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{name} is no masked language model of the BERT kind ({first_line(error)}): use BERT or a causal model"
         ) from error
-    return wiring
+    return decoder
 
 
-def _encoded(wiring: EncoderWiring, tokens: Tensor) -> Tensor:
-    resid = wiring.embed(tokens)
-    for layer in range(wiring.n_layers):
-        resid = wiring.run_block(layer, resid)
-    return wiring.unembed(resid)
+def _encoded(decoder: Encoder, tokens: Tensor) -> Tensor:
+    resid = decoder.embed(tokens)
+    for layer in range(decoder.n_layers):
+        resid = decoder.run_block(layer, resid)
+    return decoder.unembed(resid)
 
 
 def _block(model: TransformerBridge, layer: int, name: str) -> Block:
@@ -170,7 +161,7 @@ def _attention(model: TransformerBridge, layer: int, norm: Norm, name: str) -> A
     inner: Any = attn.original_component
     d_head = attn.W_Q.shape[-1]
     if getattr(inner, "sinks", None) is not None:
-        raise ModelError(f"{name}: layer {layer} has attention sinks, which the residual-stream wiring does not know")
+        raise ModelError(f"{name}: layer {layer} has attention sinks, which the residual-stream decoder does not know")
     for which in ("q_norm", "k_norm"):
         weight = getattr(getattr(attn, which, None), "weight", None)
         if weight is not None and tuple(weight.shape) != (d_head,):
@@ -298,15 +289,15 @@ def _positive(value: float | None) -> float | None:
     return float(value) if value is not None and value > 0 else None
 
 
-def _check_against_model(wiring: MlpWiring, logits_of: Callable[[Tensor], Tensor], name: str) -> None:
+def _check_against_model(decoder: Residual, logits_of: Callable[[Tensor], Tensor], name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, wiring.W_U.shape[1], (1, 7), generator=generator).to(wiring.device)
+    tokens = torch.randint(0, decoder.W_U.shape[1], (1, 7), generator=generator).to(decoder.device)
     with torch.no_grad():
-        expected = wiring.model(tokens)
+        expected = decoder.bridge(tokens)
         actual = logits_of(tokens)
     gap = _gap(actual, expected)
     if not gap <= RELATIVE_TOLERANCE.get(expected.dtype, 1e-3):
         raise ModelError(
-            f"{name} has a part the residual-stream wiring does not know: its logits differ by {gap:.1e} (relative) from "
+            f"{name} has a part the residual-stream decoder does not know: its logits differ by {gap:.1e} (relative) from "
             "those of its parts; results would be wrong, so the model is refused"
         )

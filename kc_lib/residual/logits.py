@@ -10,29 +10,29 @@ from torch import Tensor
 
 from kc_lib.errors import checked
 from kc_lib.residual.activations import Means, mean_outputs, writer_outputs
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 
 
 @torch.no_grad()
 @checked
-def full_logits(wiring: Wiring, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
+def full_logits(decoder: Decoder, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
     """The whole model's logits at the answer positions of the clean prompts, in float32."""
-    final = wiring.run(wiring.embed(batch.clean)[:, context.start :], past=context.past)
-    return logits_at_answers(wiring, final, batch, context)
+    final = decoder.run(decoder.embed(batch.clean)[:, context.start :], past=context.past)
+    return logits_at_answers(decoder, final, batch, context)
 
 
 def logits_at_answers(
-    wiring: Wiring, final: Float[Tensor, "batch pos d_model"], batch: Batch, context: Context = EMPTY
+    decoder: Decoder, final: Float[Tensor, "batch pos d_model"], batch: Batch, context: Context = EMPTY
 ) -> Float[Tensor, "batch answer vocab"]:
     """The logits at the answer positions, in float32, from the final residual stream after the context."""
     rows = torch.arange(len(batch), device=final.device)[:, None]
-    return wiring.unembed(final[rows, batch.answer_positions - context.start]).float()
+    return decoder.unembed(final[rows, batch.answer_positions - context.start]).float()
 
 
 def reference_means(
-    wiring: Wiring,
+    decoder: Decoder,
     intervention: str,
     pairs: Sequence[TokenPair],
     batch_size: int,
@@ -42,5 +42,5 @@ def reference_means(
     """Means over the pairs' clean prompts where the intervention needs them, else None (``mean_outputs``)."""
     if intervention not in ("mean", "positional_mean"):
         return None
-    reference = batches(pairs, batch_size, full_answer, wiring.device)
-    return mean_outputs(wiring, reference, intervention == "positional_mean", outputs_of)
+    reference = batches(pairs, batch_size, full_answer, decoder.device)
+    return mean_outputs(decoder, reference, intervention == "positional_mean", outputs_of)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kc_lib.errors import checked
 from kc_lib.graph import Graph, Reader
 from kc_lib.residual.activations import Ablation, writer_outputs
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import logits_at_answers
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
@@ -29,11 +29,11 @@ class CleanRun:
 
 
 @torch.no_grad()
-def clean_run(wiring: Wiring, graph: Graph, batch: Batch, context: Context = EMPTY) -> CleanRun:
+def clean_run(decoder: Decoder, graph: Graph, batch: Batch, context: Context = EMPTY) -> CleanRun:
     """The clean prompts' writer outputs after the context, and the streams they sum to."""
-    outputs = writer_outputs(wiring, batch.clean, context)
+    outputs = writer_outputs(decoder, batch.clean, context)
     streams = [
-        outputs[: graph.writers_before(layer)].sum(0) + wiring.bias_before[layer] for layer in range(graph.n_layers + 1)
+        outputs[: graph.writers_before(layer)].sum(0) + decoder.bias_before[layer] for layer in range(graph.n_layers + 1)
     ]
     return CleanRun(outputs, torch.stack(streams), context)
 
@@ -41,7 +41,7 @@ def clean_run(wiring: Wiring, graph: Graph, batch: Batch, context: Context = EMP
 @torch.no_grad()
 @checked
 def patch_edges(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     batch: Batch,
     run: CleanRun,
@@ -66,7 +66,7 @@ def patch_edges(
         final = flat(run.streams[-1] + change)
     else:
         layer = reader.layer
-        block = wiring.blocks[layer]
+        block = decoder.blocks[layer]
         attention = block.attention
         before = flat(run.streams[layer])
         heads = run.outputs[graph.head_writers(layer)]
@@ -75,17 +75,17 @@ def patch_edges(
         if reader.kind == "mlp":
             seen = mlp_input + flat(change)
         else:
-            after_attention = before + _attention_with(wiring, graph, reader, before, flat(change), run.context)
+            after_attention = before + _attention_with(decoder, graph, reader, before, flat(change), run.context)
             seen = before if block.parallel else after_attention
-        final = wiring.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.context.past)
-    logits = wiring.unembed(final[index, positions]).float()
+        final = decoder.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.context.past)
+    logits = decoder.unembed(final[index, positions]).float()
     return rearrange(logits, "(e b) a v -> e b a v", e=n_edges)
 
 
 @torch.no_grad()
 @checked
 def patch_writers(
-    wiring: Wiring, graph: Graph, batch: Batch, run: CleanRun, ablation: Ablation, writers: Sequence[int]
+    decoder: Decoder, graph: Graph, batch: Batch, run: CleanRun, ablation: Ablation, writers: Sequence[int]
 ) -> Float[Tensor, "batch answer vocab"]:
     """Logits with all that some writers write ablated, in every later reader; the rest runs again from the first of them.
 
@@ -99,7 +99,7 @@ def patch_writers(
     if 0 in chosen:
         resid = resid - run.outputs[0] + change[0]
     for layer in range(first, graph.n_layers):
-        block, heads = wiring.blocks[layer], graph.head_writers(layer)
+        block, heads = decoder.blocks[layer], graph.head_writers(layer)
         attention = block.attention
         x = attention.norm(resid)
         q, k, v = (attention.project(kind, x) for kind in "qkv")
@@ -111,14 +111,14 @@ def patch_writers(
             after_attention = after_attention - (written - change[own]).sum(0)
         out = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
         resid = after_attention + (change[heads.stop] if heads.stop in chosen else out)
-    return logits_at_answers(wiring, resid, batch, run.context)
+    return logits_at_answers(decoder, resid, batch, run.context)
 
 
 def _attention_with(
-    wiring: Wiring, graph: Graph, reader: Reader, stream: Tensor, change: Tensor, context: Context
+    decoder: Decoder, graph: Graph, reader: Reader, stream: Tensor, change: Tensor, context: Context
 ) -> Tensor:
     """The attention layer's write when one q, k or v reader sees ``stream + change`` and the others ``stream``."""
-    attention = wiring.blocks[reader.layer].attention
+    attention = decoder.blocks[reader.layer].attention
     x, changed = attention.norm(stream), attention.norm(stream + change)
     past = context.of_layer(reader.layer)
     if past is not None:

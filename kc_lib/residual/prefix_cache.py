@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch
 
 
@@ -33,7 +33,7 @@ EMPTY = Context()
 
 
 @torch.no_grad()
-def shared_context(wiring: Wiring, batch: Batch, intervention: str) -> Context:
+def shared_context(decoder: Decoder, batch: Batch, intervention: str) -> Context:
     """The context of a batch: what its clean and corrupted prompts share from the left, in every row.
 
     Empty for interventions other than patching, which change every position.
@@ -46,18 +46,18 @@ def shared_context(wiring: Wiring, batch: Batch, intervention: str) -> Context:
     if start == 0:
         return EMPTY
     prefixes, row_of = batch.clean[:, :start].unique(dim=0, return_inverse=True)
-    context = context_of(wiring, prefixes)
+    context = context_of(decoder, prefixes)
     return Context(start, tuple((k[row_of], v[row_of]) for k, v in context.past))
 
 
 @torch.no_grad()
-def context_of(wiring: Wiring, tokens: Int[Tensor, "batch past"]) -> Context:
+def context_of(decoder: Decoder, tokens: Int[Tensor, "batch past"]) -> Context:
     """The context that these tokens are to whatever follows them."""
     if not tokens.shape[1]:
         return EMPTY
-    resid = wiring.embed(tokens)
+    resid = decoder.embed(tokens)
     past = []
-    for layer in range(wiring.n_layers):
-        past.append(wiring.keys_values(layer, resid))
-        resid = wiring.run_block(layer, resid)
+    for layer in range(decoder.n_layers):
+        past.append(decoder.keys_values(layer, resid))
+        resid = decoder.run_block(layer, resid)
     return Context(tokens.shape[1], tuple(past))

@@ -7,19 +7,17 @@ al. 2022): a JSON list of ``{"known_id", "subject", "attribute", "template", "pr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.results import hash_of
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import GENERATED, generated_pairs
-from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, relation_files
+from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, read_json, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 POSITION_CLASSES = (
@@ -88,7 +86,7 @@ class FactTask:
 
 def load_facts(
     name_or_path: str,
-    model: TransformerBridge,
+    model: Model,
     *,
     template: int = 0,
     reverse: bool = False,
@@ -102,6 +100,10 @@ def load_facts(
     Args:
         template, reverse, prepend_bos: as in ``load_task``.
         seed: of generated tasks.
+
+    Example:
+        >>> facts = kc.load_facts("person_occupation", model)
+        >>> facts.facts[0].text["prompt"]
 
     Raises:
         TaskError: unknown task or malformed data; a subject that is not in the prompt, or is all of it.
@@ -181,18 +183,6 @@ def _pair_rows(pairs: Sequence[PairText]) -> Iterator[dict[str, Any]]:
             raise TaskError(f"several answers are right for {pair.clean!r}: a fact has one; use another task")
         start = pair.spans["subject"][0] if pair.spans else None
         yield {"prompt": pair.clean, "subject": pair.subject, "answer": pair.answer, "start": start, "where": pair.where}
-
-
-def read_json(path: Path) -> Any:
-    """A parsed JSON file; a missing or broken one is a ``TaskError``."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TaskError(
-            f"no file {str(path)!r}; relations that come with the project: {', '.join(relation_files())}"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TaskError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def _known_rows(document: Sequence[Any], source: str) -> Iterator[dict[str, Any]]:

@@ -90,14 +90,19 @@ def load_relation(name_or_path: str | Path) -> Relation:
         TaskError: no such relation, or a file that is malformed; the message names the file and the row.
     """
     path = relation_files().get(str(name_or_path), Path(name_or_path))
+    return parse_relation(read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """A parsed JSON file; a missing or broken one is a ``TaskError``."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        names = ", ".join(relation_files()) or "none"
-        raise TaskError(f"no relation file {str(name_or_path)!r}; relations that come with the project: {names}") from error
+        raise TaskError(
+            f"no file {str(path)!r}; relations that come with the project: {', '.join(relation_files())}"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TaskError(f"{path}: cannot be read as JSON ({error})") from error
-    return parse_relation(document, str(path))
 
 
 def parse_relation(document: Any, source: str) -> Relation:

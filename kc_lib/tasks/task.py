@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.results import hash_of
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
 from kc_lib.tasks.generated import DEFAULT_GENERATED, GENERATED, generated_pairs
 from kc_lib.tasks.known import answer_ranks, best_ranks, last_logits
+from kc_lib.tasks.options import TaskOptions
 from kc_lib.tasks.relations import SLOT, Fact, Relation, load_relation, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
@@ -47,57 +47,41 @@ def _row(pair: TokenPair) -> dict[str, Any]:
     return row if pair.right else {key: value for key, value in row.items() if key not in ("right", "wrong")}
 
 
-def load_task(
-    name_or_path: str,
-    model: TransformerBridge,
-    *,
-    template: int = 0,
-    reverse: bool = False,
-    known_only: bool = True,
-    known_rank: int = 1,
-    test_fraction: float = 0.5,
-    validation_fraction: float = 0.0,
-    max_facts: int | None = None,
-    prepend_bos: bool | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> Task:
+def load_task(name_or_path: str, model: Model, **options: Any) -> Task:
     """Clean/corrupted token pairs of a built-in task, a relation file (LRE format) or a file of pairs.
-
-    Args:
-        name_or_path: a relation of the project's, one of ``GENERATED`` ("ioi", ...), a ``.json`` relation, or a ``.csv`` /
-            ``.jsonl`` of pairs.
-        template: which of a relation's sentences (``prompt_templates`` then ``prompt_templates_zs``).
-        reverse: ask a relation from its objects.
-        known_only: keep facts whose answer's first token (of several right ones the best) has rank <= ``known_rank``
-            among all tokens.
-        test_fraction, validation_fraction: shares of the kept facts; the rest serves discovery. With 0 every pair does.
-        max_facts: keep at most so many facts, drawn by seed.
-        prepend_bos: None does what TransformerLens does for the model (as a rule, prepend).
 
     A relation's corrupted prompt asks the same of another subject of the same split with as many tokens; that
     subject's answer is the distractor. A pair without a distractor gets the model's own answer to its corrupted prompt.
 
+    Args:
+        name_or_path: a relation of the project's, one of ``GENERATED`` ("ioi", ...), a ``.json`` relation, or a ``.csv`` /
+            ``.jsonl`` of pairs.
+        options: fields of ``TaskOptions``.
+
+    Example:
+        >>> task = kc.load_task("country_capital", model, known_rank=3, test_fraction=0.3)
+        >>> len(task.discovery), len(task.test)
+
     Raises:
         TaskError: unknown task, malformed data, or nothing left (the message says at which step).
     """
-    fractions = (test_fraction, validation_fraction)
-    if any(not 0.0 <= share < 1.0 for share in fractions) or sum(fractions) >= 1.0:
-        raise TaskError(f"test_fraction {test_fraction} and validation_fraction {validation_fraction} must be >= 0, sum < 1")
-    if max_facts is not None and (not isinstance(max_facts, int) or max_facts < 1):
-        raise TaskError(f"max_facts is {max_facts!r}; it must be a whole number, at least 1")
-    tokenizer = tokenizer_of(model, prepend_bos)
+    asked = TaskOptions.of(options)
+    if asked.test_fraction + asked.validation_fraction >= 1.0:
+        raise TaskError(
+            f"test_fraction {asked.test_fraction} and validation_fraction {asked.validation_fraction} must be >= 0, sum < 1"
+        )
+    tokenizer = tokenizer_of(model, asked.prepend_bos)
     path = Path(name_or_path)
-    splitting = _Splitting(test_fraction, validation_fraction, seed, max_facts)
-    known = _Known(model, known_only, known_rank, batch_size)
+    splitting = _Splitting(asked.test_fraction, asked.validation_fraction, asked.seed, asked.max_facts)
+    known = _Known(model, asked.known_only, asked.known_rank, asked.batch_size)
     if name_or_path in relation_files() or path.suffix == ".json":
         relation = load_relation(name_or_path)
-        relation = relation.reversed() if reverse else relation
-        return _relation_task(relation, template, tokenizer, splitting, known)
-    if reverse or template:
+        relation = relation.reversed() if asked.reverse else relation
+        return _relation_task(relation, asked.template, tokenizer, splitting, known)
+    if asked.reverse or asked.template:
         raise TaskError(f"task {name_or_path!r} is no relation: template and reverse do not apply to it")
     if name_or_path in GENERATED:
-        pairs = generated_pairs(name_or_path, tokenizer, max_facts or DEFAULT_GENERATED, seed)
+        pairs = generated_pairs(name_or_path, tokenizer, asked.max_facts or DEFAULT_GENERATED, asked.seed)
         return _pair_task(name_or_path, pairs, tokenizer, splitting, known)
     if path.suffix in SUFFIXES:
         return _pair_task(path.stem, read_pairs(path), tokenizer, splitting, known)
@@ -133,7 +117,7 @@ class _Splitting:
 
 @dataclass(frozen=True)
 class _Known:
-    model: TransformerBridge
+    model: Model
     only: bool
     rank: int
     batch_size: int

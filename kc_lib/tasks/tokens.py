@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,9 @@ class Tokenizer:
         return () if self.mask is None or self.inner.sep_token_id is None else (int(self.inner.sep_token_id),)
 
 
-def is_masked(model: TransformerBridge) -> bool:
-    """Whether the model fills in a mask (BERT's kind): it attends in both directions and its tokenizer has a mask token."""
-    is_causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
-    return not is_causal and getattr(model.tokenizer, "mask_token_id", None) is not None
-
-
-def tokenizer_of(model: TransformerBridge, prepend_bos: bool | None = None) -> Tokenizer:
+def tokenizer_of(model: Model, prepend_bos: bool | None = None) -> Tokenizer:
     """The model's tokenizer; ``prepend_bos=None`` does what TransformerLens does for the model (as a rule, prepend)."""
     if model.tokenizer is None:
         raise TaskError("the model has no tokenizer; give a folder that holds one")
     wanted = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-    return Tokenizer(model.tokenizer, bool(wanted), int(model.tokenizer.mask_token_id) if is_masked(model) else None)
+    return Tokenizer(model.tokenizer, bool(wanted), int(model.tokenizer.mask_token_id) if model.is_masked else None)

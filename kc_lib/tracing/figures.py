@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from kc_lib import plotting as plot
 from kc_lib.errors import MethodError
-from kc_lib.plotting import DARK, OKABE_ITO, OVER_FACTS, SIGNED_SCALE, figure_text, number, titled, whiskers
 from kc_lib.tracing.effects import SUBJECT, average_effects, position_classes, severing, total_effect
 from kc_lib.tracing.trace import TracingResult
 
@@ -21,6 +20,13 @@ NAMES = {
     "attention": "attention outputs",
     "mlp": "MLP outputs",
 }
+COLOURS = {
+    "last subject token": plot.POSITIVE,
+    "first token after": "#E69F00",
+    "first subject token": plot.HEAD,
+    "further tokens": plot.MLP,
+    "middle subject tokens": "#56B4E9",
+}  # of classes; the rest is vermillion
 EFFECT = "AIE (probability)"
 PANEL = 330  # px
 
@@ -37,23 +43,18 @@ def fact_heatmap(result: TracingResult, fact: int = 0, mediators: Sequence[str] 
         raise MethodError(f"fact {fact} was not traced: facts are 0 to {len(result.facts) - 1}")
     shown = _mediators(result, mediators)
     about = result.facts.set_index("fact").loc[fact]
-    tokens = rows.drop_duplicates("position").sort_values("position")
-    star = ["*" if "subject" in name else "" for name in tokens["position_class"]]
-    labels = [
-        html.escape(f"{token.strip() or repr(token)}{mark}") for token, mark in zip(tokens["token"], star, strict=True)
-    ]
-    tables = {
-        mediator: rows[rows["mediator"] == mediator].pivot_table(index="position", columns="layer", values="indirect_effect")
-        for mediator in shown
-    }
-    effects = (
+    tokens = rows.drop_duplicates("position").sort_values("position").to_dict("records")
+    words = [html.escape(row["token"].strip() or repr(row["token"])) for row in tokens]
+    labels = [f"{word}*" if "subject" in row["position_class"] else word for word, row in zip(words, tokens, strict=True)]
+    effects = [
         f"p(answer): clean {about['p_clean']:.3g}, corrupted {about['p_corrupted']:.3g}",
         f"indirect effect, mean of {about['n_samples']} noise samples",
         "* subject",
-    )
+    ]
+    tables = {name: _layers(rows, name, "position", "indirect_effect") for name in shown}
     figure = _heatmaps(result, tables, labels, "indirect effect (probability)")
     title = f"Restored states: {about['prompt']} → {about['answer']}"
-    return titled(figure, title, effects).update_layout(height=230 + 24 * len(labels))
+    return plot.titled(figure, title, effects, height=230 + 24 * len(labels))
 
 
 def class_heatmap(result: TracingResult, mediators: Sequence[str] = ()) -> go.Figure:
@@ -64,14 +65,10 @@ def class_heatmap(result: TracingResult, mediators: Sequence[str] = ()) -> go.Fi
     """
     shown, classes, averages = _mediators(result, mediators), position_classes(result), average_effects(result)
     counts = averages.drop_duplicates("position_class").set_index("position_class")["n"]
-    tables = {}
-    for mediator in shown:
-        own = averages[averages["mediator"] == mediator]
-        tables[mediator] = own.pivot_table(index="position_class", columns="layer", values="aie").loc[classes]
+    tables = {name: _layers(averages, name, "position_class", "aie").loc[classes] for name in shown}
     figure = _heatmaps(result, tables, [f"{name} ({counts[name]})" for name in classes], EFFECT)
-    return titled(
-        figure, "Where restoring a state brings the answer back", [*_about(result), "(n) facts of a class"]
-    ).update_layout(height=230 + 34 * len(classes))
+    title, about = "Where restoring a state brings the answer back", [*_about(result), "(n) facts of a class"]
+    return plot.titled(figure, title, about, height=230 + 34 * len(classes))
 
 
 def class_lines(result: TracingResult, mediators: Sequence[str] = ()) -> go.Figure:
@@ -81,35 +78,19 @@ def class_lines(result: TracingResult, mediators: Sequence[str] = ()) -> go.Figu
         MethodError: a mediator that was not traced.
     """
     shown, classes, averages = _mediators(result, mediators), position_classes(result), average_effects(result)
-    figure = make_subplots(1, len(shown), shared_yaxes=True, subplot_titles=[NAMES[name] for name in shown])
+    figure = plot.panels([NAMES[name] for name in shown], size=16, shared_yaxes=True)
     for column, mediator in enumerate(shown, start=1):
         for name in classes:
-            colour = _colour(name)
             rows = averages[(averages["mediator"] == mediator) & (averages["position_class"] == name)]
-            at = {"row": 1, "col": column}
-            band = rows.dropna(subset=["aie_low", "aie_high"])
-            x, y = [*band["layer"], *band["layer"][::-1]], [*band["aie_low"], *band["aie_high"][::-1]]
-            fill = {"mode": "none", "fill": "toself", "fillcolor": colour, "opacity": 0.2, "hoverinfo": "skip"}
-            figure.add_scatter(x=x, y=y, showlegend=False, legendgroup=name, name=f"95% band, {name}", **fill, **at)
-            hover = [
-                f"<b>{name}</b>, layer {row['layer']}<br>AIE {figure_text(row, 'aie', 3)}" for _, row in rows.iterrows()
-            ]
-            look = {"mode": "lines", "line": {"color": colour, "width": 2.5}, "legendgroup": name, "showlegend": column == 1}
-            figure.add_scatter(
-                x=rows["layer"].tolist(),
-                y=rows["aie"].tolist(),
-                name=f"{name} (n = {rows['n'].iloc[0]})",
-                hovertext=hover,
-                hovertemplate="%{hovertext}<extra></extra>",
-                **look,
-                **at,
-            )
-    figure.add_hline(0, line={"color": DARK, "width": 1, "dash": "dot"})
-    figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text=EFFECT, col=1)
-    titled(figure, "Average indirect effect by layer", [*_about(result), f"bands: {OVER_FACTS}"])
-    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
-    return figure.update_layout(width=max(700, 120 + PANEL * len(shown)), height=470, margin={"t": 115}, legend=legend)
+            group, colour = {"row": 1, "col": column, "legendgroup": name}, COLOURS.get(name, plot.NEGATIVE)
+            plot.band(figure, rows, "layer", "aie", colour, name=f"95% band, {name}", **group)
+            look = {"width": 2.5, "showlegend": column == 1, "name": f"{name} (n = {rows['n'].iloc[0]})"}
+            plot.curve(figure, rows, "layer", "aie", colour, _hovers(rows, f"<b>{name}</b>, "), **look, **group)
+    plot.level_lines(figure, "y", 0)
+    figure.update_xaxes(title_text="layer").update_yaxes(title_text=EFFECT, col=1)
+    about = [*_about(result), f"bands: {plot.OVER_FACTS}"]
+    size = {"width": max(700, 120 + PANEL * len(shown)), "height": 470, "margin": {"t": 115}, "legend": plot.below(0.2)}
+    return plot.titled(figure, "Average indirect effect by layer", about, **size)
 
 
 def severing_bars(result: TracingResult, position_class: str = SUBJECT) -> go.Figure:
@@ -125,52 +106,42 @@ def severing_bars(result: TracingResult, position_class: str = SUBJECT) -> go.Fi
     averages = average_effects(result)
     averages = averages[averages["position_class"] == position_class]
     figure = go.Figure()
-    for mediator, colour in zip(("state", *costs["mediator"]), (OKABE_ITO[0], OKABE_ITO[5], OKABE_ITO[2]), strict=False):
+    for mediator, colour in zip(("state", *costs["mediator"]), (plot.POSITIVE, plot.NEGATIVE, plot.HEAD), strict=False):
         rows = averages[averages["mediator"] == mediator]
-        error = whiskers(rows.to_dict("records"), "aie") | {"width": 0, "thickness": 1}
-        hover = [f"layer {row['layer']}<br>AIE {figure_text(row, 'aie', 3)}" for _, row in rows.iterrows()]
-        figure.add_bar(
-            x=rows["layer"].tolist(),
-            y=rows["aie"].tolist(),
-            error_y=error,
-            name=NAMES[mediator],
-            marker_color=colour,
-            hovertext=hover,
-            hovertemplate="%{hovertext}<extra></extra>",
-        )
+        look = {"name": NAMES[mediator], "error": {"width": 0, "thickness": 1}}
+        plot.bars(figure, rows, "layer", "aie", colour, _hovers(rows), **look)
     kept = [
-        f"{NAMES[row['mediator']]} leaves {figure_text(row, 'kept')} of the peak (layer {row['layer']})"
-        for _, row in costs.iterrows()
+        f"{NAMES[row['mediator']]} leaves {plot.figure_text(row, 'kept')} of the peak (layer {row['layer']})"
+        for row in costs.to_dict("records")
     ]
-    titled(figure, f"What severing costs: {position_class}", [f"n = {costs['n'].iloc[0]} facts", *kept])
-    figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text=EFFECT)
-    legend = {"orientation": "h", "x": 0, "y": -0.18, "yanchor": "top"}
-    return figure.update_layout(width=960, height=450, barmode="group", bargap=0.25, legend=legend)
+    figure.update_xaxes(title_text="layer").update_yaxes(title_text=EFFECT)
+    about = [f"n = {costs['n'].iloc[0]} facts", *kept]
+    size = {"width": 960, "height": 450, "barmode": "group", "bargap": 0.25, "legend": plot.below(0.18)}
+    return plot.titled(figure, f"What severing costs: {position_class}", about, **size)
 
 
-def _heatmaps(result: TracingResult, tables: dict[str, pd.DataFrame], labels: Sequence[str], unit: str) -> go.Figure:
+def _layers(rows: pd.DataFrame, mediator: str, index: str, values: str) -> pd.DataFrame:
+    return rows[rows["mediator"] == mediator].pivot_table(index=index, columns="layer", values=values)
+
+
+def _heatmaps(result: TracingResult, tables: Mapping[str, pd.DataFrame], labels: Sequence[str], unit: str) -> go.Figure:
     """Tables of row x layer side by side, on one zero-centred scale."""
-    figure = make_subplots(1, len(tables), shared_yaxes=True, subplot_titles=[_panel(result, name) for name in tables])
-    size = max(float(table.abs().max().max()) for table in tables.values()) or 1.0
+    figure = plot.panels([_panel(result, name) for name in tables], size=16, shared_yaxes=True)
+    limit = max(float(table.abs().max().max()) for table in tables.values()) or 1.0
     for column, table in enumerate(tables.values(), start=1):
-        figure.add_heatmap(
-            z=table.to_numpy().tolist(),
-            x=table.columns.tolist(),
-            y=list(range(len(labels))),
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            customdata=[[label] * table.shape[1] for label in labels],
-            hovertemplate="%{customdata}, layer %{x}<br>%{z:.3f}<extra></extra>",
-            row=1,
-            col=column,
-        )
+        words = [[label] * table.shape[1] for label in labels]
+        look = {"coloraxis": "coloraxis", "customdata": words, "row": 1, "col": column}
+        numbered = table.set_axis(range(len(labels)), axis=0)
+        plot.heatmap(figure, numbered, "%{customdata}, layer %{x}<br>%{z:.3f}<extra></extra>", **look)
     figure.update_xaxes(title_text="layer", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=list(labels), col=1)
-    scale = {"colorscale": SIGNED_SCALE, "cmin": -size, "cmax": size, "colorbar": {"title": {"text": unit, "side": "right"}}}
+    scale = plot.signed_scale(limit, "c") | {"colorbar": plot.colour_bar(unit)}
     return figure.update_layout(width=max(620, 240 + PANEL * len(tables)), margin={"t": 115}, coloraxis=scale)
+
+
+def _hovers(rows: pd.DataFrame, start: str = "") -> list[str]:
+    return [f"{start}layer {row['layer']}<br>AIE {plot.figure_text(row, 'aie', 3)}" for row in rows.to_dict("records")]
 
 
 def _panel(result: TracingResult, mediator: str) -> str:
@@ -191,7 +162,7 @@ def _mediators(result: TracingResult, wanted: Sequence[str]) -> list[str]:
 def _about(result: TracingResult) -> list[str]:
     total = total_effect(result)
     model = str(result.provenance.get("model", ""))
-    return [model, f"n = {int(total['n'])} facts", f"ATE {figure_text(total, 'ate')}", _noise(result)]
+    return [model, f"n = {int(total['n'])} facts", f"ATE {plot.figure_text(total, 'ate')}", _noise(result)]
 
 
 def _noise(result: TracingResult) -> str:
@@ -199,9 +170,4 @@ def _noise(result: TracingResult) -> str:
     if about.get("noise") == "replacement":
         return "subjects replaced"
     size = about.get("scale")
-    return f"{about.get('noise', '')} noise" + (f" {number(size)}" if size is not None else "")
-
-
-def _colour(position_class: str) -> str:
-    order = ("last subject token", "first token after", "first subject token", "further tokens", "middle subject tokens")
-    return OKABE_ITO[order.index(position_class)] if position_class in order else OKABE_ITO[5]
+    return f"{about.get('noise', '')} noise" + (f" {plot.number(size)}" if size is not None else "")

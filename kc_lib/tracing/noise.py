@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kc_lib.errors import MethodError, checked
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.facts import FactPrompt
 
 NOISES = ("gaussian", "uniform", "covariance", "replacement")
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 4096  # of the vocabulary, for its covariance
 
 @torch.no_grad()
 def noise_scale(
-    wiring: Wiring, facts: Sequence[FactPrompt], noise: str, level: float = 3.0, sigma: float | None = None
+    decoder: Decoder, facts: Sequence[FactPrompt], noise: str, level: float = 3.0, sigma: float | None = None
 ) -> Float[Tensor, ""] | Float[Tensor, "d_model d_model"] | None:
     """What standard draws are multiplied with: one number, a matrix for ``covariance``, None for ``replacement``.
 
@@ -50,16 +50,16 @@ def noise_scale(
     if noise == "replacement":
         return None
     if noise == "covariance":
-        return level * _covariance_root(wiring)
+        return level * _covariance_root(decoder)
     if sigma is not None:
         return torch.tensor(float(sigma))
     tokens = torch.tensor([fact.tokens[i] for fact in facts for i in fact.subject])
-    return level * wiring.token_part(tokens[:, None]).double().std().float().cpu()
+    return level * decoder.token_part(tokens[:, None]).double().std().float().cpu()
 
 
-def _covariance_root(wiring: Wiring) -> Float[Tensor, "d_model d_model"]:
-    parts = torch.arange(wiring.W_U.shape[1]).split(ROWS_AT_ONCE)
-    vectors = torch.cat([wiring.token_part(part[:, None])[:, 0].float() for part in parts])
+def _covariance_root(decoder: Decoder) -> Float[Tensor, "d_model d_model"]:
+    parts = torch.arange(decoder.W_U.shape[1]).split(ROWS_AT_ONCE)
+    vectors = torch.cat([decoder.token_part(part[:, None])[:, 0].float() for part in parts])
     values, axes = torch.linalg.eigh(vectors.T.cov().double())
     return ((axes * values.clamp(min=0).sqrt()) @ axes.T).float().cpu()
 
@@ -67,7 +67,7 @@ def _covariance_root(wiring: Wiring) -> Float[Tensor, "d_model d_model"]:
 @torch.no_grad()
 @checked
 def noised(
-    wiring: Wiring,
+    decoder: Decoder,
     fact: FactPrompt,
     noise: str,
     scale: Float[Tensor, ""] | Float[Tensor, "d_model d_model"],
@@ -78,7 +78,7 @@ def noised(
 
     The draws depend on seed, prompt and subject alone: every run of a fact sees the same noise, whatever else is run.
     """
-    embedded = wiring.embed(torch.tensor([fact.tokens]))[:, fact.subject[0] :]
+    embedded = decoder.embed(torch.tensor([fact.tokens]))[:, fact.subject[0] :]
     generator = torch.Generator().manual_seed(fact_seed(fact, seed))
     shape = (n_samples, len(fact.subject), embedded.shape[-1])
     if noise == "uniform":

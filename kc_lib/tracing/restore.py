@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.errors import checked
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.prefix_cache import Context, context_of
 
 MEDIATORS = ("state", "attention_severed", "mlp_severed", "attention", "mlp")
@@ -83,21 +83,21 @@ class Cells:
 
 @torch.no_grad()
 def fact_runs(
-    wiring: Wiring,
+    decoder: Decoder,
     tokens: Int[Tensor, " all_pos"],
     start: int,
     corrupted: Float[Tensor, "sample pos d_model"],
     answer: int,
 ) -> FactRuns:
     """Clean and corrupted runs of a prompt, from position ``start`` on; ``corrupted`` is the stream before block 0."""
-    context = context_of(wiring, tokens[None, :start])
-    clean = wiring.embed(tokens[None])[:, start:]
-    return FactRuns(context, _kept(wiring, clean, context), _kept(wiring, corrupted, context), answer)
+    context = context_of(decoder, tokens[None, :start])
+    clean = decoder.embed(tokens[None])[:, start:]
+    return FactRuns(context, _kept(decoder, clean, context), _kept(decoder, corrupted, context), answer)
 
 
-def _kept(wiring: Wiring, resid: Float[Tensor, "sample pos d_model"], context: Context) -> Kept:
+def _kept(decoder: Decoder, resid: Float[Tensor, "sample pos d_model"], context: Context) -> Kept:
     streams, layers = [resid], []
-    for layer, block in enumerate(wiring.blocks):
+    for layer, block in enumerate(decoder.blocks):
         attention = block.attention
         normed = attention.norm(resid)
         q, k, v = (attention.project(kind, normed) for kind in "qkv")
@@ -112,19 +112,19 @@ def _kept(wiring: Wiring, resid: Float[Tensor, "sample pos d_model"], context: C
 
 @torch.no_grad()
 @checked
-def answer_probabilities(wiring: Wiring, runs: FactRuns, kept: Kept) -> Float[Tensor, " sample"]:
+def answer_probabilities(decoder: Decoder, runs: FactRuns, kept: Kept) -> Float[Tensor, " sample"]:
     """The probability of the answer's first token in runs that were kept."""
-    return _read(wiring, kept.streams[-1][-1], runs.answer)
+    return _read(decoder, kept.streams[-1][-1], runs.answer)
 
 
 @torch.no_grad()
 @checked
 def restored_probabilities(
-    wiring: Wiring, runs: FactRuns, cells: Cells, cells_at_once: int = 24
+    decoder: Decoder, runs: FactRuns, cells: Cells, cells_at_once: int = 24
 ) -> Float[Tensor, "cell sample"]:
     """The probability of the answer's first token in the corrupted runs with each cell's states restored."""
-    order = cells.spans(wiring.n_layers)[0].argsort(stable=True)
-    parts = [_restored(wiring, runs, cells[part]) for part in order.split(cells_at_once)]
+    order = cells.spans(decoder.n_layers)[0].argsort(stable=True)
+    parts = [_restored(decoder, runs, cells[part]) for part in order.split(cells_at_once)]
     found = torch.cat(parts)
     return torch.empty_like(found).index_copy_(0, order.to(found.device), found)
 
@@ -145,9 +145,9 @@ class _Rows:
         return len(self.cell)
 
 
-def _restored(wiring: Wiring, runs: FactRuns, cells: Cells) -> Float[Tensor, "cell sample"]:
+def _restored(decoder: Decoder, runs: FactRuns, cells: Cells) -> Float[Tensor, "cell sample"]:
     """One pass up the blocks for cells in the order in which they join."""
-    first, end = cells.spans(wiring.n_layers)
+    first, end = cells.spans(decoder.n_layers)
     reached = cells.restored.cumsum(1) > 0
     reached[~cells.restored.any(1)] = True  # a cell that restores nothing is run whole, for the self-check
     cell, position = reached.nonzero(as_tuple=True)
@@ -156,17 +156,17 @@ def _restored(wiring: Wiring, runs: FactRuns, cells: Cells) -> Float[Tensor, "ce
     stream, corrupted = source.streams[rows.joins, position], runs.corrupted.streams[rows.joins, position]
     resid = torch.where(rows.own[:, None, None], stream, corrupted)
     at_last = position == cells.restored.shape[1] - 1
-    for layer in range(int(first.min()), wiring.n_layers):
+    for layer in range(int(first.min()), decoder.n_layers):
         n_active = int((rows.joins <= layer).sum())
-        needed = slice(n_active) if layer < wiring.n_layers - 1 else at_last[:n_active].nonzero()[:, 0]
+        needed = slice(n_active) if layer < decoder.n_layers - 1 else at_last[:n_active].nonzero()[:, 0]
         active = rows[:n_active]
         held = active.own & (layer < end[active.cell])
-        resid[needed] = _block(wiring, runs, cells.mediator, layer, resid[:n_active], active, held, needed)
-    return _read(wiring, resid[at_last], runs.answer)
+        resid[needed] = _block(decoder, runs, cells.mediator, layer, resid[:n_active], active, held, needed)
+    return _read(decoder, resid[at_last], runs.answer)
 
 
 def _block(
-    wiring: Wiring,
+    decoder: Decoder,
     runs: FactRuns,
     mediator: str,
     layer: int,
@@ -176,7 +176,7 @@ def _block(
     needed: slice | Int[Tensor, " needed"],
 ) -> Float[Tensor, "needed sample d_model"]:
     """The stream after a block at the rows that are needed, from the stream before it."""
-    block = wiring.blocks[layer]
+    block = decoder.blocks[layer]
     source = runs.clean if mediator in WINDOWED else runs.corrupted
     normed = block.attention.norm(resid)
     keys, values = (
@@ -186,7 +186,7 @@ def _block(
     resid, normed, rows, held = resid[needed], normed[needed], rows[needed], held[needed]
 
     def attention(of: slice | Tensor) -> Tensor:
-        return _attention(wiring, layer, normed[of], rows[of], keys, values, runs.context)
+        return _attention(decoder, layer, normed[of], rows[of], keys, values, runs.context)
 
     write = _unless_held(attention, held & ("attention" in mediator), source.attention[layer], rows)
     after_attention = resid + write
@@ -226,7 +226,7 @@ def _of_all_positions(
 
 
 def _attention(
-    wiring: Wiring,
+    decoder: Decoder,
     layer: int,
     normed: Float[Tensor, "row sample d_model"],
     rows: _Rows,
@@ -235,7 +235,7 @@ def _attention(
     context: Context,
 ) -> Float[Tensor, "row sample d_model"]:
     """What attention writes at some rows; places that are no rows ask with zeros, and what they get is left out."""
-    attention, n_samples = wiring.blocks[layer].attention, normed.shape[1]
+    attention, n_samples = decoder.blocks[layer].attention, normed.shape[1]
     own = attention.project("q", normed)
     start = int(rows.position.min())
     queries = own.new_zeros(len(keys) // n_samples, keys.shape[1] - start, *own.shape[1:])
@@ -247,10 +247,10 @@ def _attention(
     return attention.output(z[rows.cell, rows.position - start])
 
 
-def _read(wiring: Wiring, final: Float[Tensor, "*run d_model"], answer: int) -> Float[Tensor, "*run"]:
-    at_once = max(1, LOGITS_AT_ONCE // wiring.W_U.shape[1])
+def _read(decoder: Decoder, final: Float[Tensor, "*run d_model"], answer: int) -> Float[Tensor, "*run"]:
+    at_once = max(1, LOGITS_AT_ONCE // decoder.W_U.shape[1])
     found = []
     for part in final.flatten(0, -2).split(at_once):
-        logits = wiring.unembed(part).float()
+        logits = decoder.unembed(part).float()
         found.append(logits.log_softmax(-1)[:, answer].exp())  # logsumexp takes four times as long
     return torch.cat(found).view(final.shape[:-1])

@@ -27,12 +27,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, TaskError, check_counts, first_line
-from kc_lib.models.load import model_hash, model_name
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.results import hash_of, save_table, save_whole
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt
 from kc_lib.tasks.known import answer_ranks
@@ -82,7 +80,7 @@ class TracingResult:
 
 
 def trace(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[FactPrompt],
     *,
     mediators: Sequence[str] = DEFAULT_MEDIATORS,
@@ -121,11 +119,11 @@ def trace(
         ModelError: a model whose residual stream is no sum of writers (masked language models among them).
     """
     check_tracing(mediators, window, n_samples, position_classes, batch_size, max_facts)
-    wiring = wiring_of(model)
-    scale = noise_scale(wiring, facts, noise, level, sigma) if facts else None
+    decoder = model.residual
+    scale = noise_scale(decoder, facts, noise, level, sigma) if facts else None
     chosen, dropped = _chosen(model, facts, noise, n_samples, known_only, known_rank, max_facts, seed)
     settings = {
-        "model": model_name(model),
+        "model": model.name,
         "mediators": list(mediators),
         "window": window,
         "noise": noise,
@@ -141,7 +139,7 @@ def trace(
         "n_given": len(facts),
         "n_traced": len(chosen),
         "dropped": dropped,
-        "n_layers": wiring.n_layers,
+        "n_layers": decoder.n_layers,
     }
     file = None if checkpoint is None else Path(checkpoint)
     identity = _identity(model, facts, settings)
@@ -150,11 +148,11 @@ def trace(
     for number, fact in enumerate(bar):
         if number < len(rows):
             continue
-        runs = _runs(wiring, fact, facts, noise, scale, n_samples, seed)
-        row = _fact_row(wiring, number, fact, runs)
+        runs = _runs(decoder, fact, facts, noise, scale, n_samples, seed)
+        row = _fact_row(decoder, number, fact, runs)
         bar.set_postfix(p_clean=f"{row['p_clean']:.2f}", p_corrupted=f"{row['p_corrupted']:.2f}")
         positions = [i for i in range(len(fact.tokens)) if fact.position_class(i) in position_classes]
-        frames.append(_traced(model, wiring, fact, runs, row, mediators, window, positions, batch_size))
+        frames.append(_traced(model, decoder, fact, runs, row, mediators, window, positions, batch_size))
         rows.append(row)
         if file is not None:
             partial = TracingResult(pd.concat(frames, ignore_index=True), pd.DataFrame(rows), {"identity": identity})
@@ -184,7 +182,7 @@ def check_tracing(
 
 
 def self_checks(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[FactPrompt],
     *,
     noise: str = "gaussian",
@@ -206,14 +204,14 @@ def self_checks(
     Raises:
         MethodError, ModelError: as ``trace``; also for a fact that has no other subject to be replaced by.
     """
-    wiring = wiring_of(model)
-    scale = noise_scale(wiring, facts, noise, level, sigma)
+    decoder = model.residual
+    scale = noise_scale(decoder, facts, noise, level, sigma)
     rows = []
     for number, fact in enumerate(facts if only is None else only):
-        runs = _runs(wiring, fact, facts, noise, scale, n_samples, seed)
-        clean, corrupted = (answer_probabilities(wiring, runs, kept) for kept in (runs.clean, runs.corrupted))
-        layers = torch.arange(wiring.n_layers, device=wiring.device)
-        every = torch.ones(wiring.n_layers, _n_positions(fact), dtype=torch.bool, device=wiring.device)
+        runs = _runs(decoder, fact, facts, noise, scale, n_samples, seed)
+        clean, corrupted = (answer_probabilities(decoder, runs, kept) for kept in (runs.clean, runs.corrupted))
+        layers = torch.arange(decoder.n_layers, device=decoder.device)
+        every = torch.ones(decoder.n_layers, _n_positions(fact), dtype=torch.bool, device=decoder.device)
         last = every.clone()
         last[:, :-1] = False
         checks = {
@@ -222,13 +220,13 @@ def self_checks(
             "nothing": (Cells("state", layers, ~every), corrupted),
         }
         for check, (cells, expected) in checks.items():
-            gap = (restored_probabilities(wiring, runs, cells) - expected).abs().max()
+            gap = (restored_probabilities(decoder, runs, cells) - expected).abs().max()
             rows.append({"fact": number, "check": check, "p": float(expected.mean()), "gap": float(gap)})
     return pd.DataFrame(rows)
 
 
 def _chosen(
-    model: TransformerBridge,
+    model: Model,
     facts: Sequence[FactPrompt],
     noise: str,
     n_samples: int,
@@ -269,7 +267,7 @@ def _n_positions(fact: FactPrompt) -> int:
 
 
 def _runs(
-    wiring: Wiring,
+    decoder: Decoder,
     fact: FactPrompt,
     facts: Sequence[FactPrompt],
     noise: str,
@@ -282,14 +280,14 @@ def _runs(
         tokens = replaced(fact, facts, n_samples, seed)
         if tokens is None:
             raise MethodError(f"{fact.name} has no other subject of equal token length: use noise 'gaussian'")
-        corrupted = wiring.embed(tokens)[:, fact.subject[0] :]
+        corrupted = decoder.embed(tokens)[:, fact.subject[0] :]
     else:
-        corrupted = noised(wiring, fact, noise, scale, n_samples, seed)
-    return fact_runs(wiring, torch.tensor(fact.tokens), fact.subject[0], corrupted, fact.answer)
+        corrupted = noised(decoder, fact, noise, scale, n_samples, seed)
+    return fact_runs(decoder, torch.tensor(fact.tokens), fact.subject[0], corrupted, fact.answer)
 
 
-def _fact_row(wiring: Wiring, number: int, fact: FactPrompt, runs: FactRuns) -> dict[str, Any]:
-    clean, corrupted = (answer_probabilities(wiring, runs, kept) for kept in (runs.clean, runs.corrupted))
+def _fact_row(decoder: Decoder, number: int, fact: FactPrompt, runs: FactRuns) -> dict[str, Any]:
+    clean, corrupted = (answer_probabilities(decoder, runs, kept) for kept in (runs.clean, runs.corrupted))
     about = {"fact": number, **{key: fact.text.get(key, "") for key in ("prompt", "subject", "answer")}}
     p_clean, p_corrupted = float(clean[0]), float(corrupted.double().mean())
     effects = {"p_clean": p_clean, "p_corrupted": p_corrupted, "total_effect": p_clean - p_corrupted}
@@ -297,8 +295,8 @@ def _fact_row(wiring: Wiring, number: int, fact: FactPrompt, runs: FactRuns) -> 
 
 
 def _traced(
-    model: TransformerBridge,
-    wiring: Wiring,
+    model: Model,
+    decoder: Decoder,
     fact: FactPrompt,
     runs: FactRuns,
     row: Mapping[str, Any],
@@ -308,9 +306,9 @@ def _traced(
     batch_size: int,
 ) -> pd.DataFrame:
     """The rows of one fact."""
-    grid = torch.cartesian_prod(torch.arange(wiring.n_layers), torch.tensor(positions)).reshape(-1, 2)
-    layers = grid[:, 0].to(wiring.device)
-    restored = torch.eye(len(fact.tokens), dtype=torch.bool)[grid[:, 1], fact.subject[0] :].to(wiring.device)
+    grid = torch.cartesian_prod(torch.arange(decoder.n_layers), torch.tensor(positions)).reshape(-1, 2)
+    layers = grid[:, 0].to(decoder.device)
+    restored = torch.eye(len(fact.tokens), dtype=torch.bool)[grid[:, 1], fact.subject[0] :].to(decoder.device)
     at = grid[:, 1].tolist()
     about = {
         "fact": row["fact"],
@@ -323,7 +321,7 @@ def _traced(
     }
     frames = []
     for mediator in mediators if at else ():
-        found = restored_probabilities(wiring, runs, Cells(mediator, layers, restored, window), batch_size).double().cpu()
+        found = restored_probabilities(decoder, runs, Cells(mediator, layers, restored, window), batch_size).double().cpu()
         if not found.isfinite().all():
             raise MethodError(f"{fact.name}: a probability is no finite number; use dtype float32")
         std = found.std(1) if found.shape[1] > 1 else torch.full((len(found),), float("nan"))
@@ -331,9 +329,9 @@ def _traced(
     return pd.concat(frames, ignore_index=True)[list(COLUMNS)] if frames else pd.DataFrame(columns=list(COLUMNS))
 
 
-def _identity(model: TransformerBridge, facts: Sequence[FactPrompt], settings: Mapping[str, Any]) -> str:
+def _identity(model: Model, facts: Sequence[FactPrompt], settings: Mapping[str, Any]) -> str:
     """Hash of what determines the result."""
-    return hash_of([model_hash(model), dict(settings), [asdict(fact) for fact in facts]])
+    return hash_of([model.hash, dict(settings), [asdict(fact) for fact in facts]])
 
 
 def _resumed(file: Path | None, identity: str) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:

@@ -13,12 +13,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, is_right, right_rank
-from kc_lib.models.load import model_name
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.residual.logits import full_logits
 from kc_lib.results import load_table, save_table
 from kc_lib.stats import resampled_means, with_interval
@@ -61,7 +59,7 @@ class Behaviour:
 
 
 @torch.no_grad()
-def behaviour(model: TransformerBridge, pairs: Sequence[TokenPair], *, batch_size: int = 16) -> Behaviour:
+def behaviour(model: Model, pairs: Sequence[TokenPair], *, batch_size: int = 16) -> Behaviour:
     """Every measure on the clean prompt of every pair; of answers of several tokens, on the first.
 
     Raises:
@@ -70,9 +68,9 @@ def behaviour(model: TransformerBridge, pairs: Sequence[TokenPair], *, batch_siz
     """
     if not pairs:
         raise MethodError("there are no prompts to measure a behaviour on: give the pairs of a split")
-    wiring, parts = wiring_of(model), []
-    for batch in batches(pairs, batch_size, device=wiring.device):
-        logits = full_logits(wiring, batch)
+    decoder, parts = model.residual, []
+    for batch in batches(pairs, batch_size, device=decoder.device):
+        logits = full_logits(decoder, batch)
         if not logits.isfinite().all():
             raise MethodError("the model's logits are no finite numbers: use dtype float32, or another checkpoint")
         found = {
@@ -86,4 +84,4 @@ def behaviour(model: TransformerBridge, pairs: Sequence[TokenPair], *, batch_siz
         parts.append(pd.DataFrame({name: values.cpu().numpy() for name, values in found.items()}))
     prompts = pd.concat(parts, ignore_index=True)
     prompts.insert(0, "prompt", [pair.text.get("clean", "") for pair in pairs])
-    return Behaviour(prompts, {"model": model_name(model), "n_prompts": len(pairs)})
+    return Behaviour(prompts, {"model": model.name, "n_prompts": len(pairs)})

@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.tasks.task import Task, load_task
 
 
@@ -60,7 +59,7 @@ class DrawnTasks:
 
 def draw_tasks(
     names: Sequence[str],
-    model: TransformerBridge,
+    model: Model,
     *,
     seeds: int = 3,
     n_prompts: int = 64,

@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import hex_to_rgb
-from plotly.subplots import make_subplots
 
+from kc_lib import plotting as plot
 from kc_lib.errors import MethodError
-from kc_lib.plotting import DARK, NEUTRAL, OKABE_ITO, SYMBOLS, short_number, titled
+from kc_lib.metrics import METRICS
 from kc_lib.training.behaviour import BEHAVIOURS
 from kc_lib.training.ioi_algorithm import STEPS as ALGORITHM
 from kc_lib.training.over_training import TrainingResult
+from kc_lib.training.sizes import CIRCUIT_SIZES, model_sizes, size_correlations
 from kc_lib.training.summary import SHARE, SIMILARITIES, emergence, over_draws, shown, similarities
+from kc_lib.training.swaps import ACCURACY, swap_changes
 
 SHOWN_BEHAVIOURS = ("logit_difference", "probability_difference", "accuracy", "mrr")
 STRONGEST = 3  # heads of a panel
 SCORE_COLUMNS = 4
 LABEL = 0.07  # of a panel's height, that the name of a head takes
 EDGE_TICKS = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+MOST_TICKS = 10  # of the time axis of a panel of swaps
+AXES = {"n_edges": "edges of the circuit", "n_nodes": "nodes of the circuit"}
+CIRCUIT_PANELS = {  # quantity -> title, axis
+    "n_edges": ("edges of the smallest faithful circuit", "edges"),
+    "faithfulness": ("faithfulness, held out", "share of the full model's effect"),
+    "effect": ("effect of the prompts", "metric, clean minus corrupted"),
+}
 
 
 def behaviour_over_training(
@@ -41,18 +50,14 @@ def behaviour_over_training(
     unknown = [name for name in behaviours if name not in BEHAVIOURS]
     if unknown or not behaviours:
         raise MethodError(f"{unknown or 'nothing'}: show some of {', '.join(BEHAVIOURS)}")
-    found = _averaged(result, "behaviour", behaviours)
-    axis = _Time(result)
-    texts = [shown(name) for name in behaviours]
-    figure = make_subplots(1, len(behaviours), subplot_titles=texts, horizontal_spacing=0.06)
+    averages = _averaged(result, "behaviour", behaviours)
+    figure = plot.panels([shown(name) for name in behaviours], horizontal_spacing=0.06)
     for column, name in enumerate(behaviours, start=1):
-        for i, (task, own) in enumerate(found[found["quantity"] == name].groupby("task", sort=False)):
-            _line(figure, axis, own, str(task), i, 1, column, legend=column == 1)
+        for i, (task, rows) in enumerate(averages[averages["quantity"] == name].groupby("task", sort=False)):
+            _line(figure, rows, str(task), i, row=1, col=column, showlegend=column == 1)
         figure.update_yaxes(title_text=BEHAVIOURS[name], row=1, col=column)
-    axis.draw(figure, 1)
-    figure.update_annotations(font_size=13)
-    figure.update_layout(height=420, width=max(420, 300 * len(behaviours)), legend=_below(0.28), margin={"t": 110})
-    return titled(figure, title or "Behaviour over training", axis.about())
+    size: dict[str, Any] = {"height": 420, "width": max(420, 300 * len(behaviours)), "legend": plot.below(0.28)}
+    return _over_time(figure, result, title or "Behaviour over training", [], **size)
 
 
 def circuit_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
@@ -63,31 +68,22 @@ def circuit_over_training(result: TrainingResult, title: str | None = None) -> g
     Raises:
         MethodError: no circuits in the result.
     """
-    found = _averaged(result, "circuit", ("effect", "n_edges", "faithfulness", "null_faithfulness"))
-    axis = _Time(result)
-    titles = ["edges of the smallest faithful circuit", "faithfulness, held out", "effect of the prompts"]
-    figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.07)
-    for i, (task, rows) in enumerate(found.groupby("task", sort=False)):
-        of = {str(name): own for name, own in rows.groupby("quantity", sort=False)}
-        for column, name in enumerate(("n_edges", "faithfulness", "effect"), start=1):
-            _line(figure, axis, of[name], str(task), i, 1, column, legend=column == 1)
-        _line(figure, axis, of["null_faithfulness"], f"{task}: random circuits", i, 1, 2, dash="dot", legend=True)
-        missing = of["faithfulness"][of["faithfulness"]["n"] == 0]
-        mark = {"symbol": "x-thin", "size": 8, "line": {"color": _colour(i), "width": 1.5}}
+    averages = _averaged(result, "circuit", (*CIRCUIT_PANELS, "null_faithfulness"))
+    figure = plot.panels([name for name, _ in CIRCUIT_PANELS.values()], horizontal_spacing=0.07)
+    for i, (task, rows) in enumerate(averages.groupby("task", sort=False)):
+        quantities = {str(name): own for name, own in rows.groupby("quantity", sort=False)}
+        for column, name in enumerate(CIRCUIT_PANELS, start=1):
+            _line(figure, quantities[name], str(task), i, row=1, col=column, showlegend=column == 1)
+        _line(figure, quantities["null_faithfulness"], f"{task}: random circuits", i, "dot", row=1, col=2)
         hover = f"{html.escape(str(task))}: undefined, next to no effect<extra></extra>"
-        crosses = go.Scatter(
-            x=axis.of(missing), y=[-0.08 - 0.05 * i] * len(missing), mode="markers", marker=mark, showlegend=False
-        )
-        figure.add_trace(crosses.update(hovertemplate=hover), 1, 2)
-    figure.add_hline(y=1.0, line={"color": NEUTRAL, "width": 1, "dash": "dash"}, row=1, col=2)
-    figure.update_yaxes(type="log", title_text="edges", tickvals=EDGE_TICKS, row=1, col=1)
-    figure.update_yaxes(title_text="share of the full model's effect", row=1, col=2)
-    figure.update_yaxes(title_text="metric, clean minus corrupted", row=1, col=3)
-    axis.draw(figure, 1)
-    figure.update_annotations(font_size=13)
-    figure.update_layout(height=460, width=1200, legend=_below(0.26), margin={"t": 110})
-    about = [*axis.about(), "crosses: undefined, next to no effect"]
-    return titled(figure, title or "Circuits over training", about)
+        _crosses(figure, quantities["faithfulness"], -0.08 - 0.05 * i, plot.OKABE_ITO[i % 6], hover, column=2)
+    plot.level_lines(figure, "y", 1.0, dash="dash", colour=plot.NEUTRAL, row=1, col=2)
+    for column, (_, name) in enumerate(CIRCUIT_PANELS.values(), start=1):
+        figure.update_yaxes(title_text=name, row=1, col=column)
+    figure.update_yaxes(type="log", tickvals=EDGE_TICKS, row=1, col=1)
+    about = ["crosses: undefined, next to no effect"]
+    size: dict[str, Any] = {"height": 460, "width": 1200, "legend": plot.below(0.26)}
+    return _over_time(figure, result, title or "Circuits over training", about, **size)
 
 
 def similarity_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
@@ -99,40 +95,28 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
     Raises:
         MethodError: no circuits in the result.
     """
-    found = similarities(result)
-    noise = _averaged(result, "circuit", ("resampled_jaccard",))
-    axis = _Time(result)
-    titles = [f"{shown(name)}, {against}" for against in ("previous", "last") for name in SIMILARITIES]
-    spacing = {"horizontal_spacing": 0.05, "vertical_spacing": 0.12}
-    figure = make_subplots(2, 3, subplot_titles=titles, shared_xaxes=True, shared_yaxes=True, **spacing)
-    for row, against in enumerate(("previous", "last"), start=1):
-        for column, name in enumerate(SIMILARITIES, start=1):
-            chosen = found[(found["against"] == against) & (found["quantity"] == name)]
-            for i, (task, own) in enumerate(chosen.groupby("task", sort=False)):
-                plain = over_draws(own.assign(part=""))
-                smooth = over_draws(own.assign(part="", value=own["ewma"]))
-                thin = go.Scatter(
-                    x=axis.of(plain), y=plain["value"], mode="markers", marker={"color": _colour(i), "size": 5}
-                )
-                figure.add_trace(thin.update(showlegend=False, hovertemplate="%{y:.2f}<extra></extra>"), row, column)
-                _line(figure, axis, smooth, str(task), i, row, column, legend=row == column == 1)
-                if name == "edge_jaccard":
-                    of_task = noise[noise["task"] == task]
-                    label = f"{task}: resampled prompts"
-                    _line(figure, axis, of_task, label, i, row, column, dash="dot", legend=row == 1, fill=False)
-    figure.update_yaxes(range=[-0.03, 1.05])
-    for row in (1, 2):
-        figure.update_yaxes(title_text="overlap", row=row, col=1)
-    axis.draw(figure, 2)
-    figure.update_annotations(font_size=13)
-    figure.update_layout(height=640, width=1150, legend=_below(0.16), margin={"t": 110})
-    about = [
-        *axis.about(),
-        "lines: exponentially weighted, alpha 0.5",
-        "dots: single checkpoints",
-        "dotted: resampled prompts",
-    ]
-    return titled(figure, title or "How much circuits stay the same", about)
+    overlaps = similarities(result).assign(part="")
+    resampled = _averaged(result, "circuit", ("resampled_jaccard",))
+    pairs = [(against, name) for against in ("previous", "last") for name in SIMILARITIES]
+    spacing: dict[str, Any] = {"horizontal_spacing": 0.05, "vertical_spacing": 0.12}
+    titles = [f"{shown(name)}, {against}" for against, name in pairs]
+    figure = plot.panels(titles, len(SIMILARITIES), shared_xaxes=True, shared_yaxes=True, **spacing)
+    for place, (against, name) in enumerate(pairs):
+        at: dict[str, Any] = plot.place(place, len(SIMILARITIES))
+        chosen = overlaps[(overlaps["against"] == against) & (overlaps["quantity"] == name)]
+        for i, (task, rows) in enumerate(chosen.groupby("task", sort=False)):
+            single, colour = _timed(result, rows), plot.OKABE_ITO[i % 6]
+            hover = "%{y:.2f}<extra></extra>"
+            plot.points(figure, single["time"], single["value"], colour, hover, size=5, showlegend=False, **at)
+            smooth = _timed(result, rows.assign(value=rows["ewma"]))
+            _line(figure, smooth, str(task), i, showlegend=place == 0, **at)
+            if name == "edge_jaccard":
+                of_task, label = resampled[resampled["task"] == task], f"{task}: resampled prompts"
+                _line(figure, of_task, label, i, "dot", fill=False, showlegend=against == "previous", **at)
+    figure.update_yaxes(range=[-0.03, 1.05]).update_yaxes(title_text="overlap", col=1)
+    about = ["lines: exponentially weighted, alpha 0.5", "dots: single checkpoints", "dotted: resampled prompts"]
+    size: dict[str, Any] = {"height": 640, "width": 1150, "legend": plot.below(0.16)}
+    return _over_time(figure, result, title or "How much circuits stay the same", about, n_rows=2, **size)
 
 
 def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, title: str | None = None) -> go.Figure:
@@ -148,43 +132,36 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
     appeared = appeared[appeared["measure"].isin(["direct", "heads"])]
     if appeared.empty or strongest < 1:
         raise MethodError("there are no heads to show: measure 'heads' or 'direct' as well, and show at least one")
-    axis = _Time(result)
-    panels = list(appeared.groupby(["measure", "task", "quantity"], sort=False))
-    n_columns = min(SCORE_COLUMNS, len(panels))
-    n_rows = -(-len(panels) // n_columns)
-    titles = [f"direct effect, {task}" if measure == "direct" else shown(name) for (measure, task, name), _ in panels]
-    spacing = {"horizontal_spacing": 0.06, "vertical_spacing": 0.24 / n_rows}
-    figure = make_subplots(n_rows, n_columns, subplot_titles=titles, shared_xaxes=True, **spacing)
-    figure.update_annotations(font_size=13)
-    for place, ((measure, task, name), heads) in enumerate(panels):
-        row, column = divmod(place, n_columns)
+    by_panel = list(appeared.groupby(["measure", "task", "quantity"], sort=False))
+    n_columns = min(SCORE_COLUMNS, len(by_panel))
+    n_rows = -(-len(by_panel) // n_columns)
+    titles = [f"direct effect, {task}" if measure == "direct" else shown(name) for (measure, task, name), _ in by_panel]
+    spacing: dict[str, Any] = {"horizontal_spacing": 0.06, "vertical_spacing": 0.24 / n_rows}
+    figure = plot.panels(titles, n_columns, shared_xaxes=True, **spacing)
+    for place, ((measure, task, name), heads) in enumerate(by_panel):
+        at: dict[str, Any] = plot.place(place, n_columns)
         rows = result.of(str(measure), str(name))
-        rows = over_draws(rows[rows["task"] == task])
-        ends = {}
+        rows = _timed(result, rows[rows["task"] == task])
+        ends = []
         for i, head in enumerate(heads.sort_values("maximum", ascending=False).head(strongest).to_dict("records")):
-            own = rows[rows["part"] == head["part"]]
+            own, colour = rows[rows["part"] == head["part"]], plot.OKABE_ITO[i % 6]
             dash = "solid" if measure == "direct" or head["passes"] else "dot"
-            _line(figure, axis, own, head["part"], i, row + 1, column + 1, dash=dash, legend=False)
+            _line(figure, own, head["part"], i, dash, showlegend=False, **at)
             if dash == "solid":
-                at = own[own["step"] == head["step"]]
-                mark = {"symbol": "circle-open", "size": 11, "color": _colour(i), "line": {"width": 2.5}}
-                ring = go.Scatter(x=axis.of(at), y=at["value"], mode="markers", marker=mark, showlegend=False)
-                figure.add_trace(ring.update(hoverinfo="skip"), row + 1, column + 1)
-            ends[head["part"]] = own[own["n"] > 0].tail(1)
-        heights = _apart([float(end["value"].iloc[0]) for end in ends.values()], LABEL * float(rows["high"].max()))
-        for i, ((head_name, end), height) in enumerate(zip(ends.items(), heights, strict=True)):
-            label = go.Scatter(x=axis.of(end), y=[height], mode="text", text=[f" {head_name}"], showlegend=False)
-            label.update(
-                textposition="middle right", textfont={"size": 10, "color": _colour(i)}, hoverinfo="skip", cliponaxis=False
-            )
-            figure.add_trace(label, row + 1, column + 1)
-        lowest = place + n_columns >= len(panels)
-        figure.update_xaxes(showticklabels=lowest, row=row + 1, col=column + 1)
+                reached = own[own["step"] == head["step"]]
+                ring = {"symbol": "circle-open", "size": 11, "outline": {"width": 2.5}, "showlegend": False}
+                plot.points(figure, reached["time"], reached["value"], colour, None, **ring, **at)
+            ends.append(own[own["n"] > 0].tail(1).assign(colour=colour))
+        last = pd.concat(ends)
+        heights = _apart(last["value"].tolist(), LABEL * float(rows["value_high"].max()))
+        for height, end in zip(heights, last.to_dict("records"), strict=True):
+            look = {"textposition": "middle right", "textfont": {"size": 10, "color": end["colour"]}, "cliponaxis": False}
+            plot.labels(figure, [end["time"]], [height], [f" {end['part']}"], **look, **at)
+        figure.update_xaxes(showticklabels=place + n_columns >= len(by_panel), **at)
     figure.update_yaxes(rangemode="tozero")
-    axis.draw(figure, n_rows, room=2.5)
-    figure.update_layout(height=160 + 250 * n_rows, width=max(480, 300 * n_columns), margin={"t": 110})
     about = [f"strongest {strongest}", f"ring: reaches {SHARE:.0%} of its maximum", "dotted: never passes its criterion"]
-    return titled(figure, title or "Heads over training", [*axis.about(), *about])
+    size: dict[str, Any] = {"height": 160 + 250 * n_rows, "width": max(480, 300 * n_columns)}
+    return _over_time(figure, result, title or "Heads over training", about, n_rows=n_rows, room=2.5, **size)
 
 
 def consistency_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
@@ -195,106 +172,185 @@ def consistency_over_training(result: TrainingResult, title: str | None = None) 
     Raises:
         MethodError: no such shares in the result.
     """
-    found = _averaged(result, "consistency", ("share_absolute", "share_signed"))
-    axis = _Time(result)
-    parts = found["part"].unique().tolist()
-    parts.sort(key=list(ALGORITHM).index)
+    averages = _averaged(result, "consistency", ("share_absolute", "share_signed"))
+    parts = sorted(averages["part"].unique(), key=list(ALGORITHM).index)
     titles = [f"{place}: {part}" for place, part in enumerate(parts, start=1)]
-    figure = make_subplots(1, len(parts), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
+    figure = plot.panels(titles, shared_yaxes=True, horizontal_spacing=0.05)
     for column, part in enumerate(parts, start=1):
-        own = found[found["part"] == part]
-        absolute, signed = (own[own["quantity"] == f"share_{name}"] for name in ("absolute", "signed"))
-        _line(figure, axis, absolute, "absolute", 0, 1, column, legend=column == 1)
-        _line(figure, axis, signed, "signed", 1, 1, column, dash="dot", legend=column == 1)
-        missing = absolute[absolute["n"] == 0]
-        mark = {"symbol": "x-thin", "size": 8, "line": {"color": NEUTRAL, "width": 1.5}}
-        crosses = go.Scatter(x=axis.of(missing), y=[-0.08] * len(missing), mode="markers", marker=mark, showlegend=False)
-        figure.add_trace(crosses.update(hovertemplate="undefined<extra></extra>"), 1, column)
+        for i, (name, dash) in enumerate((("absolute", "solid"), ("signed", "dot"))):
+            rows = averages[(averages["part"] == part) & (averages["quantity"] == f"share_{name}")]
+            _line(figure, rows, name, i, dash, row=1, col=column, showlegend=column == 1)
+            if name == "absolute":
+                _crosses(figure, rows, -0.08, plot.NEUTRAL, "undefined<extra></extra>", column)
     figure.update_yaxes(title_text="share of the effects", row=1, col=1)
-    axis.draw(figure, 1)
-    ends = [found[["low", "value"]].min().min(), found[["high", "value"]].max().max()]
-    figure.update_yaxes(range=[np.nanmin([-0.15, ends[0] - 0.05]), np.nanmax([1.05, ends[1] + 0.05])])
-    figure.update_annotations(font_size=13)
-    figure.update_layout(height=420, width=1050, legend=_below(0.28), margin={"t": 110})
-    return titled(figure, title or "IOI by the published algorithm", [*axis.about(), "crosses: undefined"])
+    ends = averages[["value_low", "value", "value_high"]].stack()
+    figure.update_yaxes(range=[np.nanmin([-0.15, ends.min() - 0.05]), np.nanmax([1.05, ends.max() + 0.05])])
+    size: dict[str, Any] = {"height": 420, "width": 1050, "legend": plot.below(0.28)}
+    return _over_time(figure, result, title or "IOI by the published algorithm", ["crosses: undefined"], **size)
 
 
-class _Time:
-    """The axis of time: tokens where every checkpoint has them, else steps, with a place for 0."""
+def model_size_figure(
+    results: Sequence[TrainingResult], against: str = "model_parameters", title: str | None = None
+) -> go.Figure:
+    """Edges and nodes of every model's circuits over its size, both logarithmic, with Pearson's r of the logarithms.
 
-    def __init__(self, result: TrainingResult) -> None:
-        frame = result.frame
-        if frame.empty:
-            raise MethodError("the result has no checkpoints: there is nothing to show")
-        self.column = "tokens" if frame["tokens"].notna().all() else "step"
-        times = sorted({int(time) for time in frame[self.column]})
-        positive = [time for time in times if time > 0]
-        self.zero = min(positive, default=2) / 2
-        self.last = max(positive, default=2)
-        self.has_zero = times[0] == 0
-        self.n_checkpoints = frame["step"].nunique()
-        self.n_draws = frame["seed"].nunique()
-        self.n_pairs = result.provenance.get("n_pairs")
+    A point is the mean over checkpoints that have a circuit; its bar runs from the lowest to the highest draw.
 
-    def of(self, rows: pd.DataFrame) -> list[float]:
-        return [float(time) or self.zero for time in rows[self.column]]
+    Raises:
+        MethodError: as ``size_correlations``.
+    """
+    correlations = size_correlations(results, against)
+    correlations = correlations[correlations["statistic"] == "pearson of logarithms"]
+    sizes = model_sizes(results)
+    figure = plot.panels([""] * len(CIRCUIT_SIZES), horizontal_spacing=0.12)
+    for column, quantity in enumerate(CIRCUIT_SIZES, start=1):
+        for i, (task, rows) in enumerate(sizes.sort_values(against).groupby("task", sort=False)):
+            chosen = (correlations["quantity"] == quantity) & (correlations["task"] == task)
+            r = correlations[chosen].rename(columns={"low": "value_low", "high": "value_high"}).iloc[0]
+            name = f"{html.escape(str(task))}, {AXES[quantity].split()[0]}: r = {plot.figure_text(r, 'value')}, n = {r['n']}"
+            look = {"width": 1, "size": 8, "symbol": plot.SYMBOLS[i % 7], "name": name, "customdata": rows["model"]}
+            look |= {"error_y": plot.whiskers(rows.to_dict("records"), quantity), "row": 1, "col": column}
+            hover = "%{customdata}: %{y:.4g} of %{x:,}<extra></extra>"
+            plot.curve(figure, rows, against, quantity, plot.OKABE_ITO[i % 6], hover, **look)
+        figure.update_yaxes(title_text=AXES[quantity], type="log", row=1, col=column)
+    figure.update_xaxes(title_text=shown(against), type="log")
+    about = [f"n = {sizes['model'].nunique()} models", "mean over checkpoints with a circuit, range of draws"]
+    about += ["r: Pearson's of logarithms, 95%"]
+    size: dict[str, Any] = {"height": 460, "width": 1000, "legend": plot.below(0.25), "margin": {"b": 130}}
+    return plot.titled(figure, title or "Circuit size against model size", about, **size)
 
-    def draw(self, figure: go.Figure, n_rows: int, room: float = 1.15) -> None:
-        low = np.log10(self.zero if self.has_zero else 2 * self.zero)
-        places = [10.0**power for power in range(int(np.ceil(low - 1e-9)), int(np.log10(self.last)) + 1)]
-        ticks = [self.zero, *places] if self.has_zero else places
-        text = ["0", *map(short_number, places)] if self.has_zero else list(map(short_number, places))
-        span = [low - 0.1, np.log10(self.last) + np.log10(room)]
-        figure.update_xaxes(type="log", range=span, tickvals=ticks, ticktext=text)
-        figure.update_xaxes(title_text="tokens read" if self.column == "tokens" else "training step", row=n_rows)
 
-    def about(self) -> list[str]:
-        bands = f"mean and range of {self.n_draws} draws of prompts" if self.n_draws > 1 else "one draw of prompts"
-        return [f"{self.n_checkpoints} checkpoints", f"n = {self.n_pairs} pairs" if self.n_pairs else "", bands]
+def swap_grid(result: TrainingResult, accuracy: bool = False, title: str | None = None) -> go.Figure:
+    """A column for each task: the metric of host and donor, what each swap changes in each host, and its nulls.
+
+    Colours of both grids of a task mean the same, white nothing; the scale is that of the swaps, and nulls beyond it are
+    drawn in its last colour. A dot marks swaps that raise the metric, and more than every null, in every draw.
+
+    Raises:
+        MethodError: no swaps in the result.
+    """
+    changes = swap_changes(result)
+    changes = changes[(changes["of"] == ACCURACY) == accuracy]
+    tasks = changes["task"].unique().tolist()
+    grid_height = 60 + 26 * changes["part"].nunique()
+    heights = [170, grid_height, grid_height]
+    names = ["{task}: host (line), donor (dashed)", "change by the swap", "null: another component there"]
+    titles = [name.format(task=html.escape(str(task))) for name in names for task in tasks]
+    spacing: dict[str, Any] = {"horizontal_spacing": 0.22 / len(tasks), "vertical_spacing": 0.1}
+    figure = plot.panels(titles, len(tasks), row_heights=[height / sum(heights) for height in heights], **spacing)
+    for column, task in enumerate(tasks, start=1):
+        _add_swaps(figure, changes[changes["task"] == task], -95 / sum(heights), column)
+    n_draws, n_pairs = int(changes["n"].max()), result.provenance.get("n_pairs")
+    about = [f"n = {n_pairs} pairs" if "n_pairs" in result.provenance else ""]
+    about += [f"mean of {n_draws} draws of prompts" if n_draws > 1 else "one draw of prompts"]
+    about += ["dot: raises the metric, and more than every null, in every draw"]
+    about += ["nulls beyond the scale take its last colour"]
+    donor = str(result.provenance.get("measures", {}).get("swap", {}).get("donor", ["a later checkpoint"])[0])
+    size: dict[str, Any] = {"height": sum(heights) + 260, "width": 140 + 340 * len(tasks), "margin": {"t": 110, "b": 120}}
+    title = title or f"Single components of {donor} put into each checkpoint"
+    return plot.titled(figure, title, about, showlegend=False, **size)
+
+
+def _add_swaps(figure: go.Figure, changes: pd.DataFrame, bar_height: float, column: int) -> None:
+    """The panels of one task: lines of host and donor, a grid of changes with dots, a grid of nulls, a colour bar."""
+    parts, steps = changes["part"].unique().tolist(), sorted(changes["step"].unique().tolist())
+    of = str(changes["of"].iloc[0])
+    unit = "share of prompts" if of == ACCURACY else METRICS[of].unit
+    figure.update_yaxes(title_text=f"{shown(of)} ({unit})" if of == ACCURACY else shown(of), row=1, col=column)
+    hosts = changes.drop_duplicates("step").sort_values("step").assign(place=range(len(steps)))
+    for name, colour, dash in (("host", plot.POSITIVE, "solid"), ("donor", plot.DARK, "dash")):
+        hover = f"{name}, step %{{customdata}}: %{{y:.3g}}<extra></extra>"
+        look = {"dash": dash, "name": name, "customdata": hosts["step"], "row": 1, "col": column}
+        plot.curve(figure, hosts, "place", name, colour, hover, **look)
+    colours = "coloraxis" if column == 1 else f"coloraxis{column}"
+    for row, value in enumerate(("change", "null"), start=2):
+        texts = changes.assign(text=[_swap_hover(cell, value) for cell in changes.to_dict("records")])
+        grid = changes.pivot(index="part", columns="step", values=value).loc[parts].set_axis(range(len(steps)), axis=1)
+        words = texts.pivot(index="part", columns="step", values="text").loc[parts].to_numpy()
+        look = {"hovertext": words, "coloraxis": colours, "row": row, "col": column}
+        plot.heatmap(figure, grid, "%{hovertext}<extra></extra>", **look)
+        figure.update_yaxes(autorange="reversed", type="category", mirror=True, showgrid=False, row=row, col=column)
+        figure.update_xaxes(mirror=True, row=row, col=column)
+    places = np.argwhere(changes.pivot(index="part", columns="step", values="beats_nulls").loc[parts].to_numpy())
+    y = [parts[i] for i in places[:, 0]]
+    plot.points(figure, places[:, 1].tolist(), y, plot.DARK, None, size=4, row=2, col=column)
+    left, right = figure.get_subplot(3, column).xaxis.domain
+    bar = {"title": {"text": f"change ({unit})", "side": "bottom", "font": {"size": 12}}, "thickness": 10}
+    bar |= {"orientation": "h", "x": left, "xanchor": "left", "len": right - left, "y": bar_height, "yanchor": "top"}
+    limit = float(changes["change"].abs().max()) or 1.0
+    scale = plot.signed_scale(limit, "c") | {"colorbar": bar | {"tickfont": {"size": 11}}}
+    figure.update_layout({colours: scale})
+    ticks = range(0, len(steps), -(-len(steps) // MOST_TICKS))
+    axis = {"tickvals": list(ticks), "ticktext": [plot.short_number(steps[i]) for i in ticks], "tickangle": 0}
+    figure.update_xaxes(range=[-0.5, len(steps) - 0.5], showgrid=False, **axis, col=column)
+    figure.update_xaxes(title_text="step of the host", row=3, col=column)
+
+
+def _swap_hover(cell: plot.Row, value: str) -> str:
+    mean, low, high = (plot.number(cell[f"{value}{end}"], 3) for end in plot.ENDS)
+    what, ends = ("swap", "draws") if value == "change" else ("another component there", "nulls")
+    return f"<b>{cell['part']}</b> into step {cell['step']}<br>{what}: {mean} ({ends} from {low} to {high})"
+
+
+def _times(result: TrainingResult) -> tuple[str, list[int], float]:
+    """The column of time (tokens where every checkpoint has them, else steps), its values, and the place of 0."""
+    if result.frame.empty:
+        raise MethodError("the result has no checkpoints: there is nothing to show")
+    column = "tokens" if result.frame["tokens"].notna().all() else "step"
+    times = sorted({int(time) for time in result.frame[column]})
+    return column, times, min((time for time in times if time > 0), default=2) / 2
+
+
+def _timed(result: TrainingResult, rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over draws: value, value_low and value_high (range of the draws), and time, its place on the axis."""
+    column, _, zero = _times(result)
+    averages = over_draws(rows).rename(columns={"low": "value_low", "high": "value_high"})
+    return averages.assign(time=[float(time) or zero for time in averages[column]])
 
 
 def _averaged(result: TrainingResult, measure: str, quantities: Sequence[str]) -> pd.DataFrame:
     rows = result.of(measure, *quantities)
     if rows.empty:
         raise MethodError(f"the result has nothing of {measure!r} to show: measure it as well")
-    return over_draws(rows)
+    return _timed(result, rows)
 
 
-def _colour(i: int) -> str:
-    return OKABE_ITO[i % len(OKABE_ITO)]
+def _over_time(
+    figure: go.Figure, result: TrainingResult, title: str, about: list[str], n_rows: int = 1, room: float = 1.15, **size: Any
+) -> go.Figure:
+    """The figure with its title and its axis of time, with ``room`` behind the last checkpoint."""
+    column, times, zero = _times(result)
+    last, has_zero = max(2, times[-1]), times[0] == 0
+    low = np.log10(zero if has_zero else 2 * zero)
+    powers = [10.0**power for power in range(int(np.ceil(low - 1e-9)), int(np.log10(last)) + 1)]
+    text = [*(["0"] if has_zero else []), *map(plot.short_number, powers)]
+    span = [low - 0.1, np.log10(last) + np.log10(room)]
+    figure.update_xaxes(type="log", range=span, tickvals=[zero, *powers] if has_zero else powers, ticktext=text)
+    figure.update_xaxes(title_text="tokens read" if column == "tokens" else "training step", row=n_rows)
+    n_draws, n_pairs = result.frame["seed"].nunique(), result.provenance.get("n_pairs")
+    counts = [f"{result.frame['step'].nunique()} checkpoints", f"n = {n_pairs} pairs" if n_pairs else ""]
+    counts += [f"mean and range of {n_draws} draws of prompts" if n_draws > 1 else "one draw of prompts"]
+    return plot.titled(figure, title, [*counts, *about], margin={"t": 110}, **size)
 
 
 def _line(
-    figure: go.Figure,
-    axis: _Time,
-    rows: pd.DataFrame,
-    name: str,
-    i: int,
-    row: int,
-    column: int,
-    *,
-    dash: str = "solid",
-    legend: bool = True,
-    fill: bool = True,
+    figure: go.Figure, rows: pd.DataFrame, name: str, i: int, dash: str = "solid", fill: bool = True, **at: Any
 ) -> None:
-    """A line with its band; broken where it is undefined."""
-    x, colour = axis.of(rows), _colour(i)
+    """The ``i``-th line of a panel with its band; broken where it is undefined."""
+    colour = plot.OKABE_ITO[i % len(plot.OKABE_ITO)]
     if fill:
-        for run in _runs(rows["value"].notna().tolist()):
-            band = rows.iloc[run]
-            edge = [x[place] for place in run]
-            ends = [*band["low"], *band["high"][::-1]]
-            shape = go.Scatter(
-                x=[*edge, *edge[::-1]], y=ends, fill="toself", mode="none", hoverinfo="skip", showlegend=False
-            )
-            red, green, blue = hex_to_rgb(colour)
-            figure.add_trace(shape.update(fillcolor=f"rgba({red},{green},{blue},0.16)", legendgroup=name), row, column)
-    mode = "lines+markers" if dash == "solid" else "lines"
-    trace = go.Scatter(x=x, y=rows["value"], mode=mode, name=html.escape(name), legendgroup=name, showlegend=legend)
-    trace.update(line={"color": colour, "width": 2, "dash": dash}, connectgaps=False)
-    trace.update(marker={"size": 5, "symbol": SYMBOLS[i % len(SYMBOLS)]})
+        plot.band(figure, rows, "time", "value", colour, legendgroup=name, **at | {"showlegend": False})
+    look: dict[str, Any] = {"dash": dash, "size": 5 if dash == "solid" else 0, "symbol": plot.SYMBOLS[i % len(plot.SYMBOLS)]}
+    look |= {"name": html.escape(name), "legendgroup": name, "customdata": rows["step"]}
     hover = f"<b>{html.escape(name)}</b><br>step %{{customdata}}: %{{y:.3g}}<extra></extra>"
-    figure.add_trace(trace.update(customdata=rows["step"], hovertemplate=hover), row, column)
+    plot.curve(figure, rows, "time", "value", colour, hover, **look, **at)
+
+
+def _crosses(figure: go.Figure, rows: pd.DataFrame, height: float, colour: str, hover: str, column: int) -> None:
+    """Crosses where a figure is undefined in every draw."""
+    missing = rows[rows["n"] == 0]
+    look = {"symbol": "x-thin", "outline": {"color": colour, "width": 1.5}, "showlegend": False, "row": 1, "col": column}
+    plot.points(figure, missing["time"], [height] * len(missing), colour, hover, **look)
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:
@@ -303,18 +359,3 @@ def _apart(heights: Sequence[float], least: float) -> list[float]:
     for i in np.argsort(heights, kind="stable").tolist():
         moved[i] = before = max(moved[i], before + least)
     return moved
-
-
-def _runs(defined: Sequence[bool]) -> list[list[int]]:
-    """Stretches of places that are defined."""
-    runs: list[list[int]] = []
-    for place, yes in enumerate(defined):
-        if yes and (not place or not defined[place - 1]):
-            runs.append([])
-        if yes:
-            runs[-1].append(place)
-    return runs
-
-
-def _below(depth: float) -> dict[str, object]:
-    return {"orientation": "h", "y": -depth, "yanchor": "top", "x": 0.0, "font": {"color": DARK}}

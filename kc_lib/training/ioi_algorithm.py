@@ -20,13 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.heads.head_scores import HeadScores
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair
 
 Head = tuple[int, int]  # layer, head
@@ -51,7 +49,7 @@ class StepShare:
 
 
 def algorithm_shares(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     candidates: Sequence[Head],
     scores: Mapping[str, HeadScores],
@@ -70,7 +68,7 @@ def algorithm_shares(
     """
     if not candidates:
         raise MethodError("there are no heads to share an effect among: the circuit has none")
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
     heads = {name: set(found.heads()) for name, found in scores.items()}
     shares = []
     for step, kinds in STEPS.items():
@@ -90,7 +88,7 @@ def algorithm_shares(
 
 
 def edge_effects(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     senders: Sequence[Head],
     readers: Sequence[str],
@@ -100,7 +98,7 @@ def edge_effects(
 
     Senders that are below none of the readers are left out.
     """
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
     columns = [graph.reader_index[name] for name in readers]
     edges = {
         f"a{layer}.h{head}->{graph.readers[column].name}": (layer, head)

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.attribution import attribute_facts
 from kc_lib.circuits.baselines import complement, random_nulls
@@ -33,8 +32,7 @@ from kc_lib.circuits.stability import jaccard, resampled_circuits
 from kc_lib.errors import MethodError, check_counts
 from kc_lib.graph import Circuit
 from kc_lib.heads.general import check_scores, general_head_scores
-from kc_lib.models.load import parameter_count
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import load_task
@@ -109,7 +107,7 @@ def training_measures(
     return {name: known[name] for name in which}
 
 
-def behaviour_rows(model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
+def behaviour_rows(model: Model, tasks: DrawnTasks) -> pd.DataFrame:
     """Every behaviour on all prompts of every draw, with its interval over prompts; quantities are ``BEHAVIOURS``."""
     rows = []
     for draw in tasks.draws:
@@ -119,7 +117,7 @@ def behaviour_rows(model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
     return measured_rows(rows)
 
 
-def head_rows(model: TransformerBridge, tasks: DrawnTasks, *, scores: Sequence[str] | None = None) -> pd.DataFrame:
+def head_rows(model: Model, tasks: DrawnTasks, *, scores: Sequence[str] | None = None) -> pd.DataFrame:
     """Every head's general scores, by seed of the draws; a score that is not defined has one row, with the reason."""
     rows = []
     for seed in tasks.seeds:
@@ -134,15 +132,13 @@ def head_rows(model: TransformerBridge, tasks: DrawnTasks, *, scores: Sequence[s
     return measured_rows(rows)
 
 
-def direct_rows(
-    model: TransformerBridge, tasks: DrawnTasks, *, metric: str | None = None, batch_size: int = 32
-) -> pd.DataFrame:
+def direct_rows(model: Model, tasks: DrawnTasks, *, metric: str | None = None, batch_size: int = 32) -> pd.DataFrame:
     """Every head's ``direct_effect`` on each task, on all prompts of every draw, in units of the metric.
 
     What the metric loses when only the logits read what the head writes on the corrupted prompt: path patching to the logits
     (Wang et al. 2023, arXiv:2211.00593, section 3.1), measured, not estimated.
     """
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
     heads = [f"a{layer}.h{head}" for layer in range(graph.n_layers) for head in range(graph.n_heads)]
     rows = []
     for draw in tasks.draws:
@@ -160,7 +156,7 @@ def direct_rows(
 
 
 def circuit_rows(
-    model: TransformerBridge,
+    model: Model,
     tasks: DrawnTasks,
     *,
     method: str = "eap_ig",
@@ -187,7 +183,7 @@ def circuit_rows(
     - ``edge``, ``node``: the circuit itself, one row for each part; an edge's value is its score.
     """
     rows = []
-    n_parameters, n_edges = parameter_count(model), wiring_of(model).graph().n_edges
+    n_parameters, n_edges = model.n_parameters, model.residual.graph().n_edges
     for draw in tasks.draws:
         rows += [measured_row(draw, "model_parameters", n_parameters), measured_row(draw, "model_edges", n_edges)]
         of = metric_of(draw, metric)
@@ -215,7 +211,7 @@ def circuit_rows(
 
 
 def consistency_rows(
-    model: TransformerBridge,
+    model: Model,
     tasks: DrawnTasks,
     *,
     method: str = "eap_ig",
@@ -232,14 +228,14 @@ def consistency_rows(
     ``n_candidates``; the part is the step. Undefined where there is no circuit, or no receiver.
     """
     rows = []
-    wiring, of = wiring_of(model), "logit_difference"
+    decoder, of = model.residual, "logit_difference"
     for draw in (draw for draw in tasks.draws if draw.name == "ioi"):
         effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, draw.task.test)]
         why, candidates = _too_small(effects, minimal_effect), []
         if not why:
             fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
             circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
-            heads = [(layer, head) for layer in range(wiring.n_layers) for head in range(wiring.n_heads)]
+            heads = [(layer, head) for layer in range(decoder.n_layers) for head in range(decoder.n_heads)]
             candidates = [(layer, head) for layer, head in heads if f"a{layer}.h{head}" in circuit.nodes]
             why = "" if candidates else "the circuit has no heads"
         if why:
@@ -254,7 +250,7 @@ def consistency_rows(
     return measured_rows(rows)
 
 
-def _strangers(model: TransformerBridge, draw: DrawnTask) -> tuple[TokenPair, ...]:
+def _strangers(model: Model, draw: DrawnTask) -> tuple[TokenPair, ...]:
     """The draw's held-out prompts, with three other names in the corrupted ones."""
     n = len(draw.task.discovery) + len(draw.task.test)
     bos = draw.task.prepend_bos
@@ -270,7 +266,7 @@ def _too_small(effects: Sequence[tuple[float, float, float]], least: float) -> s
 
 
 def _smallest(
-    model: TransformerBridge,
+    model: Model,
     draw: DrawnTask,
     fact_scores: FactScores,
     metric: str,
@@ -292,7 +288,7 @@ def _smallest(
     return circuit
 
 
-def _effect(model: TransformerBridge, pairs: Sequence[TokenPair], metric: str, seed: int) -> tuple[float, float, float]:
+def _effect(model: Model, pairs: Sequence[TokenPair], metric: str, seed: int) -> tuple[float, float, float]:
     """What the clean prompts have over the corrupted ones, with its interval over prompts."""
     values = metric_values(model, {}, pairs, metric=metric, batch_size=64)
     differences = (values["full"] - values["empty"]).to_numpy()
@@ -301,7 +297,7 @@ def _effect(model: TransformerBridge, pairs: Sequence[TokenPair], metric: str, s
 
 
 def _judged(
-    model: TransformerBridge,
+    model: Model,
     draw: DrawnTask,
     circuit: Circuit,
     pairs: Sequence[TokenPair],

@@ -17,15 +17,14 @@ from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
 from kc_lib.models.checkpoints import Checkpoint, load_checkpoint
-from kc_lib.models.load import model_hash, model_name
+from kc_lib.models.model import Model
 from kc_lib.results import hash_of, load_table, save_table, save_whole
 from kc_lib.training.drawn import DrawnTasks
 
-Measure = Callable[[TransformerBridge, DrawnTasks], pd.DataFrame]
+Measure = Callable[[Model, DrawnTasks], pd.DataFrame]
 MEASURED = ("task", "seed", "quantity", "part", "value", "low", "high", "passes", "note")
 COLUMNS = ("checkpoint", "step", "tokens", "measure", *MEASURED)
 _TYPES = {
@@ -130,7 +129,7 @@ def over_training(
     again = {(checkpoint.name, name) for checkpoint, name in todo}  # of a checkpoint whose files have changed since
     frames = [old[[place not in again for place in zip(old["checkpoint"], old["measure"], strict=True)]] for old in frames]
     loaded: Checkpoint | None = None
-    model: TransformerBridge | None = None
+    model: Model | None = None
     bar = tqdm(todo, desc="over training", unit="measure", disable=not progress)
     for checkpoint, name in bar:
         bar.set_postfix(step=checkpoint.step, measure=name)
@@ -160,7 +159,7 @@ def over_training(
     return TrainingResult(frame, settings | {"measures": described})
 
 
-def _same_vocabulary(model: TransformerBridge, known: str | None, checkpoint: Checkpoint) -> str:
+def _same_vocabulary(model: Model, known: str | None, checkpoint: Checkpoint) -> str:
     """Hash of every token's number: the same number of tokens may be other tokens."""
     vocabulary = hash_of(model.tokenizer.get_vocab())
     if known is not None and vocabulary != known:
@@ -183,7 +182,7 @@ def _described(measure: Measure) -> dict[str, Any]:
 
 
 def _told(value: Any) -> Any:
-    return [model_name(value), model_hash(value)] if isinstance(value, TransformerBridge) else value
+    return [value.name, value.hash] if isinstance(value, Model) else value
 
 
 def _key(checkpoint: Checkpoint, measure: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Graph
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.parts import Attention
 
 OF_QUERIES, OF_KEYS_AND_VALUES = ("W_Q", "b_Q", "W_O"), ("W_K", "b_K", "W_V", "b_V")
@@ -42,9 +42,9 @@ def component_place(graph: Graph, component: str) -> tuple[int, int | None]:
     return layer, row - heads.start if row < heads.stop else None
 
 
-def check_exchangeable(host: Wiring, donor: Wiring) -> None:
+def check_exchangeable(host: Decoder, donor: Decoder) -> None:
     """Raise ModelError if two models are not of one shape, type and device, so that components of one fit into the other."""
-    ours, theirs = ({name: _described(p) for name, p in wiring.model.named_parameters()} for wiring in (host, donor))
+    ours, theirs = ({name: _described(p) for name, p in decoder.bridge.named_parameters()} for decoder in (host, donor))
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise ModelError(
@@ -61,7 +61,7 @@ def check_exchangeable(host: Wiring, donor: Wiring) -> None:
                 )
 
 
-def swapped(host: Wiring, donor: Wiring, component: str, source: str | None = None) -> Wiring:
+def swapped(host: Decoder, donor: Decoder, component: str, source: str | None = None) -> Decoder:
     """The host with the donor's weights in a component's place; see the head of this file.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import logits_at_answers
 from kc_lib.tasks.batches import Batch
 from kc_lib.training.swapped import component_place, swapped
@@ -21,7 +21,7 @@ Swap = tuple[str, str]  # a component, and the donor's component that takes its 
 
 @torch.no_grad()
 def swapped_logits(
-    host: Wiring, donor: Wiring, swaps: Sequence[Swap], batch: Batch
+    host: Decoder, donor: Decoder, swaps: Sequence[Swap], batch: Batch
 ) -> Iterator[Float[Tensor, "batch answer vocab"]]:
     """The host's own logits at the answer positions of the clean prompts, then those of each swap, in float32."""
     layers = [component_place(host.graph(), component)[0] for component, _ in swaps]

@@ -18,14 +18,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, ModelError, check_counts
 from kc_lib.graph import Graph
 from kc_lib.metrics import get_metric, is_right
-from kc_lib.models.load import model_name
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
@@ -43,7 +41,7 @@ NO_NULL = "the donor has no other component of the kind to put there"
 
 
 def swap_measure(
-    donor: TransformerBridge,
+    donor: Model,
     tasks: DrawnTasks,
     components: int | Sequence[str] = SWAPPED,
     *,
@@ -67,7 +65,7 @@ def swap_measure(
         get_metric(metric)
     if isinstance(components, int):
         components = strongest_heads(donor, tasks, components, metric=metric, batch_size=batch_size)
-    graph, named = wiring_of(donor).graph(), tuple(components)
+    graph, named = donor.residual.graph(), tuple(components)
     if not named or len(set(named)) < len(named):
         raise MethodError(f"components to swap are {' '.join(named) or 'none'}: name some, and each once")
     for component in named:
@@ -76,7 +74,7 @@ def swap_measure(
 
 
 def strongest_heads(
-    model: TransformerBridge, tasks: DrawnTasks, n: int = SWAPPED, *, metric: str | None = None, batch_size: int = 32
+    model: Model, tasks: DrawnTasks, n: int = SWAPPED, *, metric: str | None = None, batch_size: int = 32
 ) -> tuple[str, ...]:
     """The heads with the largest direct effects, by absolute mean over draws: of every task the first, then the second, ...
 
@@ -84,7 +82,7 @@ def strongest_heads(
         MethodError: n is no whole number, or not between 1 and the number of the model's heads.
     """
     check_counts(1, n=n)
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
     if n > graph.n_layers * graph.n_heads:
         raise MethodError(f"{n} heads are asked for; the model has {graph.n_layers * graph.n_heads}")
     effects = direct_rows(model, tasks, metric=metric, batch_size=batch_size)
@@ -94,10 +92,10 @@ def strongest_heads(
 
 
 def swap_rows(
-    model: TransformerBridge,
+    model: Model,
     tasks: DrawnTasks,
     *,
-    donor: TransformerBridge,
+    donor: Model,
     components: Sequence[str],
     metric: str | None = None,
     n_null: int = N_NULL,
@@ -116,18 +114,18 @@ def swap_rows(
         ModelError: host and donor are not of one shape.
         MethodError: a component that they do not have.
     """
-    host_wiring, donor_wiring = wiring_of(model), wiring_of(donor)
+    host, donor_decoder = model.residual, donor.residual
     try:
-        check_exchangeable(host_wiring, donor_wiring)
+        check_exchangeable(host, donor_decoder)
     except ModelError as error:
-        raise ModelError(f"{model_name(donor)} into {model_name(model)}: {error}") from error
-    graph, rows = host_wiring.graph(), []
+        raise ModelError(f"{donor.name} into {model.name}: {error}") from error
+    graph, rows = host.graph(), []
     for draw in tasks.draws:
         nulls = {name: null_components(graph, name, n_null, draw.seed) for name in components}
         swaps = [(name, source) for name in components for source in (name, *nulls[name])]
         pairs = [*draw.task.discovery, *draw.task.test]
         metric_name = metric_of(draw, metric)
-        found = _values(host_wiring, donor_wiring, swaps, pairs, metric_name, batch_size)
+        found = _values(host, donor_decoder, swaps, pairs, metric_name, batch_size)
         for of, values in zip((metric_name, ACCURACY), found, strict=True):
             changes = values[:, 2:] - values[:, :1]
             low, high = interval(resampled_means(np.concatenate([values[:, :2], changes], 1), draw.seed))
@@ -160,7 +158,7 @@ def null_components(graph: Graph, component: str, n: int, seed: int = 0) -> list
 
 @torch.no_grad()
 def _values(
-    host: Wiring, donor: Wiring, swaps: Sequence[Swap], pairs: Sequence[TokenPair], metric: str, batch_size: int
+    host: Decoder, donor: Decoder, swaps: Sequence[Swap], pairs: Sequence[TokenPair], metric: str, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The metric and whether it is right, of every prompt (row) in the host, the donor and every swap (columns)."""
     parts = []

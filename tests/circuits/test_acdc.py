@@ -13,7 +13,6 @@ from helpers import SmallFolder, SmallModel, hf_model, random_pairs, relative_ga
 from oracles.acdc import Found, loss_of_edges, plain_acdc, read_decoder, read_prompts, run_edges
 from oracles.patching import oracle_circuit_logits, writer_outputs
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib.circuits.acdc.edge_tests import CALL, chance_to_stand, how_many
@@ -26,9 +25,9 @@ from kc_lib.errors import KnowledgeCircuitsError, MethodError, TaskError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS, Metric
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import cached_smollm2
 from kc_lib.residual.activations import ablation
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.batches import Batch, TokenPair, make_batch
 
 # --- the oracle --------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def test_the_edges_are_the_plain_loops(small_model: SmallModel, small_folder: Sm
         expected = oracle(hf, pairs, tau, intervention=intervention, grouped=grouped)
         circuit = acdc(model, pairs, tau=tau, intervention=intervention, grouped=grouped)
         assert_same(circuit, expected)
-        assert circuit.graph == wiring_of(model).graph(grouped)
+        assert circuit.graph == model.residual.graph(grouped)
         sizes[intervention, tau] = circuit.share
     assert 0 < sizes["zero", 0.2] < 0.3 * sizes["zero", 0.01]
     assert 0.1 < sizes["zero", 0.01] < 0.6
@@ -218,9 +217,9 @@ def test_what_it_reports(small_model: SmallModel) -> None:
     assert not (circuit.mask & ~tested).any()
     assert (circuit.scores[circuit.mask] >= 0.05).all()
     assert (circuit.scores[tested & ~circuit.mask] < 0.05).all()
-    wiring, batch = wiring_of(model), make_batch(pairs)
+    decoder, batch = model.residual, make_batch(pairs)
     full, own = (
-        run_circuit(wiring, circuit.graph, mask, batch, ablation(wiring, "zero", batch))
+        run_circuit(decoder, circuit.graph, mask, batch, ablation(decoder, "zero", batch))
         for mask in (circuit.graph.edges, circuit.mask)
     )
     loss = METRICS["match_nll"].loss(own, batch, full).mean().item()
@@ -242,7 +241,7 @@ def test_orders_differ_and_random_ones_by_seed(small_model: SmallModel) -> None:
 
 
 @pytest.mark.slow
-def test_three_layers_of_smollm2(smollm2: TransformerBridge, tmp_path: Path) -> None:
+def test_three_layers_of_smollm2(smollm2: Model, tmp_path: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(cached_smollm2(), dtype=torch.float32)
     whole.model.layers = whole.model.layers[:3]
     whole.config.num_hidden_layers = 3
@@ -401,7 +400,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(small_model: SmallModel, tmp_pa
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-def refusal(model: TransformerBridge, pairs: Sequence[TokenPair], kind: type[KnowledgeCircuitsError], **options: Any) -> str:
+def refusal(model: Model, pairs: Sequence[TokenPair], kind: type[KnowledgeCircuitsError], **options: Any) -> str:
     """The one line that a call is refused with."""
     with pytest.raises(kind) as error:
         acdc(model, pairs, **options)

@@ -18,7 +18,6 @@ from helpers import (
 )
 from oracles import eap
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from kc_lib.circuits.attribution import attribute_edges
@@ -32,9 +31,9 @@ from kc_lib.circuits.selection import select
 from kc_lib.errors import GraphError, MethodError
 from kc_lib.graph import Graph
 from kc_lib.metrics import METRICS, Metric
+from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import cached_smollm2
 from kc_lib.residual.activations import Ablation, ablation, writer_outputs
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.logits import full_logits
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.tasks.task import load_task
@@ -66,7 +65,7 @@ def oracle_scores(
 def test_graphs_name_writers_and_readers_as_the_oracle(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool
 ) -> None:
-    graph, hf = wiring_of(small_model(kind)).graph(grouped), hf_model(small_folder(kind))
+    graph, hf = small_model(kind).residual.graph(grouped), hf_model(small_folder(kind))
     assert graph.writers == eap.writer_names(hf)
     assert [reader.name for reader in graph.readers] == eap.reader_names(hf, not grouped)
     assert torch.equal(graph.edges, eap.edge_exists(hf, not grouped))
@@ -113,7 +112,7 @@ def test_ungrouped_copies_sum_to_the_grouped_reader(small_model: SmallModel, kin
 
 
 @pytest.mark.slow
-def test_smollm2_scores_are_the_oracles(smollm2: TransformerBridge) -> None:
+def test_smollm2_scores_are_the_oracles(smollm2: Model) -> None:
     pairs = list(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     expected = oracle_scores(hf_model(cached_smollm2()), pairs, (0.0, 0.5), "logit_difference", True)
     found = attribute_edges(smollm2, pairs, "eap_ig", steps=2)
@@ -172,11 +171,11 @@ def test_evaluations_do_not_depend_on_the_batches(small_model: SmallModel, kind:
 def test_a_readers_scores_sum_to_its_linear_effect(small_model: SmallModel, kind: str, grouped: bool) -> None:
     """With a small change of every writer, removing all in-edges of a reader changes the loss by the sum of scores."""
     model = small_model(kind)
-    wiring = wiring_of(model)
-    graph, metric, batch = wiring.graph(grouped), METRICS["logit_difference"], make_batch(random_pairs(seed=6))
-    clean = writer_outputs(wiring, batch.clean)
-    small = Ablation("tensor", clean + 1e-3 * (ablation(wiring, "patching", batch).outputs - clean))
-    scores = edge_scores(wiring, graph, batch, metric, small, [1.0])
+    decoder = model.residual
+    graph, metric, batch = decoder.graph(grouped), METRICS["logit_difference"], make_batch(random_pairs(seed=6))
+    clean = writer_outputs(decoder, batch.clean)
+    small = Ablation("tensor", clean + 1e-3 * (ablation(decoder, "patching", batch).outputs - clean))
+    scores = edge_scores(decoder, graph, batch, metric, small, [1.0])
     # the finite difference is taken both ways, so that second-order terms cancel
     other = Ablation("tensor", 2 * clean - small.outputs)
     largest = scores.sum(0).abs().max()
@@ -188,7 +187,7 @@ def test_a_readers_scores_sum_to_its_linear_effect(small_model: SmallModel, kind
         mask = graph.edges.clone()
         mask[:, column] = False
         plus, minus = (
-            metric.loss(run_circuit(wiring, graph, mask, batch, values), batch).double().sum() for values in (small, other)
+            metric.loss(run_circuit(decoder, graph, mask, batch, values), batch).double().sum() for values in (small, other)
         )
         measured = (plus - minus) / 2
         assert (measured - predicted).abs() <= 0.02 * predicted.abs() + 2e-3 * largest, graph.readers[column].name
@@ -199,18 +198,18 @@ def test_a_readers_scores_sum_to_its_linear_effect(small_model: SmallModel, kind
 @pytest.mark.parametrize(("kind", "grouped"), [("gpt2", True), ("neox", True), ("gemma2", True), ("qwen2", False)])
 def test_exact_scores_are_one_removed_edge_at_a_time(small_model: SmallModel, kind: str, grouped: bool) -> None:
     model, pairs = small_model(kind), random_pairs()
-    wiring = wiring_of(model)
-    graph, metric, batch = wiring.graph(grouped), METRICS["logit_difference"], make_batch(pairs)
+    decoder = model.residual
+    graph, metric, batch = decoder.graph(grouped), METRICS["logit_difference"], make_batch(pairs)
     exact = attribute_edges(model, pairs, "exact", grouped=grouped, batch_size=3)
     assert exact.scores[~graph.edges].eq(0).all()
     largest = exact.scores.abs().max()
-    ablated = ablation(wiring, "patching", batch)
-    clean = metric.loss(full_logits(wiring, batch), batch)
+    ablated = ablation(decoder, "patching", batch)
+    clean = metric.loss(full_logits(decoder, batch), batch)
     edges = random_edges(graph, 8, seed=8)
     for row, column in edges:
         mask = graph.edges.clone()
         mask[row, column] = False
-        measured = (metric.loss(run_circuit(wiring, graph, mask, batch, ablated), batch) - clean).mean()
+        measured = (metric.loss(run_circuit(decoder, graph, mask, batch, ablated), batch) - clean).mean()
         assert (measured - exact.scores[row, column]).abs() <= 1e-4 * largest
     names = [f"{graph.writers[row]}->{graph.readers[column].name}" for row, column in edges]
     frame = patch_single_edges(model, pairs, names, grouped=grouped, batch_size=2)

@@ -7,7 +7,6 @@ import torch
 from helpers import SmallFolder, SmallModel, hf_model, random_pairs, relative_gap, views
 from oracles import discovery
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.attribution import attribute_edges, attribute_facts
 from kc_lib.circuits.ensembles import ensemble
@@ -20,25 +19,25 @@ from kc_lib.circuits.scoring.qk_fix import qk_fix_scores
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.metrics import METRICS
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import Ablation, ablation, writer_outputs
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.logits import reference_means
 from kc_lib.residual.prefix_cache import EMPTY, shared_context
 from kc_lib.tasks.batches import TokenPair, make_batch
 
 NEW = ("eap_ig_activations", "qk_fix", "flow_routes")
-SHAPES = ["gpt2", "neox", "qwen2", "gemma2"]  # one kind of each wiring, for tests of arithmetic
+SHAPES = ["gpt2", "neox", "qwen2", "gemma2"]  # one kind of each decoder, for tests of arithmetic
 
 
 # --- against the oracles -----------------------------------------------------------------------------------------
 
 
-def ablated_values(model: TransformerBridge, pairs: list[TokenPair], intervention: str, folder_outputs: Tensor) -> Tensor:
+def ablated_values(model: Model, pairs: list[TokenPair], intervention: str, folder_outputs: Tensor) -> Tensor:
     """The values an intervention gives every writer, as the oracles take them: [U, B, P, D]."""
     if intervention == "patching":
         return folder_outputs
-    wiring, batch = wiring_of(model), make_batch(pairs)
-    return ablation(wiring, intervention, batch, reference_means(wiring, intervention, pairs, 3)).outputs.expand(
+    decoder, batch = model.residual, make_batch(pairs)
+    return ablation(decoder, intervention, batch, reference_means(decoder, intervention, pairs, 3)).outputs.expand(
         folder_outputs.shape
     )
 
@@ -129,19 +128,19 @@ def test_scores_do_not_depend_on_the_batches(small_model: SmallModel, kind: str,
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_shared_positions_change_nothing(small_model: SmallModel, kind: str) -> None:
-    wiring = wiring_of(small_model(kind))
-    graph, metric, batch = wiring.graph(), METRICS["logit_difference"], make_batch(random_pairs())
-    context = shared_context(wiring, batch, "patching")
+    decoder = small_model(kind).residual
+    graph, metric, batch = decoder.graph(), METRICS["logit_difference"], make_batch(random_pairs())
+    context = shared_context(decoder, batch, "patching")
     assert context.start == 2
     for fixed in (True, False):
         scores = []
         for used in (EMPTY, context):
-            ablated = ablation(wiring, "patching", batch, context=used)
+            ablated = ablation(decoder, "patching", batch, context=used)
             if fixed:
-                scores.append(qk_fix_scores(wiring, graph, batch, metric, ablated, context=used))
+                scores.append(qk_fix_scores(decoder, graph, batch, metric, ablated, context=used))
             else:
                 groups = one_group(batch)
-                scores.append(activation_edge_scores(wiring, graph, batch, metric, ablated, [0.5], groups, context=used)[0])
+                scores.append(activation_edge_scores(decoder, graph, batch, metric, ablated, [0.5], groups, context=used)[0])
         assert relative_gap(scores[1], scores[0]) <= 1e-5
 
 
@@ -174,15 +173,15 @@ def test_integrals_of_the_last_writer_are_exact(small_model: SmallModel, kind: s
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_qk_fix_of_a_small_change_is_eap(small_model: SmallModel, kind: str) -> None:
     """The fix is of higher order: where patterns move little it is the linear estimate, where they move much it is not."""
-    wiring = wiring_of(small_model(kind))
-    graph, metric, batch = wiring.graph(), METRICS["logit_difference"], make_batch(random_pairs(seed=6))
-    clean = writer_outputs(wiring, batch.clean)
-    change = ablation(wiring, "patching", batch).outputs - clean
+    decoder = small_model(kind).residual
+    graph, metric, batch = decoder.graph(), METRICS["logit_difference"], make_batch(random_pairs(seed=6))
+    clean = writer_outputs(decoder, batch.clean)
+    change = ablation(decoder, "patching", batch).outputs - clean
     gaps = []
     for size in (1e-2, 1.0):
         ablated = Ablation("tensor", clean + size * change)
-        fixed = qk_fix_scores(wiring, graph, batch, metric, ablated)
-        linear = grouped_edge_scores(wiring, graph, batch, metric, ablated, [1.0], one_group(batch))[0]
+        fixed = qk_fix_scores(decoder, graph, batch, metric, ablated)
+        linear = grouped_edge_scores(decoder, graph, batch, metric, ablated, [1.0], one_group(batch))[0]
         gaps.append(relative_gap(fixed, linear))
     assert gaps[0] <= 0.05 < gaps[1]
 

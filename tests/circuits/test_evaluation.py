@@ -21,7 +21,6 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS
 from kc_lib.residual.activations import ablation
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.batches import TokenPair, make_batch
 
 FOUND, HELD_OUT = random_pairs(seed=11), random_pairs((6, 8, 7, 7, 5), seed=12)
@@ -58,13 +57,13 @@ def test_every_circuit_has_a_row_on_every_split(evaluation: Evaluation, circuit:
 @pytest.mark.parametrize("split", list(SPLITS))
 def test_faithfulness_by_hand(small_model: SmallModel, evaluation: Evaluation, circuit: Circuit, split: str) -> None:
     model = small_model("llama")
-    wiring, batch = wiring_of(model), make_batch(SPLITS[split])
+    decoder, batch = model.residual, make_batch(SPLITS[split])
 
     def value(logits: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(batch))
         return logits[rows, 0, batch.answers[:, 0]] - logits[rows, 0, batch.distractors]
 
-    logits = run_circuit(wiring, circuit.graph, circuit.mask, batch, ablation(wiring, "patching", batch))
+    logits = run_circuit(decoder, circuit.graph, circuit.mask, batch, ablation(decoder, "patching", batch))
     full, empty, own = (
         value(logits).mean().item()
         for logits in (native_logits(model, batch.clean, batch), native_logits(model, batch.corrupted, batch), logits)
@@ -87,7 +86,7 @@ def test_faithfulness_by_hand(small_model: SmallModel, evaluation: Evaluation, c
 @pytest.mark.parametrize("intervention", ["patching", "zero", "mean"])
 def test_the_model_is_wholly_faithful_and_no_edges_not_at_all(small_model: SmallModel, kind: str, intervention: str) -> None:
     model = small_model(kind)
-    graph = wiring_of(model).graph(grouped=False)
+    graph = model.residual.graph(grouped=False)
     whole = {"whole": Circuit(graph, graph.edges), "none": Circuit(graph, torch.zeros_like(graph.edges))}
     found = evaluate_circuits(model, whole, SPLITS, intervention=intervention, reference=FOUND)
     for split in SPLITS:

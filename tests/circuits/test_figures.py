@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from kc_lib.circuits.evaluate import Evaluation
-from kc_lib.circuits.figures import circuit_graph, top_edges_table, top_nodes_table
-from kc_lib.circuits.figures_evaluation import PANELS, comparison_bars, faithfulness_figure
-from kc_lib.circuits.figures_scores import score_distribution
+from kc_lib.circuits.evaluation_figures import PANELS, comparison_bars, faithfulness_figure
+from kc_lib.circuits.figures import circuit_graph, score_distribution, top_edges_table, top_nodes_table
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import random_circuit, top_edges
 from kc_lib.errors import MethodError
@@ -96,7 +95,7 @@ def heading(figure: go.Figure) -> str:
 
 
 def hovers(figure: go.Figure, meta: str) -> list[str]:
-    return [text for trace in of(figure, meta) for text in trace.text]
+    return [text for trace in of(figure, meta) for text in trace.hovertext]
 
 
 def columns_of(figure: go.Figure) -> list[list[str]]:
@@ -282,9 +281,9 @@ def test_faithfulness_figure(evaluation: Evaluation) -> None:
     random = next(trace for name, trace in traces.items() if name.startswith("random, held-out"))
     assert len(random.x) == 6
     assert random.marker.color == NEUTRAL
-    assert "Hit@10 45.0%" in traces["top, held-out"].text[0]
-    assert "share 2.00%" in traces["top, held-out"].text[0]
-    assert "probability 0.225" in traces["top, held-out"].text[0]
+    assert "Hit@10 45.0%" in traces["top, held-out"].hovertext[0]
+    assert "share 2.00%" in traces["top, held-out"].hovertext[0]
+    assert "probability 0.225" in traces["top, held-out"].hovertext[0]
     assert "discovery n = 20, held-out n = 11" in heading(figure)
     assert "logit_difference (logits)" in heading(figure)
     assert "not shown (no edges, or undefined): top 0.001" in heading(figure)

@@ -16,9 +16,15 @@ from kc_lib.circuits.areas import areas
 from kc_lib.circuits.attribution import attribute_facts
 from kc_lib.circuits.baselines import circuits_by_size, complements, random_nulls
 from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
-from kc_lib.circuits.figures_comparison import method_bars, overlap_figure, verdict_table
-from kc_lib.circuits.figures_judge import area_curves, completeness_figure, null_figure
-from kc_lib.circuits.figures_minimality import minimality_figure
+from kc_lib.circuits.evaluation_figures import (
+    area_curves,
+    baseline_figure,
+    completeness_figure,
+    method_bars,
+    minimality_figure,
+    overlap_figure,
+)
+from kc_lib.circuits.figures import verdict_table
 from kc_lib.circuits.minimality import Minimality, minimality
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select
@@ -135,7 +141,7 @@ def test_area_curves_go_through_every_judged_size(evaluation: Evaluation) -> Non
 
 
 def test_nulls_are_drawn_one_by_one(evaluation: Evaluation) -> None:
-    figure = null_figure(evaluation)
+    figure = baseline_figure(evaluation)
     summary = evaluation.summary
     for column, split in enumerate(DEFINED, start=1):
         (own,), nulls = named(panel(figure, column), "circuit"), named(panel(figure, column), "null")
@@ -160,7 +166,7 @@ def test_nulls_are_drawn_one_by_one(evaluation: Evaluation) -> None:
 
 def test_one_kind_of_null_on_one_split(evaluation: Evaluation) -> None:
     part = only(evaluation, lambda frame: (frame["split"] == "discovery") & ~frame["circuit"].str.contains("profile"))
-    figure = null_figure(part)
+    figure = baseline_figure(part)
     assert [trace.name for trace in named(list(figure.data), "null")] == ["connected"]
     assert annotations(figure)[0] == "discovery, n = 5 facts"
     assert "undefined" not in subtitle(figure)
@@ -410,27 +416,27 @@ def test_method_tables_that_cannot_be_shown() -> None:
 def test_what_an_evaluation_lacks_is_said_in_one_line(evaluation: Evaluation) -> None:
     undefined = only(evaluation, lambda frame: frame["split"] == "same")
     empty = Evaluation(evaluation.summary.iloc[:0], evaluation.examples.iloc[:0], evaluation.metric)
-    for function in (area_curves, null_figure, completeness_figure):
+    for function in (area_curves, baseline_figure, completeness_figure):
         with pytest.raises(MethodError, match="undefined on every split"):
             function(undefined)
         with pytest.raises(MethodError, match="is empty"):
             function(empty)
     named_only = only(evaluation, lambda frame: frame["circuit"].isin(["full", "empty", "circuit"]))
     with pytest.raises(MethodError, match="no nulls"):
-        null_figure(named_only)
+        baseline_figure(named_only)
     with pytest.raises(MethodError, match="no ranking was judged"):
         area_curves(named_only)
     with pytest.raises(MethodError, match="no complement was judged"):
         completeness_figure(named_only)
     with pytest.raises(MethodError, match="'other' was not judged"):
-        null_figure(evaluation, "other")
+        baseline_figure(evaluation, "other")
 
 
 def test_one_fact_has_no_intervals_and_is_shown(small_model: SmallModel, fact_scores: FactScores, circuit: Circuit) -> None:
     circuits = {"circuit": circuit} | random_nulls(circuit, 1)
     circuits |= complements(circuits) | circuits_by_size(fact_scores.mean(), shares=(0.1,), n_random=0)
     evaluation = evaluate_circuits(small_model("llama"), circuits, {"discovery": FOUND[:1]})
-    curves, nulls = area_curves(evaluation), null_figure(evaluation)
+    curves, nulls = area_curves(evaluation), baseline_figure(evaluation)
     assert not named(list(curves.data), "band of top")[0].x
     assert "[" not in named(list(curves.data), "top")[0].name
     (own,) = named(list(nulls.data), "circuit")
@@ -445,7 +451,7 @@ def test_every_figure_has_the_template_and_a_printable_size(
 ) -> None:
     every = [
         area_curves(evaluation),
-        null_figure(evaluation),
+        baseline_figure(evaluation),
         completeness_figure(evaluation),
         minimality_figure(taken_out),
         overlap_figure(jaccard_matrix(resamples)),

@@ -30,7 +30,6 @@ from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS
-from kc_lib.residual.from_bridge import wiring_of
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_completeness_by_hand(small_model: SmallModel, scores: EdgeScores) -> No
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_nothing_is_left_without_the_whole_model_and_all_without_nothing(small_model: SmallModel, kind: str) -> None:
-    graph = wiring_of(small_model(kind)).graph()
+    graph = small_model(kind).residual.graph()
     judged = {"whole": Circuit(graph, graph.edges), "none": Circuit(graph, torch.zeros_like(graph.edges))}
     for intervention in ("patching", "zero"):
         evaluation = evaluate_circuits(small_model(kind), complements(judged), SPLITS, intervention=intervention)

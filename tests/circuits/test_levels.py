@@ -17,7 +17,6 @@ from kc_lib.circuits.scores import EdgeScores, PositionScores
 from kc_lib.circuits.scoring.groups import POSITION_GROUPS, by_position
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Graph
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import TokenPair, make_batch
 
@@ -121,7 +120,7 @@ def test_scores_of_a_group_are_the_oracles_at_its_positions(
 ) -> None:
     pairs = placed_pairs(seed=32)
     batch, hf = make_batch(pairs), hf_model(small_folder(kind))
-    assert shared_context(wiring_of(small_model(kind)), batch, "patching").start == 2
+    assert shared_context(small_model(kind).residual, batch, "patching").start == 2
     found = attribute_positions(small_model(kind), pairs, method, steps=2, grouped=grouped)
     decoder = None
     if method == "gim":
@@ -254,7 +253,7 @@ def test_neurons_of_other_methods_and_models_are_refused(small_model: SmallModel
     with pytest.raises(MethodError, match="unknown method 'atp'"):
         attribute_neurons(model, pairs, "atp")
     with (
-        model.hooks(fwd_hooks=[("blocks.2.mlp.hook_out", lambda value, hook: 2 * value)]),
+        model.bridge.hooks(fwd_hooks=[("blocks.2.mlp.hook_out", lambda value, hook: 2 * value)]),
         pytest.raises(ModelError, match="MLP of layer 2"),
     ):
         attribute_neurons(model, pairs)

@@ -12,7 +12,6 @@ from kc_lib.circuits.acdc.edge_sums import edge_sums
 from kc_lib.circuits.acdc.losses import stream_losses
 from kc_lib.circuits.acdc.packed import packed_linear, packed_mlp
 from kc_lib.metrics import METRICS, Metric
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.batches import make_batch
 
 
@@ -24,25 +23,25 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "gemma2"])
 @pytest.mark.parametrize("metric", list(METRICS))
 def test_losses_are_the_metric_of_the_logits(small_model: SmallModel, kind: str, metric: str, full_answer: bool) -> None:
-    wiring, batch, of = wiring_of(small_model(kind)), make_batch(random_pairs(), full_answer), METRICS[metric]
+    decoder, batch, of = small_model(kind).residual, make_batch(random_pairs(), full_answer), METRICS[metric]
     if kind == "neox":  # none of the models has a bias there
-        wiring = replace(wiring, b_U=drawn(wiring.W_U.shape[1], seed=2))
-    reference = wiring.unembed(drawn(*batch.answers.shape, wiring.W_U.shape[0]))
+        decoder = replace(decoder, b_U=drawn(decoder.W_U.shape[1], seed=2))
+    reference = decoder.unembed(drawn(*batch.answers.shape, decoder.W_U.shape[0]))
     weights = torch.tensor([1.0, 0.5, 2.0, 0.25])
-    streams = 3 * drawn(90, *batch.answers.shape, wiring.W_U.shape[0], seed=1)  # more than are unembedded together
-    expected = [(of.loss(wiring.unembed(stream), batch, reference) * weights).mean() for stream in streams]
-    found = list(stream_losses(wiring, of, batch, reference, weights)(streams))
+    streams = 3 * drawn(90, *batch.answers.shape, decoder.W_U.shape[0], seed=1)  # more than are unembedded together
+    expected = [(of.loss(decoder.unembed(stream), batch, reference) * weights).mean() for stream in streams]
+    found = list(stream_losses(decoder, of, batch, reference, weights)(streams))
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [-200.0, 200.0])  # of all logits: their exponentials are no float32
 def test_losses_do_not_depend_on_the_level_of_the_logits(small_model: SmallModel, offset: float) -> None:
-    wiring, batch, of = wiring_of(small_model("llama")), make_batch(random_pairs()), METRICS["match_nll"]
-    streams = drawn(2, 4, 1, wiring.W_U.shape[0], seed=1)
+    decoder, batch, of = small_model("llama").residual, make_batch(random_pairs()), METRICS["match_nll"]
+    streams = drawn(2, 4, 1, decoder.W_U.shape[0], seed=1)
     found = {}
     for level in (0.0, offset):
-        raised = replace(wiring, b_U=wiring.b_U + level)
-        reference = raised.unembed(drawn(4, 1, wiring.W_U.shape[0]))
+        raised = replace(decoder, b_U=decoder.b_U + level)
+        reference = raised.unembed(drawn(4, 1, decoder.W_U.shape[0]))
         found[level] = torch.stack(list(stream_losses(raised, of, batch, reference, torch.ones(4))(streams)))
     torch.testing.assert_close(found[offset], found[0.0], rtol=1e-4, atol=1e-4)
 
@@ -64,11 +63,11 @@ def test_a_target_gives_the_loss_but_for_a_constant(metric: Metric, full_answer:
 
 
 def test_losses_have_the_gradient_of_the_metric(small_model: SmallModel) -> None:
-    wiring, batch, of = wiring_of(small_model("llama")), make_batch(random_pairs()), METRICS["match_nll"]
-    reference = wiring.unembed(drawn(4, 1, wiring.W_U.shape[0]))
-    stream = drawn(1, 4, 1, wiring.W_U.shape[0], seed=1).requires_grad_()
-    (found,) = torch.autograd.grad(next(stream_losses(wiring, of, batch, reference, torch.ones(4))(stream)), stream)
-    (expected,) = torch.autograd.grad(of.loss(wiring.unembed(stream[0]), batch, reference).mean(), stream)
+    decoder, batch, of = small_model("llama").residual, make_batch(random_pairs()), METRICS["match_nll"]
+    reference = decoder.unembed(drawn(4, 1, decoder.W_U.shape[0]))
+    stream = drawn(1, 4, 1, decoder.W_U.shape[0], seed=1).requires_grad_()
+    (found,) = torch.autograd.grad(next(stream_losses(decoder, of, batch, reference, torch.ones(4))(stream)), stream)
+    (expected,) = torch.autograd.grad(of.loss(decoder.unembed(stream[0]), batch, reference).mean(), stream)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -87,7 +86,7 @@ def test_packed_products_are_products(biased: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "gemma2"])
 def test_packed_mlps_are_the_models(small_model: SmallModel, kind: str) -> None:
-    block = wiring_of(small_model(kind)).blocks[1]
+    block = small_model(kind).residual.blocks[1]
     x = drawn(7, 50, small_model(kind).cfg.d_model)  # more rows than are run together
     with torch.no_grad():
         torch.testing.assert_close(packed_mlp(block)(x), block.mlp(block.mlp_norm(x)), rtol=1e-4, atol=1e-5)
@@ -96,9 +95,9 @@ def test_packed_mlps_are_the_models(small_model: SmallModel, kind: str) -> None:
 def test_an_mlp_with_a_hook_runs_as_the_module(small_model: SmallModel) -> None:
     model = small_model("gpt2")
     x = drawn(2, 3, model.cfg.d_model)
-    block = wiring_of(model).blocks[0]
+    block = model.residual.blocks[0]
     plain = block.mlp(block.mlp_norm(x))
-    with model.hooks([("blocks.0.mlp.hook_out", lambda value, hook: 2 * value)]), torch.no_grad():
+    with model.bridge.hooks([("blocks.0.mlp.hook_out", lambda value, hook: 2 * value)]), torch.no_grad():
         hooked = packed_mlp(block)(x)
     torch.testing.assert_close(hooked, 2 * plain, rtol=1e-4, atol=1e-5)
 

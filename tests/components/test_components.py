@@ -25,7 +25,6 @@ from kc_lib.components.node_ablation import ablated_values
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Circuit
 from kc_lib.heads.ablation import HeadAblation, ablate_heads, random_heads
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.batches import make_batch
 
 every_kind = pytest.mark.parametrize(
@@ -83,9 +82,9 @@ def test_the_final_norm_reading_uses_the_final_scale(small_model: SmallModel, sm
     model, hf, (pair, *_) = small_model("gpt2"), hf_model(small_folder("gpt2")), facts()
     with torch.no_grad():
         hidden = hf(torch.tensor([pair.clean]), output_hidden_states=True).hidden_states[1][0, -1]
-    wiring = wiring_of(model)
-    final = wiring.run(wiring.embed(torch.tensor([pair.clean])))[0, -1]
-    logits = final_parts(hf, final, hidden) + constant_contribution(wiring, torch.arange(200))
+    decoder = model.residual
+    final = decoder.run(decoder.embed(torch.tensor([pair.clean])))[0, -1]
+    logits = final_parts(hf, final, hidden) + constant_contribution(decoder, torch.arange(200))
     found = layer_lens(model, [pair], "final").facts.set_index("point").loc["blocks.0.hook_resid_post"]
     assert found["answer_probability"] == pytest.approx(logits.softmax(-1)[pair.answer[0]].item(), rel=1e-3)
 
@@ -134,10 +133,10 @@ def test_direct_contributions_are_those_of_the_hand_written_model(
 ) -> None:
     model, hf, pairs = small_model(kind), hf_model(small_folder(kind)), facts()
     found = direct_attribution(model, pairs)
-    wiring = wiring_of(model)
+    decoder = model.residual
     for i, pair in enumerate(pairs):
         outputs = patching.writer_outputs(hf, torch.tensor([pair.clean]))[:, 0, -1]
-        stream = outputs.sum(0) + wiring.bias_before[-1]
+        stream = outputs.sum(0) + decoder.bias_before[-1]
         expected = torch.stack([final_parts(hf, stream, output)[pair.answer[0]] for output in outputs])
         assert relative_gap(found.values[i, : len(outputs)], expected) <= 1e-4
 
@@ -162,12 +161,12 @@ def test_direct_tables_add_up(small_model: SmallModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", NAMED)
 def test_promoted_tokens_are_those_of_the_mean_write(small_model: SmallModel, small_folder: SmallFolder, kind: str) -> None:
     model, hf, pairs = small_model(kind), hf_model(small_folder(kind)), facts()
-    wiring = wiring_of(model)
+    decoder = model.residual
     logits = torch.zeros(200)
     for pair in pairs:
         outputs = patching.writer_outputs(hf, torch.tensor([pair.clean]))[:, 0, -1]
-        stream = outputs.sum(0) + wiring.bias_before[-1]
-        logits += final_parts(hf, stream, outputs[wiring.graph().writer_index["a1.h2"]]) / len(pairs)
+        stream = outputs.sum(0) + decoder.bias_before[-1]
+        logits += final_parts(hf, stream, outputs[decoder.graph().writer_index["a1.h2"]]) / len(pairs)
     found = promoted_tokens(model, pairs, ["a1.h2"], k=4, batch_size=2)
     for end, sign in (("top", 1), ("bottom", -1)):
         values, ids = (sign * logits).topk(4)
@@ -229,12 +228,12 @@ def test_sources_tell_tokens_apart(small_model: SmallModel) -> None:
 @every_kind
 def test_neurons_and_the_output_bias_sum_to_their_mlp(small_model: SmallModel, kind: str) -> None:
     model, pairs = small_model(kind), facts()
-    wiring, batch = wiring_of(model), make_batch(pairs)
-    found = neuron_contributions(wiring, batch, batch.answers[:, 0], batch.distractors)
+    decoder, batch = model.residual, make_batch(pairs)
+    found = neuron_contributions(decoder, batch, batch.answers[:, 0], batch.distractors)
     direct = direct_attribution(model, pairs, "difference")
-    final = wiring.run(wiring.embed(batch.clean))[torch.arange(len(batch)), batch.answer_positions[:, 0]]
-    norm, direction = wiring.final_norm, (wiring.W_U[:, batch.answers[:, 0]] - wiring.W_U[:, batch.distractors]).T
-    for layer, block in enumerate(wiring.blocks):
+    final = decoder.run(decoder.embed(batch.clean))[torch.arange(len(batch)), batch.answer_positions[:, 0]]
+    norm, direction = decoder.final_norm, (decoder.W_U[:, batch.answers[:, 0]] - decoder.W_U[:, batch.distractors]).T
+    for layer, block in enumerate(decoder.blocks):
         bias = norm.weighted(norm.centre(block.mlp_parts.b_out) * norm.scale(final))
         mlp = direct.values[:, direct.components.index(f"m{layer}")]
         assert relative_gap(found.contributions[layer].sum(-1) + (bias * direction).sum(-1), mlp) <= 1e-4
@@ -243,15 +242,15 @@ def test_neurons_and_the_output_bias_sum_to_their_mlp(small_model: SmallModel, k
 def test_top_neurons_are_the_largest(small_model: SmallModel) -> None:
     model, pairs = small_model("llama"), facts()
     batch = make_batch(pairs)
-    every = neuron_contributions(wiring_of(model), batch, batch.answers[:, 0])
+    every = neuron_contributions(model.residual, batch, batch.answers[:, 0])
     mean = every.contributions.mean(1)
     found = top_neurons(model, pairs, n=5, k=3, batch_size=2)
     assert found["contribution"].tolist() == pytest.approx(mean.flatten().topk(5).values.tolist(), rel=1e-4)
     first = found.iloc[0]
-    vector = wiring_of(model).blocks[first["layer"]].mlp_parts.W_out[first["neuron"]]
+    vector = model.residual.blocks[first["layer"]].mlp_parts.W_out[first["neuron"]]
     held = every.values[first["layer"], :, first["neuron"]].mean()
     assert first["value"] == pytest.approx(held.item(), rel=1e-4)
-    norm, W_U = wiring_of(model).final_norm, wiring_of(model).W_U
+    norm, W_U = model.residual.final_norm, model.residual.W_U
     ids = (torch.sign(held) * (norm.weighted(vector) @ W_U)).topk(3).indices.tolist()
     assert first["tokens"] == " ".join(repr(model.tokenizer.decode([token])) for token in ids)
 
@@ -263,7 +262,7 @@ def test_top_neurons_are_the_largest(small_model: SmallModel) -> None:
 @pytest.mark.parametrize("intervention", ["patching", "zero", "mean", "positional_mean"])
 def test_ablated_nodes_are_the_circuit_without_their_edges(small_model: SmallModel, kind: str, intervention: str) -> None:
     model, pairs = small_model(kind), facts()
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
     sets = {"heads": ["a0.h1", "a2.h3"], "all kinds": ["a1.h0", "a1.h2", "m1"], "input": ["input", "m2"], "late": ["m2"]}
     circuits = {}
     for name, nodes in sets.items():
@@ -290,7 +289,7 @@ def test_ablated_heads_write_their_mean(small_model: SmallModel, kind: str) -> N
     for layer, head in heads:
         z = []
         for pair in pairs:
-            _, cache = model.run_with_cache(torch.tensor([pair.clean]))
+            _, cache = model.bridge.run_with_cache(torch.tensor([pair.clean]))
             z.append(cache[f"blocks.{layer}.attn.hook_z"][0].reshape(len(pair.clean), 4, 8)[:, head])
         means[layer, head] = torch.cat(z).mean(0)
 
@@ -306,13 +305,13 @@ def test_ablated_heads_write_their_mean(small_model: SmallModel, kind: str) -> N
 
     for i, pair in enumerate(pairs):
         hooks = [(f"blocks.{layer}.attn.hook_z", hook_of(layer)) for layer in (0, 2)]
-        logits = model.run_with_hooks(torch.tensor([pair.clean]), fwd_hooks=hooks)[0, -1]
+        logits = model.bridge.run_with_hooks(torch.tensor([pair.clean]), fwd_hooks=hooks)[0, -1]
         expected = logits.log_softmax(-1)[pair.answer[0]].item()
         assert found.values["heads"][i] == pytest.approx(expected, abs=1e-4)
 
 
 def test_random_heads_are_others_of_the_same_layers(small_model: SmallModel, tmp_path: Path) -> None:
-    graph = wiring_of(small_model("gpt2")).graph()
+    graph = small_model("gpt2").residual.graph()
     heads = [(0, 1), (2, 3), (2, 0)]
     draws = [random_heads(graph, heads, seed) for seed in range(20)]
     for drawn in draws:
@@ -385,13 +384,13 @@ def test_the_circuit_table_says_what_was_measured(
 
 def test_the_table_takes_classes_and_refuses_foreign_circuits(small_model: SmallModel) -> None:
     model, pairs = small_model("gpt2"), facts()
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
     heads = pd.DataFrame({"layer": [0] * 4 + [1] * 4 + [2] * 4, "head": [*range(4)] * 3, "class": ["mover"] * 12})
     table = circuit_table(model, random_circuit(graph, 60, 0), pairs, heads)
     own = table.nodes[table.nodes["node"].str.startswith("a")]
     assert (own["class"] == "mover").all()
     assert (table.nodes.loc[table.nodes["node"] == "input", "class"] == "embedding").all()
-    other = Circuit(wiring_of(small_model("llama")).graph(), wiring_of(small_model("llama")).graph().edges)
+    other = Circuit(small_model("llama").residual.graph(), small_model("llama").residual.graph().edges)
     with pytest.raises(MethodError, match="another model's graph"):
         circuit_table(model, other, pairs)
     without_subjects = circuit_table(model, random_circuit(graph, 60, 0), random_pairs())

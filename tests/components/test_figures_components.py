@@ -18,8 +18,16 @@ from helpers import SmallModel, random_pairs
 
 from kc_lib.components.attention import attention_pattern, attention_sources, sources_frame
 from kc_lib.components.direct import DirectAttribution, direct_attribution, promoted_tokens
-from kc_lib.components.figures import direct_by_layer, direct_heatmap, lens_figure, neuron_bars, promoted_table
-from kc_lib.components.figures_attention import attention_bundle, attention_heatmap, attention_view
+from kc_lib.components.figures import (
+    attention_bundle,
+    attention_heatmap,
+    attention_view,
+    direct_by_layer,
+    direct_heatmap,
+    lens_figure,
+    neuron_bars,
+    promoted_table,
+)
 from kc_lib.components.lens import LayerLens, layer_lens
 from kc_lib.components.neuron_readout import top_neurons
 from kc_lib.errors import MethodError

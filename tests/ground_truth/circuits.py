@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from ground_truth.prompts import CAPITALS, COUNTRIES, FACT_WORDS, LETTERS, fact_pairs, induction_pairs, unknown_fact_pairs
 from ground_truth.wires import (
@@ -33,7 +32,7 @@ from ground_truth.wires import (
 )
 from kc_lib.errors import ModelError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair
 
 SOFT, HARD = 5.0, 30.0  # attention score of a match, BOS having half of it: attention 0.9, or 1 - 3e-7
@@ -46,7 +45,7 @@ class HandWired:
     """A model whose circuit is known by construction; see the head of this file for what its edge sets mean."""
 
     name: str
-    model: TransformerBridge
+    model: Model
     pairs: tuple[TokenPair, ...]
     circuit: Circuit
     note: str
@@ -207,7 +206,7 @@ def _finish(
     **others: Sequence[str],
 ) -> HandWired:
     model = boot(wires, f"handwired/{name}")
-    graph = wiring_of(model).graph()
+    graph = model.residual.graph()
 
     def circuit_of(edges: Sequence[str]) -> Circuit:
         return edge_set(graph, edges, {"model": f"handwired/{name}"})

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 
 from ground_truth.wires import BOS, Reading, boot, joined, noisy_gpt2, read_any, read_space, set_head, set_neurons, with_rest
+from kc_lib.models.model import Model
 
 # fmt: off
 NAMES = (
@@ -33,7 +33,7 @@ SHARP = 40.0  # attention score of a match: all of the attention
 class KnownHeads:
     """A model, and which heads (layer, head) are of which kind; kinds are named as the scores are."""
 
-    model: TransformerBridge
+    model: Model
     heads: Mapping[str, frozenset[tuple[int, int]]]
 
 

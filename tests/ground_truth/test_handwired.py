@@ -17,8 +17,6 @@ from kc_lib.circuits.evaluate import evaluate_circuits
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.errors import ModelError
 from kc_lib.graph import Circuit
-from kc_lib.models.load import model_hash, model_name
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.parts import Norm
 from kc_lib.tasks.tokens import tokenizer_of
 
@@ -80,8 +78,8 @@ def full_effect(wired: HandWired) -> float:
 def test_it_answers_right_by_far(name: str) -> None:
     wired = built(name)
     for pair in wired.pairs:
-        clean = wired.model(torch.tensor([pair.clean]))[0, -1]
-        corrupted = wired.model(torch.tensor([pair.corrupted]))[0, -1]
+        clean = wired.model.bridge(torch.tensor([pair.clean]))[0, -1]
+        corrupted = wired.model.bridge(torch.tensor([pair.corrupted]))[0, -1]
         others = torch.arange(len(clean)) != pair.answer[0]
         assert clean[pair.answer[0]] > clean[others].max() + 4.0
         assert corrupted[pair.answer[0]] - corrupted[pair.distractor] < 1.0
@@ -103,15 +101,15 @@ def test_pairs_are_their_texts(name: str) -> None:
 @every_model
 def test_norms_are_harmless(name: str) -> None:
     wired = built(name)
-    wiring, identity = wiring_of(wired.model), Norm("none")
+    decoder, identity = wired.model.residual, Norm("none")
     blocks = [
-        replace(block, attention=replace(block.attention, norm=identity), mlp_norm=identity) for block in wiring.blocks
+        replace(block, attention=replace(block.attention, norm=identity), mlp_norm=identity) for block in decoder.blocks
     ]
-    plain = replace(wiring, blocks=blocks, final_norm=identity)
+    plain = replace(decoder, blocks=blocks, final_norm=identity)
     for pair in wired.pairs:
         tokens = torch.tensor([pair.clean, pair.corrupted])
         bare = plain.unembed(plain.run(plain.embed(tokens)))
-        torch.testing.assert_close(wired.model(tokens), bare, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(wired.model.bridge(tokens), bare, rtol=1e-3, atol=1e-3)
 
 
 @every_model
@@ -129,11 +127,11 @@ def test_building_leaves_no_trace_and_repeats() -> None:
     state = torch.random.get_rng_state()
     again = hand_wired("fact")
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert model_hash(again.model) == model_hash(built("fact").model)
+    assert again.model.hash == built("fact").model.hash
     assert again.pairs == built("fact").pairs
     assert again.model is not built("fact").model
-    assert model_name(again.model) == "handwired/fact"
-    assert not any(parameter.requires_grad for parameter in again.model.parameters())
+    assert again.model.name == "handwired/fact"
+    assert not any(parameter.requires_grad for parameter in again.model.bridge.parameters())
 
 
 def test_what_cannot_be_built_is_refused() -> None:

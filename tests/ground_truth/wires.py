@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from kc_lib.errors import ModelError
+from kc_lib.models.model import Model
 
 BOS = "<s>"
 D_MODEL, N_LAYERS, N_HEADS, N_POSITIONS = 96, 4, 4, 8
@@ -153,16 +153,14 @@ def with_rest(wires: Wires, query: Reading, key: Reading, score: float) -> tuple
     return joined(query, always), joined(key, Reading(score * bos.weight, bos.bias))
 
 
-def boot(wires: Wires, name: str) -> TransformerBridge:
+def boot(wires: Wires, name: str) -> Model:
     """The finished model as the suite has models: booted by TransformerLens, frozen, in evaluation mode; on the CPU."""
     tokenizer = _tokenizer(wires.words, name)
     with torch.random.fork_rng(devices=[]):  # modules are initialised before they are overwritten; the caller's seed stays
         gpt2 = GPT2LMHeadModel(_config(len(wires.words), wires.d_model, wires.n_positions))
         gpt2.load_state_dict(wires.weights)
-        model = TransformerBridge.boot_transformers(name, hf_model=gpt2, tokenizer=tokenizer, device="cpu")
-    model.eval()
-    model.requires_grad_(False)
-    model.cfg.kc_name = name
+        model = Model.from_hf(gpt2, tokenizer, name)
+    model.bridge.requires_grad_(False)
     return model
 
 

@@ -12,16 +12,15 @@ import pytest
 import torch
 from ground_truth.circuits import hand_wired
 from helpers import SmallFolder, SmallModel, facts, hf_model
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.components.attention import SOURCES, attention_sources
 from kc_lib.errors import MethodError
 from kc_lib.heads.ablation import recurrence
 from kc_lib.heads.classes import CLASSES, HeadClasses, check_enough, classify_heads, mover_null, range_null
 from kc_lib.heads.promoted_tokens import head_promotion
-from kc_lib.residual.from_bridge import wiring_of
-from kc_lib.tasks.answers import answer_tokens
+from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, make_batch
+from kc_lib.tasks.known import answer_tokens
 from kc_lib.tasks.tokens import tokenizer_of
 
 LENGTHS = (5, 9, 7, 6, 8, 5, 6, 7)
@@ -40,10 +39,10 @@ def own_facts(seed: int = 3) -> list[TokenPair]:
 def test_scores_are_those_of_a_loop_over_heads_and_facts(small_model: SmallModel, kind: str) -> None:
     model, pairs = small_model(kind), own_facts()
     found = classify_heads(model, pairs, OTHERS, k=20, n_null=50, level=0.05, batch_size=3)
-    wiring = wiring_of(model)
+    decoder = model.residual
     sources = attention_sources(model, pairs)
     answers = [pair.answer[0] for pair in pairs]
-    promotion = head_promotion(wiring, make_batch(pairs), torch.arange(200), 20)
+    promotion = head_promotion(decoder, make_batch(pairs), torch.arange(200), 20)
     for row in found.heads.itertuples():
         mover, relation, raised = [], [], []
         for i, pair in enumerate(pairs):
@@ -61,14 +60,14 @@ def test_scores_are_those_of_a_loop_over_heads_and_facts(small_model: SmallModel
 def test_promotion_is_the_heads_own_write(small_model: SmallModel, small_folder: SmallFolder) -> None:
     model, (pair, *_) = small_model("llama"), own_facts()
     with torch.no_grad():
-        _, cache = model.run_with_cache(torch.tensor([pair.clean]))
+        _, cache = model.bridge.run_with_cache(torch.tensor([pair.clean]))
     z = cache["blocks.2.attn.hook_z"].reshape(1, len(pair.clean), 4, 8)[0, -1, 1]
     hf = hf_model(small_folder("llama"))
     write = z @ hf.model.layers[2].self_attn.o_proj.weight[:, 8:16].T
     with torch.no_grad():
-        stream = wiring_of(model).run(wiring_of(model).embed(torch.tensor([pair.clean])))[0, -1]
+        stream = model.residual.run(model.residual.embed(torch.tensor([pair.clean])))[0, -1]
         expected = (write * hf.model.norm(stream) / stream) @ hf.lm_head.weight.T
-    found = head_promotion(wiring_of(model), make_batch([pair]), torch.arange(200), 10)
+    found = head_promotion(model.residual, make_batch([pair]), torch.arange(200), 10)
     assert (found.contribution[2, 1, 0] - expected).abs().max() <= 1e-4
     assert found.among_top[2, 1, 0].nonzero()[:, 0].tolist() == sorted(expected.topk(10).indices.tolist())
 
@@ -110,13 +109,13 @@ def test_the_hand_wired_mover_is_the_only_head_found() -> None:
     seen: dict[tuple[int, ...], TokenPair] = {pair.clean: pair for pair in wired.pairs}
     pairs = list(seen.values())
     own = {pair.answer[0] for pair in pairs}
-    others = [token for token in range(1, wiring_of(wired.model).W_U.shape[1]) if token not in own]
+    others = [token for token in range(1, wired.model.residual.W_U.shape[1]) if token not in own]
     # the model has 22 words: ranges of six cannot be drawn from the rest, so facts are repeated for the null only
     with pytest.raises(MethodError, match="need at least 30"):
         classify_heads(wired.model, pairs, others, level=0.05)
     sources = attention_sources(wired.model, pairs).flatten(1, 2)[SOURCES.index("subject")]
     tokens = torch.tensor([pair.answer[0] for pair in pairs])
-    promotion = head_promotion(wiring_of(wired.model), make_batch(pairs), tokens, 1)
+    promotion = head_promotion(wired.model.residual, make_batch(pairs), tokens, 1)
     written = (promotion.among_top & (promotion.contribution > 0)).flatten(0, 1)
     scores, null = mover_null(sources, written, 5000, 0)
     names = [f"a{layer}.h{head}" for layer in range(promotion.among_top.shape[0]) for head in range(4)]
@@ -204,7 +203,7 @@ def test_recurrence_counts_heads_and_chance() -> None:
     assert found.loc[4, "p"] == 1.0
 
 
-def test_answers_of_the_other_relations(smollm2: TransformerBridge) -> None:
+def test_answers_of_the_other_relations(smollm2: Model) -> None:
     tokenizer = tokenizer_of(smollm2)
     every, without = answer_tokens(tokenizer), answer_tokens(tokenizer, ["country_capital"])
     paris = tokenizer.answer("The capital of France is", "Paris")[0]

@@ -39,7 +39,7 @@ def test_the_notebook_leaves_small_relations_out_and_finds_its_run_again(
     usual: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the small model's words are no answers of the project's relations: ranges are drawn from its own
-    monkeypatch.setattr("kc_lib.tasks.answers.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
+    monkeypatch.setattr("kc_lib.tasks.known.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
     run_cells(NOTEBOOK, **usual)
     (folder,) = visible_runs(tmp_path / "out")
     printed = capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_the_notebook_leaves_small_relations_out_and_finds_its_run_again(
 def test_bad_input_is_one_line_and_leaves_no_run(
     given: dict[str, Any], message: str, usual: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kc_lib.tasks.answers.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
+    monkeypatch.setattr("kc_lib.tasks.known.answer_tokens", lambda tokenizer, without: list(range(120, 199)))
     with pytest.raises(KnowledgeCircuitsError, match=message) as error:
         run_cells(NOTEBOOK, **usual | given)
     assert "\n" not in str(error.value)

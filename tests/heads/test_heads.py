@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from ground_truth.heads import NAMES, NUMBERS, WORDS, KnownHeads, general_heads, ioi_heads
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.heads.copying import copy_scores, name_mover_scores, negative_name_mover_scores
@@ -27,10 +26,11 @@ from kc_lib.heads.repeats import (
 )
 from kc_lib.heads.successor import CYCLIC, ORDINALS, successor_pairs, successor_scores
 from kc_lib.heads.suppression import content_tokens, copy_suppression_scores, text_windows
-from kc_lib.tasks.text import load_text
+from kc_lib.models.model import Model
+from kc_lib.tasks.files import load_text
 from kc_lib.tasks.tokens import tokenizer_of
 
-Models = Callable[[str], TransformerBridge]
+Models = Callable[[str], Model]
 KINDS = (
     "previous_token",
     "duplicate_token",
@@ -272,7 +272,7 @@ def test_a_model_that_prefers_the_subject_is_refused() -> None:
     """The same model with all logits' signs flipped."""
     model = ioi_heads().model
     with torch.no_grad():
-        model.unembed.W_U.neg_()
+        model.bridge.unembed.W_U.neg_()
     with pytest.raises(MethodError, match="it prefers the subject"):
         s_inhibition_scores(model, name_movers=[(2, 1)], n_prompts=4)
 
@@ -295,7 +295,7 @@ def test_text_is_cut_into_windows_after_bos() -> None:
     assert words == repeating_text().split()[:10]
 
 
-def test_function_words_are_no_sources(smollm2: TransformerBridge) -> None:
+def test_function_words_are_no_sources(smollm2: Model) -> None:
     content = content_tokens(smollm2)
     for word, expected in ((" the", False), ("The", False), (" Mary", True), (",", False), (" 12", False), (" river", True)):
         (token,) = smollm2.tokenizer(word, add_special_tokens=False).input_ids[:1]
@@ -312,7 +312,7 @@ def test_ordinal_lists_are_whole() -> None:
     assert set(ORDINALS) > CYCLIC
 
 
-def test_successor_pairs_are_single_tokens_and_follow_each_other(smollm2: TransformerBridge) -> None:
+def test_successor_pairs_are_single_tokens_and_follow_each_other(smollm2: Model) -> None:
     tokenizer = tokenizer_of(smollm2)
     lists = successor_pairs(tokenizer)
     text = [[tuple(tokenizer.inner.decode([token]) for token in pair) for pair in pairs] for pairs in lists.values()]
@@ -327,7 +327,7 @@ def test_successor_pairs_are_single_tokens_and_follow_each_other(smollm2: Transf
 
 
 @pytest.mark.slow
-def test_smollm2_induction_and_previous_token_heads(smollm2: TransformerBridge) -> None:
+def test_smollm2_induction_and_previous_token_heads(smollm2: Model) -> None:
     scores = repeat_scores(smollm2, n_sequences=1)
     assert (18, 6) in scores["induction"].heads()
     assert (16, 0) in scores["previous_token"].heads()

@@ -1,4 +1,4 @@
-"""What heads do, against slow oracles on every kind of wiring: patterns, copies, CSPA, path patching."""
+"""What heads do, against slow oracles on every kind of decoder: patterns, copies, CSPA, path patching."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracles.heads import oracle_copied, oracle_cspa, oracle_path_patch, oracle_readout, oracle_result
 from transformer_lens.head_detector import detect_head
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.patching import get_act_patch_direct_path
 
 from kc_lib.components.head_runs import copied, copies_in_top, mean_pattern_by_offset, run_layers
@@ -19,11 +18,11 @@ from kc_lib.heads.repeats import repeat_scores, repeated_tokens
 from kc_lib.heads.successor import successor_choices
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.heads.transformer_lens import direct_path_obstacle
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import writer_outputs
-from kc_lib.residual.from_bridge import wiring_of
 
 KINDS = ("gpt2", "neox", "gptj", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi")
-Models = Callable[[str], TransformerBridge]
+Models = Callable[[str], Model]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -37,8 +36,8 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 @every_kind
 def test_patterns_are_the_models_own(small_model: Models, kind: str) -> None:
     model, tokens = small_model(kind), draw(0, 2, 11)
-    _, cache = model.run_with_cache(tokens)
-    for run in run_layers(wiring_of(model), tokens):
+    _, cache = model.bridge.run_with_cache(tokens)
+    for run in run_layers(model.residual, tokens):
         torch.testing.assert_close(run.pattern, cache[f"blocks.{run.layer}.attn.hook_pattern"], atol=1e-5, rtol=0)
         torch.testing.assert_close(run.resid_pre, cache[f"blocks.{run.layer}.hook_resid_pre"], atol=1e-3, rtol=1e-4)
 
@@ -50,7 +49,7 @@ def test_repeat_scores_are_means_over_the_second_half(small_model: Models, kind:
     tokens = repeated_tokens(model, n, 3, 5)
     assert (tokens[:, -n:] == tokens[:, -2 * n : -n]).all()
     assert all(len(set(row[-n:].tolist())) == n for row in tokens)
-    _, cache = model.run_with_cache(tokens)
+    _, cache = model.bridge.run_with_cache(tokens)
     for layer, head in ((0, 0), (1, 3), (2, 2)):
         pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, head]
         n_pos = tokens.shape[1]
@@ -64,8 +63,8 @@ def test_detect_head_has_the_same_sums(small_model: Models) -> None:
     model, n = small_model("gpt2"), 9
     tokens = repeated_tokens(model, n, 1, 0)
     text = model.tokenizer.decode(tokens[0, -2 * n :])
-    assert model.to_tokens(text).tolist() == tokens.tolist()
-    by_offset = mean_pattern_by_offset(wiring_of(model), tokens, tokens.shape[1] - n)
+    assert model.bridge.to_tokens(text).tolist() == tokens.tolist()
+    by_offset = mean_pattern_by_offset(model.residual, tokens, tokens.shape[1] - n)
     rows = n / tokens.shape[1]
     theirs = detect_head(model, text, "duplicate_token_head")
     torch.testing.assert_close(theirs, by_offset[:, :, n] * rows, atol=1e-5, rtol=0)
@@ -78,12 +77,12 @@ def test_detect_head_has_the_same_sums(small_model: Models) -> None:
 def test_copied_is_what_the_head_writes_of_one_token(small_model: Models, kind: str) -> None:
     """Under norms on outputs up to a positive factor for each row, which is all that scores use."""
     model = small_model(kind)
-    wiring = wiring_of(model)
-    vectors = torch.randn(5, wiring.W_U.shape[0], generator=torch.Generator().manual_seed(1))
+    decoder = model.residual
+    vectors = torch.randn(5, decoder.W_U.shape[0], generator=torch.Generator().manual_seed(1))
     for layer in (0, 2):
-        attention = wiring.blocks[layer].attention
+        attention = decoder.blocks[layer].attention
         ours = copied(attention, vectors)
-        for head in range(wiring.n_heads):
+        for head in range(decoder.n_heads):
             expected = oracle_copied(model, layer, head, vectors)
             if attention.post_norm is not None:
                 ours[head] *= (expected.norm(dim=-1) / ours[head].norm(dim=-1))[:, None]
@@ -93,15 +92,15 @@ def test_copied_is_what_the_head_writes_of_one_token(small_model: Models, kind: 
 @every_kind
 def test_names_in_the_top_are_those_of_the_models_own_readout(small_model: Models, kind: str) -> None:
     model = small_model(kind)
-    wiring = wiring_of(model)
+    decoder = model.residual
     prompts = [tuple(row) for row in draw(2, 4, 9).tolist()]
-    resid, tokens = names_after_block_0(wiring, prompts, [{prompt[3], prompt[7]} for prompt in prompts])
-    after = [model.run_with_cache(torch.tensor([prompt]))[1]["blocks.0.hook_resid_post"][0] for prompt in prompts]
+    resid, tokens = names_after_block_0(decoder, prompts, [{prompt[3], prompt[7]} for prompt in prompts])
+    after = [model.bridge.run_with_cache(torch.tensor([prompt]))[1]["blocks.0.hook_resid_post"][0] for prompt in prompts]
     torch.testing.assert_close(resid[:2], after[0][[3, 7]], atol=1e-4, rtol=1e-4)
     assert tokens[:2].tolist() == [prompts[0][3], prompts[0][7]]
-    found = copies_in_top(wiring, 1, resid, tokens, 20)
-    for head in range(wiring.n_heads):
-        written = copied(wiring.blocks[1].attention, resid)[head]
+    found = copies_in_top(decoder, 1, resid, tokens, 20)
+    for head in range(decoder.n_heads):
+        written = copied(decoder.blocks[1].attention, resid)[head]
         for sign in (0, 1):
             stream = written * (-1) ** sign
             top = oracle_readout(model, stream, stream).topk(20).indices
@@ -113,20 +112,20 @@ def test_names_in_the_top_are_those_of_the_models_own_readout(small_model: Model
 def test_successor_choices_follow_the_first_mlp(small_model: Models, kind: str) -> None:
     """The token embedding, the first block's MLP by the model's own modules, the head, the model's readout."""
     model = small_model(kind)
-    wiring = wiring_of(model)
+    decoder = model.residual
     words, targets = torch.tensor([5, 9, 30]), torch.tensor([6, 10, 31, 77])
-    block = model.blocks[0]
-    embedding = model.embed.W_E[words][:, None].detach()
+    block = model.bridge.blocks[0]
+    embedding = model.bridge.embed.W_E[words][:, None].detach()
     norm = getattr(block, "ln2", None) or block.ln1
     with torch.no_grad():
         seen = block.mlp(norm(embedding))
         seen = (block.ln2_post(seen) if hasattr(block, "ln2_post") else seen)[:, 0]
-    choices = successor_choices(wiring, words, targets)
-    for layer in range(wiring.n_layers):
-        for head in range(wiring.n_heads):
+    choices = successor_choices(decoder, words, targets)
+    for layer in range(decoder.n_layers):
+        for head in range(decoder.n_heads):
             stream = oracle_copied(model, layer, head, seen)
-            if wiring.blocks[layer].attention.post_norm is not None:
-                stream = copied(wiring.blocks[layer].attention, seen)[head]  # held to the oracle above
+            if decoder.blocks[layer].attention.post_norm is not None:
+                stream = copied(decoder.blocks[layer].attention, seen)[head]  # held to the oracle above
             logits = oracle_readout(model, stream, stream)[:, targets]
             assert choices[layer, head].tolist() == targets[logits.argmax(-1)].tolist()
 
@@ -137,12 +136,12 @@ def test_successor_choices_follow_the_first_mlp(small_model: Models, kind: str) 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen2", "gemma2", "phi"])
 def test_cspa_is_that_of_the_slow_loop(small_model: Models, kind: str) -> None:
     model = small_model(kind)
-    wiring = wiring_of(model)
+    decoder = model.residual
     text = draw(3, 3, 12) % 14 + 3  # few words, so that tokens repeat
     sources = torch.arange(200) % 5 != 0
     share = 0.2
-    means = mean_head_outputs(wiring, text.split(2))
-    found = suppression_divergences(wiring, text[:2], means, sources, share, torch.Generator().manual_seed(0))
+    means = mean_head_outputs(decoder, text.split(2))
+    found = suppression_divergences(decoder, text[:2], means, sources, share, torch.Generator().manual_seed(0))
     kept = []
     for layer, head in ((0, 1), (1, 2), (2, 3)):
         ablated, preserved = oracle_cspa(model, text, text[:2], layer, head, sources, share)
@@ -155,13 +154,13 @@ def test_cspa_is_that_of_the_slow_loop(small_model: Models, kind: str) -> None:
 def test_cspa_keeps_every_source_at_share_one(small_model: Models) -> None:
     """Then the predicted tokens and random ones are the same, all of them."""
     model = small_model("llama")
-    wiring = wiring_of(model)
+    decoder = model.residual
     text = draw(3, 2, 12) % 14 + 3
-    means = mean_head_outputs(wiring, [text])
+    means = mean_head_outputs(decoder, [text])
     every = torch.ones(200, dtype=torch.bool)
-    found = suppression_divergences(wiring, text, means, every, 1.0, torch.Generator().manual_seed(0))
+    found = suppression_divergences(decoder, text, means, every, 1.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.preserved, found.chance)
-    none = suppression_divergences(wiring, text, means, ~every, 0.5, torch.Generator().manual_seed(0))
+    none = suppression_divergences(decoder, text, means, ~every, 0.5, torch.Generator().manual_seed(0))
     torch.testing.assert_close(none.preserved, none.ablated)
 
 
@@ -169,8 +168,8 @@ def test_cspa_keeps_every_source_at_share_one(small_model: Models) -> None:
 def test_means_are_those_of_what_heads_add(small_model: Models, kind: str) -> None:
     model = small_model(kind)
     text = draw(4, 3, 7)
-    _, cache = model.run_with_cache(text)
-    means = mean_head_outputs(wiring_of(model), text.split(2))
+    _, cache = model.bridge.run_with_cache(text)
+    means = mean_head_outputs(model.residual, text.split(2))
     expected = sum(sum(oracle_result(model, cache, 1, 2, row, place)) for row in range(3) for place in range(1, 7)) / 18
     torch.testing.assert_close(means[1, 2].double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -178,12 +177,10 @@ def test_means_are_those_of_what_heads_add(small_model: Models, kind: str) -> No
 # -------------------------------------------------------------------------------------------------------- path patching
 
 
-def sender_difference(
-    model: TransformerBridge, clean: torch.Tensor, other: torch.Tensor, sender: tuple[int, int]
-) -> torch.Tensor:
+def sender_difference(model: Model, clean: torch.Tensor, other: torch.Tensor, sender: tuple[int, int]) -> torch.Tensor:
     """From the caches of two runs, place by place."""
     rows = []
-    caches = [model.run_with_cache(tokens)[1] for tokens in (other, clean)]
+    caches = [model.bridge.run_with_cache(tokens)[1] for tokens in (other, clean)]
     for row in range(len(clean)):
         places = []
         for place in range(clean.shape[1]):
@@ -201,8 +198,8 @@ def test_path_patching_is_that_of_hooks(small_model: Models, kind: str, start: i
     clean, other = draw(6, 2, 9), draw(7, 2, 9)
     senders, receivers = [(0, 1), (1, 2)], [(1, 0), (2, 1), (2, 3)]
     tokens = torch.tensor([4, 9, 120])
-    patched = patch_queries(wiring_of(model), clean, other, senders, receivers, tokens, start, through_mlps)
-    plain = model(clean)[:, -1, tokens]
+    patched = patch_queries(model.residual, clean, other, senders, receivers, tokens, start, through_mlps)
+    plain = model.bridge(clean)[:, -1, tokens]
     assert (patched.logits - plain).abs().max() > 1e-3
     for i, sender in enumerate(senders):
         difference = sender_difference(model, clean, other, sender)
@@ -216,7 +213,7 @@ def test_path_patching_is_that_of_hooks(small_model: Models, kind: str, start: i
 def test_transformer_lens_agrees_where_it_is_said_to_be_exact(small_model: Models, kind: str) -> None:
     model = small_model(kind)
     clean, other = draw(6, 2, 9), draw(7, 2, 9)
-    caches = [model.run_with_cache(tokens)[1] for tokens in (other, clean)]
+    caches = [model.bridge.run_with_cache(tokens)[1] for tokens in (other, clean)]
 
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, -1, 5] - logits[:, -1, 7]).mean()
@@ -230,12 +227,10 @@ def test_transformer_lens_agrees_where_it_is_said_to_be_exact(small_model: Model
             theirs()
         return
     expected = theirs()
-    assert (expected[1:] - metric(model(clean))).abs().max() > 1e-3
+    assert (expected[1:] - metric(model.bridge(clean))).abs().max() > 1e-3
     for layer in (1, 2):
         for head in range(4):
-            patched = patch_queries(
-                wiring_of(model), clean, other, [(0, 1)], [(layer, head)], torch.tensor([5, 7]), 0, False
-            )
+            patched = patch_queries(model.residual, clean, other, [(0, 1)], [(layer, head)], torch.tensor([5, 7]), 0, False)
             ours = (patched.logits[0, :, 0] - patched.logits[0, :, 1]).mean()
             torch.testing.assert_close(ours, expected[layer, head], atol=1e-5, rtol=1e-5)
 
@@ -244,18 +239,18 @@ def test_a_sender_in_the_receivers_layer_changes_nothing(small_model: Models) ->
     model = small_model("llama")
     clean, other = draw(6, 2, 9), draw(7, 2, 9)
     tokens = torch.tensor([4, 9])
-    patched = patch_queries(wiring_of(model), clean, other, [(1, 0), (2, 1)], [(1, 3)], tokens, 8)
-    torch.testing.assert_close(patched.logits[0], model(clean)[:, -1, tokens], atol=1e-4, rtol=1e-4)
+    patched = patch_queries(model.residual, clean, other, [(1, 0), (2, 1)], [(1, 3)], tokens, 8)
+    torch.testing.assert_close(patched.logits[0], model.bridge(clean)[:, -1, tokens], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(patched.logits[1], patched.logits[0])
 
 
 def test_oracle_results_are_the_writers_outputs(small_model: Models) -> None:
     """The oracle and the library agree on what a head adds under norms on outputs."""
     model, tokens = small_model("gemma2"), draw(6, 1, 5)
-    _, cache = model.run_with_cache(tokens)
-    wiring = wiring_of(model)
-    outputs = writer_outputs(wiring, tokens)
-    place = list(wiring.graph().writers).index("a1.h2")
+    _, cache = model.bridge.run_with_cache(tokens)
+    decoder = model.residual
+    outputs = writer_outputs(decoder, tokens)
+    place = list(decoder.graph().writers).index("a1.h2")
     torch.testing.assert_close(
         outputs[place, 0, 4].double(), sum(oracle_result(model, cache, 1, 2, 0, 4)), atol=1e-5, rtol=1e-4
     )

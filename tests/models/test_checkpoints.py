@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError
 from kc_lib.models.checkpoints import SCHEDULES, Checkpoint, checkpoints_of, load_checkpoint, schedule_steps
-from kc_lib.models.load import load_model, model_hash, model_name
+from kc_lib.models.load import load_model
 from kc_lib.models.shipped import nano_steps
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import Task
@@ -109,7 +109,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def hash_of(folder: Path) -> str:
-    return model_hash(load_model(str(folder), device="cpu"))
+    return load_model(str(folder), device="cpu").hash
 
 
 def test_a_list_of_folders_keeps_its_order(family: dict[str, Path], tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def test_a_folder_of_checkpoints(family: dict[str, Path], tmp_path: Path) -> Non
 def test_a_local_checkpoint_is_loaded_under_its_name(family: dict[str, Path]) -> None:
     (checkpoint,) = checkpoints_of(family["main"].parent, [8])
     model = load_checkpoint(checkpoint, device="cpu")
-    assert model_hash(model) == hash_of(family["step8"])
-    assert model_hash(model) != hash_of(family["step512"])
-    assert model_name(model) == str(family["step8"])
-    assert next(load_checkpoint(checkpoint, device="cpu", dtype="bfloat16").parameters()).dtype == torch.bfloat16
+    assert model.hash == hash_of(family["step8"])
+    assert model.hash != hash_of(family["step512"])
+    assert model.name == str(family["step8"])
+    assert next(load_checkpoint(checkpoint, device="cpu", dtype="bfloat16").bridge.parameters()).dtype == torch.bfloat16
 
 
 def test_families_that_cannot_be(family: dict[str, Path], tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_nano_has_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(c.step for c in found) == nano_steps()
     assert [c.tokens for c in found] == [100 * c.step for c in found]
     last = load_checkpoint(found[-1], device="cpu")
-    assert model_name(last) == f"nano@step{found[-1].step}"
-    assert model_hash(last) == model_hash(load_model("nano", device="cpu"))
+    assert last.name == f"nano@step{found[-1].step}"
+    assert last.hash == load_model("nano", device="cpu").hash
 
 
 # ---------------------------------------------------------------------------------------------------- a hub
@@ -233,14 +233,14 @@ def test_a_revision_gives_its_own_weights_and_comes_from_the_cache_again(
     hub: Hub, family: dict[str, Path], tmp_path: Path
 ) -> None:
     model = load_checkpoint(at(8), device="cpu")
-    assert model_hash(model) == hash_of(family["step8"])
-    assert model_name(model) == f"{REPOSITORY}@step8"
+    assert model.hash == hash_of(family["step8"])
+    assert model.name == f"{REPOSITORY}@step8"
     assert [asked.first_byte for asked in hub.weights_asked("step8")] == [None]
     assert not hub.weights_asked("step512")
     checkpoint, before = at(8), files_on_disk(tmp_path / "cache")
     hub.asked.clear()
     # what is in the cache is neither asked for nor taken away
-    assert model_hash(load_checkpoint(checkpoint, device="cpu", keep_files=False)) == model_hash(model)
+    assert load_checkpoint(checkpoint, device="cpu", keep_files=False).hash == model.hash
     assert hub.asked == []
     assert files_on_disk(tmp_path / "cache") == before
 
@@ -250,7 +250,7 @@ def test_a_file_that_breaks_off_is_resumed(hub: Hub, family: dict[str, Path]) ->
     breaks = iter([3000, 2000])
     hub.fault = lambda revision, asked: ("break", n) if (n := next(breaks, None)) else None
     model = load_checkpoint(at(8), device="cpu")
-    assert model_hash(model) == hash_of(family["step8"])
+    assert model.hash == hash_of(family["step8"])
     assert [asked.first_byte for asked in hub.weights_asked("step8")] == [None, 3000, 5000]
 
 
@@ -258,7 +258,7 @@ def test_a_hub_that_fails_for_a_while_is_asked_again(hub: Hub, family: dict[str,
     """Ours: the client gives up at a status such as 503; what it has is not asked for again."""
     faults = iter([("status", 503), ("status", 500)])
     hub.fault = lambda revision, asked: next(faults, None)
-    assert model_hash(load_checkpoint(at(8), device="cpu")) == hash_of(family["step8"])
+    assert load_checkpoint(at(8), device="cpu").hash == hash_of(family["step8"])
     assert len(hub.weights_asked("step8")) == 3
     assert len([asked for asked in hub.asked if asked.method == "GET" and asked.path.endswith("/tokenizer.json")]) == 1
 
@@ -279,10 +279,10 @@ def test_a_checkpoint_that_fails_for_good_is_one_line_and_the_others_stay(
     assert "500" in message
     assert len(hub.weights_asked("step8")) == 3
     assert set(before) <= set(files_on_disk(tmp_path / "cache"))
-    assert model_hash(load_checkpoint(checkpoints[0], device="cpu")) == model_hash(first)
-    assert model_hash(load_checkpoint(checkpoints[2], device="cpu")) == hash_of(family["step512"])
+    assert load_checkpoint(checkpoints[0], device="cpu").hash == first.hash
+    assert load_checkpoint(checkpoints[2], device="cpu").hash == hash_of(family["step512"])
     hub.fault = lambda revision, asked: None  # and once the hub is well, it goes on
-    assert model_hash(load_checkpoint(checkpoints[1], device="cpu")) == hash_of(family["step8"])
+    assert load_checkpoint(checkpoints[1], device="cpu").hash == hash_of(family["step8"])
 
 
 def test_what_a_hub_does_not_have_is_not_asked_for_again(hub: Hub) -> None:
@@ -303,7 +303,7 @@ def test_one_checkpoint_at_a_time_is_on_disk(hub: Hub, family: dict[str, Path], 
     hub.fault = fault
     for step in (8, 512):
         model = load_checkpoint(at(step), device="cpu", keep_files=False)
-        assert model_hash(model) == hash_of(family[f"step{step}"])
+        assert model.hash == hash_of(family[f"step{step}"])
         assert {path: path.read_bytes() for path in files_on_disk(cache)} == before
     assert seen == [1, 1]  # step 1's, kept before
     hub.fault = lambda revision, asked: ("status", 500)
@@ -314,7 +314,7 @@ def test_one_checkpoint_at_a_time_is_on_disk(hub: Hub, family: dict[str, Path], 
 
 def weights_sum(model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
     """A measure over training that reads the weights."""
-    total = sum(float(parameter.double().sum()) for parameter in model.parameters())
+    total = sum(float(parameter.double().sum()) for parameter in model.bridge.parameters())
     row = {"task": "", "seed": 0, "quantity": "weights", "part": "", "value": total, "note": ""}
     return pd.DataFrame([row]).reindex(columns=list(MEASURED))
 
@@ -344,9 +344,9 @@ def test_a_training_goes_on_where_a_download_failed(hub: Hub, family: dict[str, 
 ELSEWHERE = """
 import sys
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
-from kc_lib.models.load import model_hash
+
 for checkpoint in checkpoints_of(sys.argv[1], [8, 512]):
-    print(checkpoint.name, model_hash(load_checkpoint(checkpoint, device="cpu", keep_files=False)))
+    print(checkpoint.name, load_checkpoint(checkpoint, device="cpu", keep_files=False).hash)
 """
 
 
@@ -376,7 +376,7 @@ def test_a_hub_out_of_reach_leaves_what_is_cached(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     found = checkpoints_of(REPOSITORY)
     assert [c.step for c in found] == [8]
-    assert model_hash(load_checkpoint(found[0], device="cpu")) == hash_of(family["step8"])
+    assert load_checkpoint(found[0], device="cpu").hash == hash_of(family["step8"])
     message = refused(load_checkpoint, Checkpoint("other", 512, None, REPOSITORY, "step512"), device="cpu", retries=1)
     assert "step 512" in message
     assert "out of reach" in message
@@ -389,7 +389,7 @@ def test_weights_in_one_format_are_fetched(hub: Hub, family: dict[str, Path], tm
     (both / "pytorch_model.bin").write_bytes(b"not to be fetched")
     (both / "modeling_own.py").write_text("raise SystemExit\n")
     hub.folders = {"step8": both}
-    assert model_hash(load_checkpoint(at(8), device="cpu")) == hash_of(family["step8"])
+    assert load_checkpoint(at(8), device="cpu").hash == hash_of(family["step8"])
     fetched = {asked.path.rpartition("/")[2] for asked in hub.asked if "/resolve/" in asked.path}
     assert "model.safetensors" in fetched
     assert not fetched & {"pytorch_model.bin", "modeling_own.py"}

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import ModelError
 from kc_lib.models import smollm2
-from kc_lib.models.load import load_model, model_hash, model_name
+from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2, wheel_file
 
 DECODERS = [kind for kind in CONFIGS if kind != "bert"]
@@ -54,7 +54,7 @@ def test_logits_are_those_of_hugging_face(
     ).eval()
     tokens = torch.randint(3, 200, (3, 14), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, got = reference(tokens).logits, small_model(kind)(tokens)
+        expected, got = reference(tokens).logits, small_model(kind).bridge(tokens)
     assert expected.std() > 0.1  # the comparison is of something
     assert (got - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
@@ -63,15 +63,15 @@ def test_a_model_comes_frozen_in_evaluation_mode_and_named(
     small_folder: Callable[[str], Path], small_model: Callable[[str], TransformerBridge]
 ) -> None:
     model = small_model("llama")
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert model_name(model) == str(small_folder("llama"))
+    assert not model.bridge.training
+    assert not any(parameter.requires_grad for parameter in model.bridge.parameters())
+    assert {parameter.dtype for parameter in model.bridge.parameters()} == {torch.float32}
+    assert model.name == str(small_folder("llama"))
 
 
 def test_weights_are_raw(small_folder: Callable[[str], Path], small_model: Callable[[str], TransformerBridge]) -> None:
     saved = tf.AutoModelForCausalLM.from_pretrained(small_folder("gpt2")).state_dict()
-    mine = {parameter.detach().numpy().tobytes() for parameter in small_model("gpt2").parameters()}
+    mine = {parameter.detach().numpy().tobytes() for parameter in small_model("gpt2").bridge.parameters()}
     for name in ("transformer.wte.weight", "transformer.h.1.ln_1.weight", "transformer.ln_f.bias"):
         assert saved[name].numpy().tobytes() in mine, f"{name} was folded or centred"
 
@@ -79,8 +79,8 @@ def test_weights_are_raw(small_folder: Callable[[str], Path], small_model: Calla
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float64", torch.float64)])
 def test_dtypes(name: str, dtype: torch.dtype, small_folder: Callable[[str], Path]) -> None:
     model = load_model(str(small_folder("llama")), device="cpu", dtype=name)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert model(torch.tensor([[1, 5, 6]])).isfinite().all()
+    assert {parameter.dtype for parameter in model.bridge.parameters()} == {dtype}
+    assert model.bridge(torch.tensor([[1, 5, 6]])).isfinite().all()
 
 
 def test_hash_is_of_the_weights(small_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -88,23 +88,23 @@ def test_hash_is_of_the_weights(small_folder: Callable[[str], Path], tmp_path: P
     shutil.copytree(small_folder("llama"), copied)
     first = load_model(str(small_folder("llama")), device="cpu")
     moved = load_model(str(copied), device="cpu")
-    digest = model_hash(first)
+    digest = first.hash
     assert re.fullmatch(r"[0-9a-f]{32}", digest)
-    assert model_hash(first) == digest
-    assert model_hash(moved) == digest
-    parameter = max(moved.parameters(), key=lambda p: p.numel())
+    assert first.hash == digest
+    assert moved.hash == digest
+    parameter = max(moved.bridge.parameters(), key=lambda p: p.numel())
     kept = parameter.view(-1)[7].item()
     with torch.no_grad():
         parameter.view(-1)[7] += 1e-3
-    assert model_hash(moved) != digest
+    assert moved.hash != digest
     with torch.no_grad():
         parameter.view(-1)[7] = kept
-    assert model_hash(moved) == digest
-    assert model_hash(load_model(str(copied), device="cpu", dtype="bfloat16")) != digest
+    assert moved.hash == digest
+    assert load_model(str(copied), device="cpu", dtype="bfloat16").hash != digest
 
 
 def test_hashes_of_kinds_differ(small_model: Callable[[str], TransformerBridge]) -> None:
-    assert len({model_hash(small_model(kind)) for kind in ("llama", "qwen2", "gpt2")}) == 3
+    assert len({small_model(kind).hash for kind in ("llama", "qwen2", "gpt2")}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -171,12 +171,12 @@ LOAD = """
 import json, sys, time
 import torch
 from kc_lib.errors import ModelError
-from kc_lib.models.load import load_model, model_hash, model_name
+from kc_lib.models.load import load_model
 start = time.monotonic()
 try:
     model = load_model(sys.argv[1], revision=json.loads(sys.argv[2]), device="cpu")
-    logits = model(torch.tensor([[1, 5, 6]]))[0, -1].tolist()
-    found = {"hash": model_hash(model), "name": model_name(model), "logits": logits}
+    logits = model.bridge(torch.tensor([[1, 5, 6]]))[0, -1].tolist()
+    found = {"hash": model.hash, "name": model.name, "logits": logits}
 except ModelError as error:
     found = {"error": str(error)}
 print(json.dumps(found | {"seconds": time.monotonic() - start}))
@@ -268,11 +268,11 @@ def test_a_model_of_a_hub(
     tiny_hub: SimpleNamespace, small_model: Callable[[str], TransformerBridge], tmp_path: Path
 ) -> None:
     model, home = small_model("llama"), tmp_path / "home"
-    expected = model(torch.tensor([[1, 5, 6]]))[0, -1]
+    expected = model.bridge(torch.tensor([[1, 5, 6]]))[0, -1]
     got = load_elsewhere("tiny/llama", "second", tiny_hub.url, home)
     assert "error" not in got, got
     assert got["name"] == "tiny/llama@second"
-    assert got["hash"] == model_hash(model)
+    assert got["hash"] == model.hash
     torch.testing.assert_close(torch.tensor(got["logits"]), expected, rtol=1e-5, atol=1e-5)
     assert any(command == "GET" and path.endswith("model.safetensors") for command, path in tiny_hub.asked)
     # and from its cache once the hub is gone
@@ -305,7 +305,7 @@ def test_what_a_hub_does_not_have_is_one_line(
 def test_smollm2_knows(prompt: str, answer: str, low: float, high: float, smollm2: TransformerBridge) -> None:
     tokens = smollm2.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     (token,) = smollm2.tokenizer(answer, add_special_tokens=False).input_ids
-    probabilities = smollm2(tokens)[0, -1].softmax(-1)
+    probabilities = smollm2.bridge(tokens)[0, -1].softmax(-1)
     assert int(probabilities.argmax()) == token
     assert low < float(probabilities[token]) < high
 
@@ -314,7 +314,7 @@ def test_smollm2_knows(prompt: str, answer: str, low: float, high: float, smollm
 def test_smollm2_shape(smollm2: TransformerBridge) -> None:
     cfg = smollm2.cfg
     assert (cfg.n_layers, cfg.n_heads, cfg.n_key_value_heads, cfg.d_model) == (30, 9, 3, 576)
-    assert model_name(smollm2) == "smollm2"
+    assert smollm2.name == "smollm2"
 
 
 def test_without_its_wheel_smollm2_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,4 +379,4 @@ def test_smollm2_loads_from_its_cache(smollm2: TransformerBridge, monkeypatch: p
     start = time.monotonic()
     again = load_model("smollm2", device="cpu")
     assert time.monotonic() - start < 60
-    assert model_hash(again) == model_hash(smollm2)
+    assert again.hash == smollm2.hash

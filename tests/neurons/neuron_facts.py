@@ -11,7 +11,7 @@ from torch import Tensor
 from kc_lib.neurons.cloze import Cloze, ClozeFact, ClozePrompt
 from kc_lib.neurons.integrate import answer_states
 from kc_lib.neurons.refine import NeuronSets
-from kc_lib.residual.encoder import MlpWiring
+from kc_lib.residual.encoder import Residual
 
 MASK = 3  # any token serves a random model
 ANSWERS = {"capital": (50, 51, 52), "colour": (60, 61, (62, 63))}  # the last of two tokens
@@ -71,27 +71,27 @@ def made_sets(
     )
 
 
-def stored_fact(wiring: MlpWiring, fact: ClozeFact, size: float) -> tuple[Neuron, dict[Neuron, Tensor]]:
+def stored_fact(residual: Residual, fact: ClozeFact, size: float) -> tuple[Neuron, dict[Neuron, Tensor]]:
     """The last layer's neuron that fires most on all prompts of a fact, and a value vector that makes it say the answer.
 
     Of a pre-norm decoder that is a multiple of the answer's unembedding. What BERT's head makes of a vector is not linear:
     there it is found by ascending the answer's probability.
     """
-    layer, token = wiring.n_layers - 1, fact.prompts[0].clozes[0].target
+    layer, token = residual.n_layers - 1, fact.prompts[0].clozes[0].target
     clozes = [cloze for prompt in (*fact.prompts, *fact.held_out) for cloze in prompt.clozes]
     fired = [
-        answer_states(wiring, torch.tensor([cloze.tokens]), torch.tensor([cloze.position])).neurons[layer]
+        answer_states(residual, torch.tensor([cloze.tokens]), torch.tensor([cloze.position])).neurons[layer]
         for cloze in clozes
     ]
     neuron = (layer, int(torch.cat(fired).amin(0).argmax()))
-    vector = wiring.W_U[:, token].clone()
-    if not wiring.causal:
+    vector = residual.W_U[:, token].clone()
+    if not residual.causal:
         vector.requires_grad_(True)
         ascent = torch.optim.Adam([vector], lr=0.1)
         with torch.enable_grad():
             for _ in range(100):
                 ascent.zero_grad()
-                logits = wiring.unembed(wiring.after_mlp(layer, torch.zeros(1, 1, len(vector)), vector[None, None]))
+                logits = residual.unembed(residual.after_mlp(layer, torch.zeros(1, 1, len(vector)), vector[None, None]))
                 (-logits.log_softmax(-1)[0, 0, token]).backward()
                 ascent.step()
         vector = vector.detach()

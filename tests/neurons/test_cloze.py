@@ -13,9 +13,9 @@ import transformers as tf
 from helpers import SmallModel
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, joined_clozes, load_cloze
 from kc_lib.tasks.facts import load_facts
 from kc_lib.tasks.pararel import parse_pararel, read_patterns
@@ -58,7 +58,7 @@ def test_a_causal_model_reads_up_to_its_answer(small_model: SmallModel) -> None:
         assert cloze_prompt(tokenizer, sentence, "w100") is None, sentence
 
 
-def test_a_masked_model_reads_the_whole_sentence(masked_model: TransformerBridge) -> None:
+def test_a_masked_model_reads_the_whole_sentence(masked_model: Model) -> None:
     assert is_masked(masked_model)
     tokenizer = tokenizer_of(masked_model)
     sentence = "The capital of France is [MASK]."
@@ -74,7 +74,7 @@ def test_a_masked_model_reads_the_whole_sentence(masked_model: TransformerBridge
     )
 
 
-def test_special_tokens_are_those_of_the_models_own_tokenizer(masked_model: TransformerBridge) -> None:
+def test_special_tokens_are_those_of_the_models_own_tokenizer(masked_model: Model) -> None:
     tokenizer = tokenizer_of(masked_model)
     for sentence in ("France's capital, [MASK].", "[MASK], capital of Atlantis", "a country ([MASK])"):
         prompt = cloze_prompt(tokenizer, sentence, "Rome")
@@ -106,9 +106,7 @@ def test_a_tokenizer_that_lost_its_template_gets_them_still() -> None:
         ("The capital is [MASK].", "New York", ("here: ", "'New York' is outside", "[UNK]")),
     ],
 )
-def test_sentences_that_cannot_be_asked(
-    masked_model: TransformerBridge, sentence: str, answer: str, parts: tuple[str, ...]
-) -> None:
+def test_sentences_that_cannot_be_asked(masked_model: Model, sentence: str, answer: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(TaskError) as error:
         cloze_prompt(tokenizer_of(masked_model), sentence, answer, "here")
     for part in parts:
@@ -149,7 +147,7 @@ def test_a_relation_in_paraphrases(small_model: SmallModel, tmp_path: Path) -> N
     assert load_cloze(path, small_model("llama"), n_prompts=2, n_held_out=1, known_only=False).hash != task.hash
 
 
-def test_the_same_relation_masked(masked_model: TransformerBridge, tmp_path: Path) -> None:
+def test_the_same_relation_masked(masked_model: Model, tmp_path: Path) -> None:
     task = load_cloze(relation_file(tmp_path), masked_model, known_only=False, n_prompts=3)
     assert task.facts[0].prompts[0] == ClozePrompt(
         "w41 w60 w42 [MASK].",
@@ -165,7 +163,7 @@ def test_patterns_replace_a_relations_sentences(small_model: SmallModel, tmp_pat
     assert (task.report["prompts"], task.report["prompts_dropped"]) == (24, 24)  # of 4, one is masked only, one there twice
 
 
-def known_by_hand(model: TransformerBridge, task: ClozeTask, rank: int) -> list[str]:
+def known_by_hand(model: Model, task: ClozeTask, rank: int) -> list[str]:
     """One unpadded forward per cloze."""
     known = []
     for fact in task.facts:
@@ -184,7 +182,7 @@ def known_by_hand(model: TransformerBridge, task: ClozeTask, rank: int) -> list[
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_known_facts_are_those_found_one_by_one(
-    small_model: SmallModel, masked_model: TransformerBridge, tmp_path: Path, masked: bool
+    small_model: SmallModel, masked_model: Model, tmp_path: Path, masked: bool
 ) -> None:
     model, path = masked_model if masked else small_model("gpt2"), relation_file(tmp_path, 40)
     everything = load_cloze(path, model, n_prompts=4, n_held_out=1, known_only=False)
@@ -228,7 +226,7 @@ def test_bad_options_are_one_line(
         assert part in str(error.value)
 
 
-def test_unknown_sources_and_models(small_model: SmallModel, masked_model: TransformerBridge, tmp_path: Path) -> None:
+def test_unknown_sources_and_models(small_model: SmallModel, masked_model: Model, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"unknown relation 'no_such'.*country_capital"):
         load_cloze("no_such", small_model("gpt2"))
     with pytest.raises(TaskError, match=r"absent\.json"):
@@ -249,7 +247,7 @@ def test_unknown_sources_and_models(small_model: SmallModel, masked_model: Trans
 # ------------------------------------------------------------------------------------------------ ParaRel
 
 
-def test_a_pararel_file(masked_model: TransformerBridge, tmp_path: Path) -> None:
+def test_a_pararel_file(masked_model: Model, tmp_path: Path) -> None:
     facts = capitals(("France", "Paris"), ("Italy", "Rome"), ("New Avalon", "Madrid"), ("France", "Paris"))
     other = capitals(("Spain", "Madrid"), ("India", "New Delhi"), label="P1376(capital of)")
     path = written(tmp_path / "data.json", facts + other)
@@ -340,7 +338,7 @@ def test_the_published_subjects_fit_the_published_patterns() -> None:
 
 
 @needs_pararel
-def test_the_published_facts_for_a_causal_model(smollm2: TransformerBridge) -> None:
+def test_the_published_facts_for_a_causal_model(smollm2: Model) -> None:
     task = load_cloze(str(PUBLISHED), smollm2, relation="P36", known_only=False)
     expected = {"rows": 703, "facts": 702, "used": 702, "unknown_words": 0, "prompts": 8 * 702, "prompts_dropped": 6 * 702}
     assert task.report == expected
@@ -354,7 +352,7 @@ def test_the_published_facts_for_a_causal_model(smollm2: TransformerBridge) -> N
 
 
 @needs_pararel
-def test_a_published_pattern_file_serves_our_relation(smollm2: TransformerBridge) -> None:
+def test_a_published_pattern_file_serves_our_relation(smollm2: Model) -> None:
     path = PARAREL / "patterns" / "P37.jsonl"
     task = load_cloze("country_language", smollm2, patterns=path, known_only=False)
     n_facts = len(load_relation("country_language").facts)
@@ -363,7 +361,7 @@ def test_a_published_pattern_file_serves_our_relation(smollm2: TransformerBridge
 
 
 @pytest.mark.slow
-def test_our_capitals_in_a_real_model(smollm2: TransformerBridge) -> None:
+def test_our_capitals_in_a_real_model(smollm2: Model) -> None:
     task = load_cloze("country_capital", smollm2, n_prompts=2, n_held_out=6, max_facts=1)
     assert len(task.facts) == task.report["known"] == 1
     facts = {fact.text["prompt"]: fact for fact in load_facts("country_capital", smollm2).facts}

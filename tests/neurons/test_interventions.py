@@ -12,21 +12,20 @@ import torch
 from helpers import inner
 from neuron_facts import made_facts, made_sets, stored_fact
 from oracles import neurons as oracle
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError
+from kc_lib.models.model import Model
 from kc_lib.neurons.activate import NeuronActivations, TriggerSentences, activating_prompts, trigger_sentences
 from kc_lib.neurons.cloze import ClozeFact
 from kc_lib.neurons.controls import sets_of_facts
 from kc_lib.neurons.sentences import ReadSentence
 from kc_lib.neurons.suppress import NeuronChanges, change_neurons
 from kc_lib.neurons.value_vectors import edited_values
-from kc_lib.residual.from_bridge import mlp_wiring_of
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
 KNOWLEDGE = {0: [(0, 3), (1, 5), (1, 7)], 1: [(1, 0)], 3: [(0, 1), (0, 2)], 5: [(1, 40)]}  # none for facts 2 and 4
 BASE = {0: [(0, 9)], 2: [(1, 9), (1, 8)], 5: [(0, 9), (1, 9)]}
-Load = Callable[[str], TransformerBridge]
+Load = Callable[[str], Model]
 
 
 def joint(plain: torch.nn.Module, kind: str, fact: ClozeFact, number: int, neurons: list, factor: float) -> float:
@@ -51,7 +50,7 @@ def test_changes_equal_hooks(kind: str, small_folder: Callable[[str], Path], sma
     sets = made_sets(facts, KNOWLEDGE, BASE)
     model = small_model(kind)
     found = change_neurons(model, facts, sets, n_other=2, n_random=2, batch_size=5)
-    d_mlp = mlp_wiring_of(model).parts(0).W_out.shape[0]
+    d_mlp = model.mlp_residual.parts(0).W_out.shape[0]
     chosen = sets_of_facts(sets, d_mlp, 2)
     expected_rows = sum((3 + 2) * 2 * len(own) for own in chosen)
     assert len(found.frame) == expected_rows
@@ -87,8 +86,8 @@ def test_batches_and_seeds(kind: str, small_model: Load, tmp_path: Path) -> None
 def test_a_neuron_that_stores_a_fact(kind: str, small_model: Load) -> None:
     """Without it the answer is gone, with twice of it the answer is surer; random neurons have little to do with it."""
     facts, model = made_facts(kind), small_model(kind)
-    neuron, stores = stored_fact(mlp_wiring_of(model), facts[0], 60.0)
-    with edited_values(mlp_wiring_of(model), stores):
+    neuron, stores = stored_fact(model.mlp_residual, facts[0], 60.0)
+    with edited_values(model.mlp_residual, stores):
         found = change_neurons(model, facts, made_sets(facts, {0: [neuron]}), n_other=0, n_random=5)
     p = found.frame.groupby(["kind", "factor"])[["p", "p_changed"]].mean()
     before = p.loc[("knowledge", 0.0), "p"]
@@ -133,7 +132,7 @@ def test_activations_equal_hooks(kind: str, small_folder: Callable[[str], Path],
     found = activating_prompts(
         model, sets, {0: by_kind, 3: {"T1": read}, 2: {"T1": []}, 4: by_kind}, n_random=2, batch_size=2
     )
-    chosen = sets_of_facts(sets, mlp_wiring_of(model).parts(0).W_out.shape[0], 2)
+    chosen = sets_of_facts(sets, model.mlp_residual.parts(0).W_out.shape[0], 2)
     assert len(found.frame) == 4 * len(chosen[0]) + 4 * len(chosen[3])
     for row in found.frame.to_dict("records"):
         sentence = (by_kind[row["sentences"]] if row["fact"] == 0 else read)[row["sentence"]]

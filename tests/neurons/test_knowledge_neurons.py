@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as tf
 from oracles import neurons as oracle
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, TaskError
+from kc_lib.models.model import Model
 from kc_lib.neurons import attribute as attribution
 from kc_lib.neurons.attribute import NeuronAttributions, attribute_knowledge
 from kc_lib.neurons.cloze import ClozeFact, cloze_prompt, load_cloze
@@ -21,7 +21,7 @@ from kc_lib.neurons.integrate import quadrature
 from kc_lib.neurons.refine import refine
 from kc_lib.tasks.tokens import tokenizer_of
 
-SmallModel = Callable[[str], TransformerBridge]
+SmallModel = Callable[[str], Model]
 SENTENCES = (
     "w7 w20 w6 [MASK].",
     "w8 w9 w20 w6 [MASK].",
@@ -30,12 +30,12 @@ SENTENCES = (
 )
 
 
-def fact(model: TransformerBridge, subject: str, answer: str, n: int = 4) -> ClozeFact:
+def fact(model: Model, subject: str, answer: str, n: int = 4) -> ClozeFact:
     prompts = [cloze_prompt(tokenizer_of(model), text.replace("w20", subject), answer) for text in SENTENCES[:n]]
     return ClozeFact("relation", subject, answer, tuple(prompt for prompt in prompts if prompt is not None), ())
 
 
-def facts_of(model: TransformerBridge) -> list[ClozeFact]:
+def facts_of(model: Model) -> list[ClozeFact]:
     answers = ("w100", "w101", "w102", "w103", "w104 w105")
     return [fact(model, f"w{40 + i}", answer) for i, answer in enumerate(answers)]
 
@@ -161,11 +161,11 @@ def test_an_interrupted_run_goes_on(small_model: SmallModel, tmp_path: Path, mon
     whole = attribute_knowledge(model, facts)
     plain, runs = attribution._attributed, []
 
-    def counted(wiring: object, some: list[ClozeFact], *rest: object) -> object:
+    def counted(decoder: object, some: list[ClozeFact], *rest: object) -> object:
         runs.append(len(some))
         if len(runs) == 2:
             raise KeyboardInterrupt
-        return plain(wiring, some, *rest)  # type: ignore[arg-type]  # passed through
+        return plain(decoder, some, *rest)  # type: ignore[arg-type]  # passed through
 
     monkeypatch.setattr(attribution, "_attributed", counted)
     monkeypatch.setattr(attribution, "FACTS_AT_ONCE", 2)
@@ -206,7 +206,7 @@ def test_bad_input_is_one_line(small_model: SmallModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_model_keeps_a_capital_in_few_neurons(smollm2: TransformerBridge) -> None:
+def test_a_real_model_keeps_a_capital_in_few_neurons(smollm2: Model) -> None:
     task = load_cloze("country_capital", smollm2, n_prompts=3, max_facts=1)
     found = attribute_knowledge(smollm2, task.facts)
     neurons = refine(found, adapt=False, share=1.0).of("knowledge", 0)

@@ -14,9 +14,9 @@ from helpers import inner
 from neuron_facts import made_facts, made_sets, stored_fact
 from oracles import neurons as oracle
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import MethodError, ModelError
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import Cloze
 from kc_lib.neurons.controls import sets_of_facts
 from kc_lib.neurons.erase import RelationErasure, erase_relation
@@ -24,11 +24,10 @@ from kc_lib.neurons.integrate import answer_states
 from kc_lib.neurons.update import FactUpdates, update_answers, update_facts
 from kc_lib.neurons.value_vectors import edited_answers, edited_values, value_vectors
 from kc_lib.neurons.values import mean_activations, updated_values
-from kc_lib.residual.encoder import EncoderWiring, MlpWiring
-from kc_lib.residual.from_bridge import mlp_wiring_of
+from kc_lib.residual.encoder import Encoder, Residual
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
-Load = Callable[[str], TransformerBridge]
+Load = Callable[[str], Model]
 Values = Mapping[tuple[int, int], Tensor]
 
 
@@ -49,36 +48,36 @@ def plain_log_p(plain: torch.nn.Module, cloze: Cloze) -> Tensor:
         return plain(torch.tensor([cloze.tokens])).logits[0, cloze.position].log_softmax(-1)
 
 
-def bits(model: TransformerBridge) -> dict[str, Tensor]:
+def bits(model: Model) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().view(torch.int32) for name, tensor in model.named_parameters()}
 
 
-def assert_same_bits(model: TransformerBridge, before: Mapping[str, Tensor]) -> None:
+def assert_same_bits(model: Model, before: Mapping[str, Tensor]) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(model).items())
 
 
-def some_values(wiring: MlpWiring) -> dict[tuple[int, int], Tensor]:
+def some_values(decoder: Residual) -> dict[tuple[int, int], Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {neuron: 2 * torch.randn(wiring.W_U.shape[0], generator=generator) for neuron in [(0, 3), (1, 5), (1, 2)]}
+    return {neuron: 2 * torch.randn(decoder.W_U.shape[0], generator=generator) for neuron in [(0, 3), (1, 5), (1, 2)]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_and_parts_see_an_edit(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
     model, facts = small_model(kind), made_facts(kind)
-    wiring, before = mlp_wiring_of(model), bits(model)
-    values = some_values(wiring)
+    decoder, before = model.mlp_residual, bits(model)
+    values = some_values(decoder)
     plain, unedited = plainly_edited(small_folder(kind), kind, values), inner(small_folder(kind), kind)
     clozes = [prompt.clozes[0] for fact in facts[:3] for prompt in fact.prompts]
     tokens = torch.tensor([[cloze.target, 77] for cloze in clozes])
-    first, low, none = edited_answers(wiring, clozes, tokens, [values, {(1, 5): values[1, 5]}, {}], batch_size=4)
+    first, low, none = edited_answers(decoder, clozes, tokens, [values, {(1, 5): values[1, 5]}, {}], batch_size=4)
     one = plainly_edited(small_folder(kind), kind, {(1, 5): values[1, 5]})
     moved = 0.0
-    with edited_values(wiring, values):
+    with edited_values(decoder, values):
         for i, cloze in enumerate(clozes):
             expected = plain_log_p(plain, cloze)
             seen = model(torch.tensor([cloze.tokens]))[0, cloze.position].log_softmax(-1)
             torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
-            states = answer_states(wiring, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
+            states = answer_states(decoder, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
             torch.testing.assert_close(states.logits[0].log_softmax(-1), expected, rtol=1e-3, atol=1e-3)
             for answers, by in ((first, expected), (low, plain_log_p(one, cloze)), (none, plain_log_p(unedited, cloze))):
                 torch.testing.assert_close(answers.log_p[i], by[tokens[i]], rtol=1e-3, atol=1e-3)
@@ -93,38 +92,38 @@ def test_model_and_parts_see_an_edit(kind: str, small_folder: Callable[[str], Pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_put_back_to_the_bit(kind: str, small_model: Load) -> None:
     model = small_model(kind)
-    wiring, before = mlp_wiring_of(model), bits(model)
-    values = some_values(wiring)
-    with edited_values(wiring, values):
+    decoder, before = model.mlp_residual, bits(model)
+    values = some_values(decoder)
+    with edited_values(decoder, values):
         changed = [name for name, tensor in bits(model).items() if not torch.equal(tensor, before[name])]
         assert len(changed) == 2  # of two layers, and nothing but the output matrices
     assert_same_bits(model, before)
-    with pytest.raises(KeyError), edited_values(wiring, values), edited_values(wiring, {(1, 5): -values[0, 3]}):
+    with pytest.raises(KeyError), edited_values(decoder, values), edited_values(decoder, {(1, 5): -values[0, 3]}):
         raise KeyError("inside")
     assert_same_bits(model, before)
 
 
 def test_refuses_what_would_not_reach_the_model(small_model: Load) -> None:
-    wiring = mlp_wiring_of(small_model("bert"))
-    assert isinstance(wiring, EncoderWiring)
-    blocks = [replace(block, mlp=replace(block.mlp, W_out=block.mlp.W_out.clone())) for block in wiring.blocks]
+    decoder = mlp_wiring_of(small_model("bert"))
+    assert isinstance(decoder, Encoder)
+    blocks = [replace(block, mlp=replace(block.mlp, W_out=block.mlp.W_out.clone())) for block in decoder.blocks]
     with (
         pytest.raises(ModelError, match="copy of the model's weights"),
-        edited_values(replace(wiring, blocks=blocks), some_values(wiring)),
+        edited_values(replace(decoder, blocks=blocks), some_values(decoder)),
     ):
         pass
-    with pytest.raises(MethodError, match="no neuron 999 in layer 0"), edited_values(wiring, {(0, 999): wiring.W_U[:, 0]}):
+    with pytest.raises(MethodError, match="no neuron 999 in layer 0"), edited_values(decoder, {(0, 999): decoder.W_U[:, 0]}):
         pass
-    cloze, no_number = made_facts("bert")[0].prompts[0].clozes[0], {(0, 0): wiring.W_U[:, 0] * float("nan")}
+    cloze, no_number = made_facts("bert")[0].prompts[0].clozes[0], {(0, 0): decoder.W_U[:, 0] * float("nan")}
     with pytest.raises(MethodError, match="no finite numbers"):
-        edited_answers(wiring, [cloze], torch.tensor([[5]]), [no_number])
-    with pytest.raises(MethodError, match=r"shape \(3,\)"), edited_values(wiring, {(0, 0): torch.zeros(3)}):
+        edited_answers(decoder, [cloze], torch.tensor([[5]]), [no_number])
+    with pytest.raises(MethodError, match=r"shape \(3,\)"), edited_values(decoder, {(0, 0): torch.zeros(3)}):
         pass
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_update_by_hand(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
-    wiring, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    decoder, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
     weight = oracle.output_layer(plain, kind, 1).weight
     v = weight[5] if kind == "gpt2" else weight[:, 5]
     for embedding, table in (
@@ -137,20 +136,20 @@ def test_update_by_hand(kind: str, small_folder: Callable[[str], Path], small_mo
             "code": v - 0.5 * old * v.norm() / old.norm() + 3.0 * new * v.norm() / new.norm(),
         }
         for scale, vector in expected.items():
-            found = updated_values(wiring, [(1, 5)], 50, 61, l1=0.5, l2=3.0, scale=scale, embedding=embedding)
+            found = updated_values(decoder, [(1, 5)], 50, 61, l1=0.5, l2=3.0, scale=scale, embedding=embedding)
             torch.testing.assert_close(found[1, 5], vector, rtol=1e-5, atol=1e-6)
     with pytest.raises(MethodError, match="scale is 'both'"):
-        updated_values(wiring, [(1, 5)], 50, 61, scale="both")
+        updated_values(decoder, [(1, 5)], 50, 61, scale="both")
     with pytest.raises(MethodError, match="embedding is 'tied'"):
-        updated_values(wiring, [(1, 5)], 50, 61, embedding="tied")
+        updated_values(decoder, [(1, 5)], 50, 61, embedding="tied")
     with pytest.raises(MethodError, match="l2 is nan"):
-        updated_values(wiring, [(1, 5)], 50, 61, l2=float("nan"))
+        updated_values(decoder, [(1, 5)], 50, 61, l2=float("nan"))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
     """What a neuron of -4 writes moves by 4 (l2 e_new - l1 e_old), scaled; as published it moves the other way."""
-    wiring, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    decoder, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
     weight = oracle.output_layer(plain, kind, 1).weight
     neurons, fired = [(1, 5), (1, 6), (1, 7)], torch.tensor([-4.0, 0.5, 0.0])
     table = plain.get_output_embeddings().weight
@@ -161,7 +160,7 @@ def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callab
         ("paper", True): [-1.0, 1.0, 1.0],
     }
     for (scale, orient), factors in ways.items():
-        found = updated_values(wiring, neurons, 50, 61, l1=0.5, l2=3.0, scale=scale, activations=fired, orient=orient)
+        found = updated_values(decoder, neurons, 50, 61, l1=0.5, l2=3.0, scale=scale, activations=fired, orient=orient)
         for (_, neuron), factor in zip(neurons, factors, strict=True):
             v = weight[neuron] if kind == "gpt2" else weight[:, neuron]
             lengths = (1.0, 1.0) if scale == "paper" else (v.norm() / old.norm(), v.norm() / new.norm())
@@ -173,9 +172,9 @@ def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callab
 def test_mean_activations_where_the_answer_is_predicted(
     kind: str, small_folder: Callable[[str], Path], small_model: Load
 ) -> None:
-    wiring, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    decoder, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
     clozes = [prompt.clozes[0] for fact in made_facts(kind)[:2] for prompt in fact.prompts]
-    found = mean_activations(wiring, clozes, [(1, 5), (0, 3)], batch_size=2)
+    found = mean_activations(decoder, clozes, [(1, 5), (0, 3)], batch_size=2)
     seen: dict[int, Tensor] = {}
     hooks = [
         oracle.output_layer(plain, kind, layer).register_forward_pre_hook(
@@ -209,15 +208,15 @@ def test_updates_equal_a_plain_model(
     assert found.provenance["left_out"] == {"answer of several tokens": 1}
     assert found.provenance["empty"] == {"knowledge": 2, "base": 4}
     assert found.facts["fact"].tolist() == [0, 1, 2, 3, 4]
-    wiring = mlp_wiring_of(model)
-    chosen = sets_of_facts(sets, wiring.parts(0).W_out.shape[0], 1, common=False)
+    decoder = model.mlp_residual
+    chosen = sets_of_facts(sets, decoder.parts(0).W_out.shape[0], 1, common=False)
     new = {row["fact"]: int(row["new_answer"]) for row in found.facts.to_dict("records")}
     unedited = inner(small_folder(kind), kind)
     for fact, variants in list(enumerate(chosen))[:5]:
         assert new[fact] != int(facts[fact].answer)
         for (of, draw), neurons in variants.items():
-            fired = mean_activations(wiring, [prompt.clozes[0] for prompt in facts[fact].prompts], neurons)
-            values = updated_values(wiring, neurons, int(facts[fact].answer), new[fact], l2=3.0, activations=fired)
+            fired = mean_activations(decoder, [prompt.clozes[0] for prompt in facts[fact].prompts], neurons)
+            values = updated_values(decoder, neurons, int(facts[fact].answer), new[fact], l2=3.0, activations=fired)
             plain = plainly_edited(small_folder(kind), kind, values)
             rows = found.frame[(found.frame["fact"] == fact) & (found.frame["kind"] == of) & (found.frame["draw"] == draw)]
             assert rows["on"].tolist() == ["own"] * 3 + ["held_out"]
@@ -246,8 +245,8 @@ def test_perplexity_of_other_facts(kind: str, small_folder: Callable[[str], Path
     sets = made_sets(facts, {0: [(1, 5), (0, 3)]})
     found = update_facts(model, facts, sets, n_other=100, n_random=0)
     new = int(found.facts["new_answer"][0])
-    fired = mean_activations(mlp_wiring_of(model), [prompt.clozes[0] for prompt in facts[0].prompts], [(0, 3), (1, 5)])
-    values = updated_values(mlp_wiring_of(model), sets.of("knowledge", 0), 50, new, activations=fired)
+    fired = mean_activations(model.mlp_residual, [prompt.clozes[0] for prompt in facts[0].prompts], [(0, 3), (1, 5)])
+    values = updated_values(model.mlp_residual, sets.of("knowledge", 0), 50, new, activations=fired)
     models = {"nll_before": inner(small_folder(kind), kind), "nll": plainly_edited(small_folder(kind), kind, values)}
     for on, others in (("intra", facts[1:3]), ("inter", facts[3:])):
         (row,) = found.others[found.others["on"] == on].to_dict("records")
@@ -289,10 +288,10 @@ def test_one_update_in_detail_is_that_of_all(kind: str, small_model: Load) -> No
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_a_stored_fact_is_updated_and_erased(kind: str, small_model: Load, tmp_path: Path) -> None:
     model, facts = small_model(kind), made_facts(kind)
-    wiring = mlp_wiring_of(model)
-    neuron, stores = stored_fact(wiring, facts[0], 200.0)
+    decoder = model.mlp_residual
+    neuron, stores = stored_fact(decoder, facts[0], 200.0)
     sets = made_sets(facts, {0: [neuron]}, relations={"capital": [neuron]})
-    with edited_values(wiring, stores):
+    with edited_values(decoder, stores):
         before = bits(model)
         update = update_facts(model, facts, sets, n_random=4)
         erased = erase_relation(model, facts, sets, "capital", n_random=4)
@@ -319,7 +318,7 @@ def test_a_stored_fact_is_updated_and_erased(kind: str, small_model: Load, tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 def test_erasing_equals_a_plain_model(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
     model, facts = small_model(kind), made_facts(kind)
-    wiring = mlp_wiring_of(model)
+    decoder = model.mlp_residual
     neurons = [(1, 5), (0, 3), (1, 7)]
     sets = made_sets(facts, {}, relations={"colour": neurons})
     found = erase_relation(model, facts, sets, "colour", n_neurons=2, n_other=5, n_random=1, batch_size=4)
@@ -330,7 +329,7 @@ def test_erasing_equals_a_plain_model(kind: str, small_folder: Callable[[str], P
     for of, rows in frame.groupby("kind"):
         zeroed = found.neurons[found.neurons["kind"] == of]
         own = list(zip(zeroed["layer"], zeroed["neuron"], strict=True))
-        plain = plainly_edited(small_folder(kind), kind, dict.fromkeys(own, torch.zeros(wiring.W_U.shape[0])))
+        plain = plainly_edited(small_folder(kind), kind, dict.fromkeys(own, torch.zeros(decoder.W_U.shape[0])))
         for row in rows.to_dict("records"):
             fact = facts[row["fact"]]
             clozes = (*fact.prompts, *fact.held_out)[row["prompt"]].clozes
@@ -355,4 +354,4 @@ def test_nothing_to_edit_is_reported(small_model: Load, tmp_path: Path) -> None:
         erase_relation(model, facts, sets, "food")
     with pytest.raises(MethodError, match="neurons is 0"):
         erase_relation(model, facts, sets, "colour", n_neurons=0)
-    assert value_vectors(mlp_wiring_of(model), []).shape == (0, 32)
+    assert value_vectors(model.mlp_residual, []).shape == (0, 32)

@@ -18,6 +18,7 @@ from kc_lib.neurons.effects import activation_means, change_ratios, erasure_effe
 from kc_lib.neurons.erase import RelationErasure
 from kc_lib.neurons.figures import (
     activating_figure,
+    attribution_figure,
     change_ratio_figure,
     erase_figure,
     neuron_layer_figure,
@@ -26,7 +27,6 @@ from kc_lib.neurons.figures import (
     side_effect_figure,
     update_figure,
 )
-from kc_lib.neurons.figures_attribution import attribution_figure
 from kc_lib.neurons.refine import NeuronSets, random_neurons
 from kc_lib.neurons.sets import layer_shares, neurons_per_fact, overlaps
 from kc_lib.neurons.suppress import NeuronChanges

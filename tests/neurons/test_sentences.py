@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from helpers import SmallModel
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import load_cloze
 from kc_lib.neurons.sentences import (
     ReadSentence,
@@ -36,7 +36,7 @@ def written(path: Path, content: Any) -> str:
 # ------------------------------------------------------------------------------------------------ where neurons are read
 
 
-def test_a_masked_model_reads_at_the_tails_mask(masked_model: TransformerBridge) -> None:
+def test_a_masked_model_reads_at_the_tails_mask(masked_model: Model) -> None:
     sentence = "Paris is in France and Paris is a city."
     (read,) = read_sentences(masked_model, [sentence], subject="France", answer="Paris")
     assert read == ReadSentence(sentence, (2, 4, 13, 14, 20, 17, 21, 13, 15, 11, 5, 3), 1)  # the first of two
@@ -57,7 +57,7 @@ def test_a_causal_model_reads_before_the_tail_and_after_the_head(small_model: Sm
     assert first == ReadSentence(sentences[2], (5,), 0)  # and without a subject "w20" starts the first sentence
 
 
-def test_random_places_are_seeded_and_not_the_subjects(small_model: SmallModel, masked_model: TransformerBridge) -> None:
+def test_random_places_are_seeded_and_not_the_subjects(small_model: SmallModel, masked_model: Model) -> None:
     sentence = "The people of New Delhi see Paris , Rome and Madrid"
     places = set()
     for seed in range(60):
@@ -77,7 +77,7 @@ def test_random_places_are_seeded_and_not_the_subjects(small_model: SmallModel, 
     assert read_sentences(small_model("gpt2"), ["w10", "w5 w10", ""], subject="w10") == ()
 
 
-def test_long_sentences_are_cut_around_the_place(small_model: SmallModel, masked_model: TransformerBridge) -> None:
+def test_long_sentences_are_cut_around_the_place(small_model: SmallModel, masked_model: Model) -> None:
     words = [f"w{i}" for i in range(40, 140)]
     sentence = " ".join(words)
     for answer, first in (("w40", 40), ("w90", 85), ("w139", 130)):
@@ -168,7 +168,7 @@ def test_bad_files_are_one_line(tmp_path: Path, content: Any, part: str) -> None
 
 @needs_trex
 @pytest.mark.parametrize(("relation", "n_facts"), [("P37", 46), ("P103", 47)])
-def test_published_sentences_of_known_facts(smollm2: TransformerBridge, relation: str, n_facts: int) -> None:
+def test_published_sentences_of_known_facts(smollm2: Model, relation: str, n_facts: int) -> None:
     rows = json.loads(KNOWN.read_text(encoding="utf-8"))
     facts = [(row["subject"], row["attribute"]) for row in rows if row["relation_id"] == relation]
     task = distant_sentences(TREX / f"distant_{relation}.json", facts)
@@ -189,7 +189,7 @@ def test_published_sentences_of_known_facts(smollm2: TransformerBridge, relation
 # ------------------------------------------------------------------------------------------------ our own
 
 
-def test_sentences_of_our_own_facts(smollm2: TransformerBridge) -> None:
+def test_sentences_of_our_own_facts(smollm2: Model) -> None:
     task = load_cloze("country_language", smollm2, n_prompts=4, n_held_out=2, max_facts=4, known_only=False)
     corpus = ["People love Spain.", *(f"{fact.subject} is far away." for fact in task.facts), "It rained.", "It snowed."]
     sentences = own_sentences(task, n_random=5)
@@ -225,7 +225,7 @@ def test_own_sentences_are_of_words_the_model_has(small_model: SmallModel, tmp_p
     assert chosen.random == ("w9 w11",)
 
 
-def test_masked_sentences_hold_the_answer_in_the_masks_place(masked_model: TransformerBridge, tmp_path: Path) -> None:
+def test_masked_sentences_hold_the_answer_in_the_masks_place(masked_model: Model, tmp_path: Path) -> None:
     rows = [
         [[f"The capital of {x} is [MASK].", y, "P36"], [f"[MASK] is in {x}.", y, "P36"]]
         for x, y in (("France", "Paris"), ("Italy", "Rome"))

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
+
+from kc_lib.models.model import Model
 
 
-def oracle_copied(model: TransformerBridge, layer: int, head: int, vectors: Tensor) -> Tensor:
+def oracle_copied(model: Model, layer: int, head: int, vectors: Tensor) -> Tensor:
     """What a head adds to the stream when a one-token sequence has these streams before its layer, bias left out."""
 
     def written(keep: int | None) -> Tensor:
@@ -35,7 +36,7 @@ def oracle_copied(model: TransformerBridge, layer: int, head: int, vectors: Tens
     return written(head) - written(None)
 
 
-def oracle_readout(model: TransformerBridge, stream: Tensor, scale_of: Tensor) -> Tensor:
+def oracle_readout(model: Model, stream: Tensor, scale_of: Tensor) -> Tensor:
     """Logits of a final stream, the norm's scale being that of another one."""
     inner = model.ln_final.original_component
     cfg = model.cfg
@@ -54,7 +55,7 @@ def oracle_readout(model: TransformerBridge, stream: Tensor, scale_of: Tensor) -
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
 
-def oracle_unembedding(model: TransformerBridge, token: int) -> Tensor:
+def oracle_unembedding(model: Model, token: int) -> Tensor:
     """Unit vector along which the final norm and the unembedding read a token's logit."""
     inner = model.ln_final.original_component
     weight = inner.weight.double() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)
@@ -64,7 +65,7 @@ def oracle_unembedding(model: TransformerBridge, token: int) -> Tensor:
     return direction / direction.norm()
 
 
-def oracle_result(model: TransformerBridge, cache: Any, layer: int, head: int, row: int, place: int) -> list[Tensor]:
+def oracle_result(model: Model, cache: Any, layer: int, head: int, row: int, place: int) -> list[Tensor]:
     """What a head brings from each source to one place, as it arrives in the stream."""
     attn = model.blocks[layer].attn
     pattern = cache[f"blocks.{layer}.attn.hook_pattern"][row]
@@ -86,7 +87,7 @@ def oracle_result(model: TransformerBridge, cache: Any, layer: int, head: int, r
 
 
 def oracle_cspa(
-    model: TransformerBridge, text: Tensor, scored: Tensor, layer: int, head: int, sources: Tensor, share: float
+    model: Model, text: Tensor, scored: Tensor, layer: int, head: int, sources: Tensor, share: float
 ) -> tuple[float, float]:
     """Mean KL(full || mean-ablated) and mean KL(full || copy suppression preserved) of one head."""
     with torch.no_grad():
@@ -123,7 +124,7 @@ def oracle_cspa(
 
 
 def oracle_path_patch(
-    model: TransformerBridge,
+    model: Model,
     clean: Tensor,
     contribution: Tensor,
     sender: tuple[int, int],

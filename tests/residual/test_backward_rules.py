@@ -17,7 +17,6 @@ from kc_lib.errors import ModelError
 from kc_lib.metrics import METRICS
 from kc_lib.residual.activations import ablation
 from kc_lib.residual.backward_rules import GIM, NATIVE, RELP, BackwardRules
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import TokenPair, make_batch
 
@@ -40,11 +39,11 @@ def oracle(folder: Path, pairs: list[TokenPair], method: str, grouped: bool) -> 
 
 
 def kernel(model: object, pairs: list[TokenPair], using: BackwardRules, grouped: bool = True) -> Tensor:
-    wiring, batch = wiring_of(model), make_batch(pairs)
-    context = shared_context(wiring, batch, "patching")
-    ablated = ablation(wiring, "patching", batch, context=context)
+    decoder, batch = model.residual, make_batch(pairs)
+    context = shared_context(decoder, batch, "patching")
+    ablated = ablation(decoder, "patching", batch, context=context)
     metric = METRICS["logit_difference"]
-    scores = edge_scores(wiring, wiring.graph(grouped), batch, metric, ablated, [1.0], context=context, rules=using)
+    scores = edge_scores(decoder, decoder.graph(grouped), batch, metric, ablated, [1.0], context=context, rules=using)
     return scores / len(pairs)
 
 
@@ -75,19 +74,19 @@ def test_scores_are_the_oracles(
     ids=lambda change: next(iter(change)),
 )
 def test_rules_change_gradients_and_no_value(small_model: SmallModel, kind: str, change: dict) -> None:
-    wiring, using = wiring_of(small_model(kind)), BackwardRules(**change)
+    decoder, using = small_model(kind).residual, BackwardRules(**change)
     tokens = make_batch(random_pairs(seed=22)).clean
-    resid = wiring.embed(tokens)
-    for layer, block in enumerate(wiring.blocks):
+    resid = decoder.embed(tokens)
+    for layer, block in enumerate(decoder.blocks):
         attention, x = block.attention, block.attention.norm(resid, using)
         assert torch.equal(x, block.attention.norm(resid))
         q, k, v = (attention.project(part, x) for part in "qkv")
         z = attention.attend(q, k, v, rules=using)
         assert relative_gap(attention.output(z, using), attention.output(attention.attend(q, k, v))) <= 1e-6
         assert relative_gap(block.mlp_output(x, using), block.mlp_output(x)) <= 1e-5
-        resid = wiring.run_block(layer, resid)
-    assert torch.equal(wiring.unembed(resid, using), wiring.unembed(resid))
-    gated = wiring.blocks[0].mlp_parts.W_gate is not None
+        resid = decoder.run_block(layer, resid)
+    assert torch.equal(decoder.unembed(resid, using), decoder.unembed(resid))
+    gated = decoder.blocks[0].mlp_parts.W_gate is not None
     gap = relative_gap(
         kernel(small_model(kind), random_pairs(seed=22), using), kernel(small_model(kind), random_pairs(seed=22), NATIVE)
     )
@@ -104,9 +103,9 @@ def test_the_secant_of_an_activation_at_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlps_in_parts_are_the_modules(small_model: SmallModel, kind: str) -> None:
-    wiring = wiring_of(small_model(kind))
-    x = torch.randn(2, 5, wiring.W_U.shape[0], generator=torch.Generator().manual_seed(0))
-    for block in wiring.blocks:
+    decoder = small_model(kind).residual
+    x = torch.randn(2, 5, decoder.W_U.shape[0], generator=torch.Generator().manual_seed(0))
+    for block in decoder.blocks:
         parts = block.mlp_parts
         assert relative_gap(parts(x), block.mlp(x)) <= 1e-6
         assert relative_gap(parts.neurons(x) @ parts.W_out + parts.b_out, block.mlp(x)) <= 1e-6
@@ -116,7 +115,7 @@ def test_an_mlp_that_is_more_than_its_parts_is_refused(small_model: SmallModel) 
     """As one with experts is, or one in which a user's hook acts; native methods go on."""
     model, pairs = small_model("llama"), random_pairs(seed=23)
     native = kernel(model, pairs, NATIVE)
-    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda value, hook: 2 * value)]):
+    with model.bridge.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda value, hook: 2 * value)]):
         assert relative_gap(kernel(model, pairs, NATIVE), native) > 0.01
         for using in (RELP, GIM):
             with pytest.raises(ModelError, match=r"MLP of layer 1 is not its weights and activation alone.*native"):

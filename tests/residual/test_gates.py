@@ -25,8 +25,7 @@ from kc_lib.errors import ModelError
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
 from kc_lib.residual.activations import INTERVENTIONS, ablation, writer_outputs
-from kc_lib.residual.decoder import Wiring, frozen
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.patch import clean_run, patch_edges
 from kc_lib.residual.prefix_cache import EMPTY, shared_context
@@ -42,20 +41,20 @@ def test_the_full_mask_is_the_model_and_the_empty_mask_the_corrupted_prompt(
     small_model: SmallModel, kind: str, grouped: bool, full_answer: bool
 ) -> None:
     model = small_model(kind)
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
+    decoder = model.residual
+    graph = decoder.graph(grouped)
     batch = make_batch(random_pairs(), full_answer)
     clean, corrupted = native_logits(model, batch.clean, batch), native_logits(model, batch.corrupted, batch)
     assert relative_gap(clean, corrupted) > 0.05  # or the test could not tell one from the other
-    context = shared_context(wiring, batch, "patching")
+    context = shared_context(decoder, batch, "patching")
     assert context.start == 2
     for used in (EMPTY, context):
-        ablated = ablation(wiring, "patching", batch, context=used)
-        assert relative_gap(run_circuit(wiring, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
+        ablated = ablation(decoder, "patching", batch, context=used)
+        assert relative_gap(run_circuit(decoder, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
         assert (
-            relative_gap(run_circuit(wiring, graph, torch.zeros_like(graph.edges), batch, ablated, used), corrupted) <= 1e-5
+            relative_gap(run_circuit(decoder, graph, torch.zeros_like(graph.edges), batch, ablated, used), corrupted) <= 1e-5
         )
-        assert relative_gap(full_logits(wiring, batch, used), clean) <= 1e-5
+        assert relative_gap(full_logits(decoder, batch, used), clean) <= 1e-5
 
 
 @views
@@ -64,32 +63,32 @@ def test_the_full_mask_is_the_model_under_every_intervention(
     small_model: SmallModel, kind: str, grouped: bool, intervention: str
 ) -> None:
     model, pairs = small_model(kind), random_pairs()
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
+    decoder = model.residual
+    graph = decoder.graph(grouped)
     batch = make_batch(pairs)
-    context = shared_context(wiring, batch, intervention)
+    context = shared_context(decoder, batch, intervention)
     assert context is EMPTY
-    ablated = ablation(wiring, intervention, batch, reference_means(wiring, intervention, pairs, 3))
+    ablated = ablation(decoder, intervention, batch, reference_means(decoder, intervention, pairs, 3))
     clean = native_logits(model, batch.clean, batch)
-    assert relative_gap(run_circuit(wiring, graph, graph.edges, batch, ablated), clean) <= 1e-5
+    assert relative_gap(run_circuit(decoder, graph, graph.edges, batch, ablated), clean) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_the_context_ends_where_prompts_differ_or_the_answer_is_read(small_model: SmallModel, kind: str) -> None:
-    wiring = wiring_of(small_model(kind))
-    graph = wiring.graph()
+    decoder = small_model(kind).residual
+    graph = decoder.graph()
     first = TokenPair((1, 5, 6, 7), (1, 9, 6, 7), (8,), 10, {}, {})
     late = TokenPair((1, 5, 6, 7, 11), (1, 5, 6, 9, 11), (8,), 10, {}, {})
     same = TokenPair((1, 5, 6, 7), (1, 5, 6, 7), (8,), 10, {}, {})
     at_bos = TokenPair((4, 5, 6, 7), (1, 5, 6, 7), (8,), 10, {}, {})
     for pairs, start in (([first, late], 1), ([late], 3), ([same], 3), ([late, same], 3), ([at_bos, late], 0)):
         batch = make_batch(pairs)
-        context = shared_context(wiring, batch, "patching")
+        context = shared_context(decoder, batch, "patching")
         assert context.start == start
-        ablated = ablation(wiring, "patching", batch, context=context)
+        ablated = ablation(decoder, "patching", batch, context=context)
         for mask, tokens in ((graph.edges, batch.clean), (torch.zeros_like(graph.edges), batch.corrupted)):
-            logits = run_circuit(wiring, graph, mask, batch, ablated, context)
-            assert relative_gap(logits, native_logits(wiring.model, tokens, batch)) <= 1e-5
+            logits = run_circuit(decoder, graph, mask, batch, ablated, context)
+            assert relative_gap(logits, native_logits(small_model(kind), tokens, batch)) <= 1e-5
 
 
 # --- edges -------------------------------------------------------------------------------------------------------
@@ -99,20 +98,20 @@ def test_the_context_ends_where_prompts_differ_or_the_answer_is_read(small_model
 def test_one_removed_edge_is_that_edge_patched_with_hooks(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool
 ) -> None:
-    wiring, hf = wiring_of(small_model(kind)), hf_model(small_folder(kind))
-    check_single_edges(wiring, hf, grouped, make_batch(random_pairs()), random_edges(wiring.graph(grouped), 3))
+    decoder, hf = small_model(kind).residual, hf_model(small_folder(kind))
+    check_single_edges(decoder, hf, grouped, make_batch(random_pairs()), random_edges(decoder.graph(grouped), 3))
 
 
 def check_single_edges(
-    wiring: Wiring, hf: PreTrainedModel, grouped: bool, batch: Batch, edges: list[tuple[int, int]]
+    decoder: Decoder, hf: PreTrainedModel, grouped: bool, batch: Batch, edges: list[tuple[int, int]]
 ) -> None:
     """A circuit without one edge, a restarted run and the oracle's hooks give the same logits."""
-    graph = wiring.graph(grouped)
-    clean = full_logits(wiring, batch)
+    graph = decoder.graph(grouped)
+    clean = full_logits(decoder, batch)
     last = batch.answer_positions[:, 0]
-    contexts = [EMPTY, shared_context(wiring, batch, "patching")]
-    ablations = [ablation(wiring, "patching", batch, context=context) for context in contexts]
-    runs = [clean_run(wiring, graph, batch, context) for context in contexts]
+    contexts = [EMPTY, shared_context(decoder, batch, "patching")]
+    ablations = [ablation(decoder, "patching", batch, context=context) for context in contexts]
+    runs = [clean_run(decoder, graph, batch, context) for context in contexts]
     largest_change = 0.0
     for row, column in edges:
         reader = graph.readers[column]
@@ -124,8 +123,8 @@ def check_single_edges(
         mask = graph.edges.clone()
         mask[row, column] = False
         for context, ablated, run in zip(contexts, ablations, runs, strict=True):
-            removed = run_circuit(wiring, graph, mask, batch, ablated, context)[:, 0]
-            restarted = patch_edges(wiring, graph, batch, run, ablated, reader, [row])[0, :, 0]
+            removed = run_circuit(decoder, graph, mask, batch, ablated, context)[:, 0]
+            restarted = patch_edges(decoder, graph, batch, run, ablated, reader, [row])[0, :, 0]
             assert (removed - expected).abs().max() <= tolerance, names
             assert (restarted - expected).abs().max() <= tolerance, names
     assert largest_change > 1e-2 * clean.abs().max()  # or the edges would say nothing
@@ -136,12 +135,12 @@ def check_single_edges(
 def test_one_edge_ablated_by_other_values(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, intervention: str
 ) -> None:
-    wiring, hf, pairs = wiring_of(small_model(kind)), hf_model(small_folder(kind)), random_pairs()
-    graph, batch = wiring.graph(), make_batch(pairs)
-    means = reference_means(wiring, intervention, pairs, 2)
-    ablated = ablation(wiring, intervention, batch, means)
+    decoder, hf, pairs = small_model(kind).residual, hf_model(small_folder(kind)), random_pairs()
+    graph, batch = decoder.graph(), make_batch(pairs)
+    means = reference_means(decoder, intervention, pairs, 2)
+    ablated = ablation(decoder, intervention, batch, means)
     values = ablated.outputs.expand(-1, *batch.clean.shape, -1)
-    clean, run = full_logits(wiring, batch), clean_run(wiring, graph, batch)
+    clean, run = full_logits(decoder, batch), clean_run(decoder, graph, batch)
     for row, column in random_edges(graph, 3, seed=1):
         reader = graph.readers[column]
         expected = patching.oracle_patch_edge(
@@ -154,7 +153,7 @@ def test_one_edge_ablated_by_other_values(
             ablation="zero" if intervention == "zero" else values,
         )
         tolerance = max(1e-4 * (expected - clean[:, 0]).abs().max(), 1e-5 * clean.abs().max())
-        restarted = patch_edges(wiring, graph, batch, run, ablated, reader, [row])[0, :, 0]
+        restarted = patch_edges(decoder, graph, batch, run, ablated, reader, [row])[0, :, 0]
         assert (restarted - expected).abs().max() <= tolerance
 
 
@@ -164,39 +163,39 @@ def test_one_edge_ablated_by_other_values(
 def test_random_circuits_are_what_the_sums_written_out_give(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, grouped: bool, intervention: str, share: float
 ) -> None:
-    wiring, hf, pairs = wiring_of(small_model(kind)), hf_model(small_folder(kind)), random_pairs(seed=1)
-    graph, batch = wiring.graph(grouped), make_batch(pairs)
-    clean = full_logits(wiring, batch)
+    decoder, hf, pairs = small_model(kind).residual, hf_model(small_folder(kind)), random_pairs(seed=1)
+    graph, batch = decoder.graph(grouped), make_batch(pairs)
+    clean = full_logits(decoder, batch)
     generator = torch.Generator().manual_seed(2)
     mask = graph.edges & (torch.rand(graph.edges.shape, generator=generator) < share)
-    context = shared_context(wiring, batch, intervention)
-    means = reference_means(wiring, intervention, pairs, 3)
+    context = shared_context(decoder, batch, intervention)
+    means = reference_means(decoder, intervention, pairs, 3)
     values: str | Tensor = intervention
     if means is not None:
-        outputs = ablation(wiring, intervention, batch, means).outputs
+        outputs = ablation(decoder, intervention, batch, means).outputs
         values = outputs.expand(-1, *batch.clean.shape, -1)
     last = batch.answer_positions[:, 0]
     expected = patching.oracle_circuit_logits(hf, batch.clean, batch.corrupted, last, mask, not grouped, values)
     assert relative_gap(expected, clean[:, 0]) > 0.01
     for used in {EMPTY.start: EMPTY, context.start: context}.values():
-        ablated = ablation(wiring, intervention, batch, means, used)
-        actual = run_circuit(wiring, graph, mask, batch, ablated, used)[:, 0]
+        ablated = ablation(decoder, intervention, batch, means, used)
+        actual = run_circuit(decoder, graph, mask, batch, ablated, used)[:, 0]
         assert relative_gap(actual, expected) <= 1e-5
 
 
 @views
 def test_a_mask_and_its_pruned_mask_give_the_same_when_patching(small_model: SmallModel, kind: str, grouped: bool) -> None:
     """With values from a real run an edge that is on no path carries nothing; sparse masks leave most nodes out."""
-    wiring = wiring_of(small_model(kind))
-    graph, batch = wiring.graph(grouped), make_batch(random_pairs(seed=3))
-    ablated = ablation(wiring, "patching", batch)
+    decoder = small_model(kind).residual
+    graph, batch = decoder.graph(grouped), make_batch(random_pairs(seed=3))
+    ablated = ablation(decoder, "patching", batch)
     if kind.startswith("gemma"):
         pytest.skip("a norm on outputs ties the heads of a layer together: a pruned head still scales the others")
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         mask = graph.edges & (torch.rand(graph.edges.shape, generator=generator) < 0.1)
-        whole = run_circuit(wiring, graph, mask, batch, ablated)
-        assert relative_gap(run_circuit(wiring, graph, graph.prune(mask), batch, ablated), whole) <= 1e-5
+        whole = run_circuit(decoder, graph, mask, batch, ablated)
+        assert relative_gap(run_circuit(decoder, graph, graph.prune(mask), batch, ablated), whole) <= 1e-5
 
 
 # --- means and writers -------------------------------------------------------------------------------------------
@@ -204,21 +203,21 @@ def test_a_mask_and_its_pruned_mask_give_the_same_when_patching(small_model: Sma
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_writer_outputs_are_the_oracles(small_model: SmallModel, small_folder: SmallFolder, kind: str) -> None:
-    wiring, hf, batch = wiring_of(small_model(kind)), hf_model(small_folder(kind)), make_batch(random_pairs())
-    actual = writer_outputs(wiring, batch.clean)
+    decoder, hf, batch = small_model(kind).residual, hf_model(small_folder(kind)), make_batch(random_pairs())
+    actual = writer_outputs(decoder, batch.clean)
     assert relative_gap(actual, patching.writer_outputs(hf, batch.clean)) <= 1e-5
     for row in (0, 1, 4, len(actual) - 1):
-        hooked = patching.hooked_writer_output(hf, batch.clean, wiring.graph().writers[row])
+        hooked = patching.hooked_writer_output(hf, batch.clean, decoder.graph().writers[row])
         assert relative_gap(actual[row], hooked) <= 1e-5
 
 
 def test_means_leave_pads_out_and_count_every_token_once(small_model: SmallModel) -> None:
-    wiring, pairs = wiring_of(small_model("gpt2")), random_pairs()
-    each = [writer_outputs(wiring, torch.tensor([pair.clean]))[:, 0] for pair in pairs]
-    means = reference_means(wiring, "mean", pairs, 3)
+    decoder, pairs = small_model("gpt2").residual, random_pairs()
+    each = [writer_outputs(decoder, torch.tensor([pair.clean]))[:, 0] for pair in pairs]
+    means = reference_means(decoder, "mean", pairs, 3)
     assert means is not None
     assert relative_gap(means.outputs[:, 0, 0], torch.cat(each, 1).mean(1)) <= 1e-5
-    positional = reference_means(wiring, "positional_mean", pairs, 3)
+    positional = reference_means(decoder, "positional_mean", pairs, 3)
     assert positional is not None
     for position in range(9):
         seen = torch.stack([outputs[:, position] for outputs in each if outputs.shape[1] > position])
@@ -232,7 +231,7 @@ def test_means_leave_pads_out_and_count_every_token_once(small_model: SmallModel
 def test_architectures_without_a_sum_of_writers_are_refused(small_folder: SmallFolder, kind: str, why: str) -> None:
     model = load_model(str(small_folder(kind)), device="cpu")
     with pytest.raises(ModelError, match=why) as caught:
-        wiring_of(model)
+        _ = model.residual
     assert "\n" not in str(caught.value)
 
 
@@ -240,33 +239,33 @@ def test_architectures_without_a_sum_of_writers_are_refused(small_folder: SmallF
 def test_a_model_that_does_something_else_is_refused(small_folder: SmallFolder, part: str) -> None:
     """A forward pass whose weights do not tell what it does: its logits are not those of the sum of writers."""
     model = load_model(str(small_folder("llama")), device="cpu")
-    wiring_of(model)
-    block = model.blocks[1]
-    parts = {"attention": block.attn.o, "norm": block.ln2, "logits": model.unembed}
+    _ = model.residual
+    block = model.bridge.blocks[1]
+    parts = {"attention": block.attn.o, "norm": block.ln2, "logits": model.bridge.unembed}
     handle = parts[part].original_component.register_forward_hook(lambda _module, _arguments, output: 1.1 * output)
     with pytest.raises(ModelError, match="differ by"):
-        wiring_of(model)
+        _ = model.residual
     handle.remove()
-    wiring_of(model)
+    _ = model.residual
 
 
 def test_frozen_gives_gradient_flags_back_after_an_exception(small_folder: SmallFolder) -> None:
     model = load_model(str(small_folder("gpt2")), device="cpu")
-    trained = list(model.parameters())[::2]
+    trained = list(model.bridge.parameters())[::2]
     for parameter in trained:
         parameter.requires_grad_(True)
-    before = [parameter.requires_grad for parameter in model.parameters()]
+    before = [parameter.requires_grad for parameter in model.bridge.parameters()]
     assert any(before)
     assert not all(before)
 
     def fail_inside() -> None:
-        with frozen(model):
-            assert not any(parameter.requires_grad for parameter in model.parameters())
+        with frozen(model.bridge):
+            assert not any(parameter.requires_grad for parameter in model.bridge.parameters())
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
         fail_inside()
-    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert [parameter.requires_grad for parameter in model.bridge.parameters()] == before
 
 
 # --- the real model ----------------------------------------------------------------------------------------------
@@ -274,18 +273,18 @@ def test_frozen_gives_gradient_flags_back_after_an_exception(small_folder: Small
 
 @pytest.mark.slow
 def test_smollm2_passes_the_gates(smollm2: TransformerBridge) -> None:
-    wiring, hf = wiring_of(smollm2), hf_model(cached_smollm2())
+    decoder, hf = smollm2.residual, hf_model(cached_smollm2())
     batch = make_batch(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     clean, corrupted = native_logits(smollm2, batch.clean, batch), native_logits(smollm2, batch.corrupted, batch)
-    context = shared_context(wiring, batch, "patching")
+    context = shared_context(decoder, batch, "patching")
     assert context.start > 0
     for grouped in (True, False):
-        graph = wiring.graph(grouped)
+        graph = decoder.graph(grouped)
         for used in (EMPTY, context):
-            ablated = ablation(wiring, "patching", batch, context=used)
-            assert relative_gap(run_circuit(wiring, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
-            empty = run_circuit(wiring, graph, torch.zeros_like(graph.edges), batch, ablated, used)
+            ablated = ablation(decoder, "patching", batch, context=used)
+            assert relative_gap(run_circuit(decoder, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
+            empty = run_circuit(decoder, graph, torch.zeros_like(graph.edges), batch, ablated, used)
             assert relative_gap(empty, corrupted) <= 1e-5
-    graph = wiring.graph()
+    graph = decoder.graph()
     edges = [graph.edge_positions(edge) for edge in ("input->m0", "m0->a20.h1<v>", "m25->logits")]
-    check_single_edges(wiring, hf, True, batch, edges)
+    check_single_edges(decoder, hf, True, batch, edges)

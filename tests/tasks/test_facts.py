@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from helpers import SmallModel, known, written
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
+from kc_lib.models.model import Model
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, load_facts
 from kc_lib.tasks.relations import load_relation
 from kc_lib.tasks.task import load_task
@@ -126,7 +126,7 @@ def test_unknown_tasks(small_model: SmallModel) -> None:
             load_facts(name, small_model("gpt2"))
 
 
-def test_subjects_of_the_projects_relations(smollm2: TransformerBridge) -> None:
+def test_subjects_of_the_projects_relations(smollm2: Model) -> None:
     for name in ("country_capital", "landmark_country", "person_occupation"):
         facts = load_facts(name, smollm2, template=1)
         assert len(facts.facts) == len(load_relation(name).facts)
@@ -140,14 +140,14 @@ def test_subjects_of_the_projects_relations(smollm2: TransformerBridge) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not KNOWN.exists(), reason="the published file is not at hand")
-def test_every_subject_of_the_published_file_is_found(smollm2: TransformerBridge) -> None:
+def test_every_subject_of_the_published_file_is_found(smollm2: Model) -> None:
     facts = load_facts(str(KNOWN), smollm2)
     assert facts.report == {"rows": 1209, "facts": 1208}  # one fact is there twice
     for one in facts.facts:
         check_span(smollm2, one)
 
 
-def check_span(model: TransformerBridge, one: FactPrompt) -> None:
+def check_span(model: Model, one: FactPrompt) -> None:
     """The subject's tokens hold the subject, and none of them could be left out; a token may hold what follows it, too."""
     first, end = one.subject[0], one.subject[-1] + 1
     whole, without_first, without_last = (

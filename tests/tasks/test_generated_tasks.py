@@ -15,14 +15,13 @@ import transformers as tf
 from helpers import CONFIGS
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import TaskError
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.tasks.facts import load_facts
-from kc_lib.tasks.generated import GENERATED, generated_pairs
-from kc_lib.tasks.ioi import NAMES
+from kc_lib.tasks.generated import GENERATED, NAMES, generated_pairs
 from kc_lib.tasks.known import best_ranks
 from kc_lib.tasks.task import load_task
 from kc_lib.tasks.tokens import Tokenizer
@@ -42,7 +41,7 @@ def nano_words() -> tf.PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def wordy(nano_words: tf.PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> TransformerBridge:
+def wordy(nano_words: tf.PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A small random GPT-NeoX that reads nano's words."""
     folder = tmp_path_factory.mktemp("wordy")
     torch.manual_seed(0)
@@ -87,7 +86,7 @@ def one_line(error: pytest.ExceptionInfo[TaskError]) -> str:
 # ---------------------------------------------------------------------------------------------------- Greater-Than
 
 
-def test_years_after_the_start_are_right(wordy: TransformerBridge) -> None:
+def test_years_after_the_start_are_right(wordy: Model) -> None:
     task = load_task("greater_than", wordy, known_only=False, max_facts=60, test_fraction=0.5)
     pairs = task.discovery + task.test
     assert len({pair.text["clean"] for pair in pairs}) == len(pairs) == 60
@@ -145,7 +144,7 @@ def test_other_ways_to_read_years_are_refused(split: str) -> None:
 # ---------------------------------------------------------------------------------------------------- pronouns
 
 
-def test_pronouns_by_name(wordy: TransformerBridge) -> None:
+def test_pronouns_by_name(wordy: Model) -> None:
     task = load_task("pronoun", wordy, known_only=False, test_fraction=0.0)
     names = [pair.text["subject"] for pair in task.discovery]
     assert sorted(names) == sorted(NAMES)
@@ -169,7 +168,7 @@ def test_pronouns_by_name(wordy: TransformerBridge) -> None:
 # ---------------------------------------------------------------------------------------------------- agreement
 
 
-def test_verbs_of_the_subjects_number_are_right(wordy: TransformerBridge) -> None:
+def test_verbs_of_the_subjects_number_are_right(wordy: Model) -> None:
     task = load_task("agreement", wordy, known_only=False, max_facts=200, test_fraction=0.5)
     pairs = task.discovery + task.test
     decode = wordy.tokenizer.convert_ids_to_tokens
@@ -207,7 +206,7 @@ def noun_rows() -> list[dict[str, str]]:
     return json.loads(path.read_text())["samples"]
 
 
-def test_a_noun_inside_another_is_not_taken_for_it(wordy: TransformerBridge) -> None:
+def test_a_noun_inside_another_is_not_taken_for_it(wordy: Model) -> None:
     """The letters of "man" are the end of "woman", whatever stands last."""
     tokenizer, inside = Tokenizer(wordy.tokenizer, True), re.compile(r"The (man|men) .*\bwo\1")
 
@@ -234,7 +233,7 @@ def test_nouns_that_grow_in_the_plural_are_left_out() -> None:
 # ---------------------------------------------------------------------------------------------------- IOI, ABC
 
 
-def test_abc_prompts_have_three_other_names(wordy: TransformerBridge) -> None:
+def test_abc_prompts_have_three_other_names(wordy: Model) -> None:
     options = {"known_only": False, "max_facts": 50, "test_fraction": 0.3, "seed": 3}
     abba, abc = load_task("ioi", wordy, **options), load_task("ioi_abc", wordy, **options)
     assert [pair.clean for pair in abc.discovery + abc.test] == [pair.clean for pair in abba.discovery + abba.test]
@@ -250,7 +249,7 @@ def test_abc_prompts_have_three_other_names(wordy: TransformerBridge) -> None:
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_nano_has_every_word_of_every_task(name: str, wordy: TransformerBridge) -> None:
+def test_nano_has_every_word_of_every_task(name: str, wordy: Model) -> None:
     task = load_task(name, wordy, known_only=False, max_facts=300, test_fraction=0.0)
     unknown = wordy.tokenizer.unk_token_id
     for pair in task.discovery:
@@ -261,7 +260,7 @@ def test_nano_has_every_word_of_every_task(name: str, wordy: TransformerBridge) 
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_tokenizer_without_the_words_is_refused(name: str, small_model: Callable[[str], TransformerBridge]) -> None:
+def test_a_tokenizer_without_the_words_is_refused(name: str, small_model: Callable[[str], Model]) -> None:
     with pytest.raises(TaskError) as error:
         load_task(name, small_model("neox"), known_only=False)
     assert "this" in one_line(error)
@@ -269,11 +268,11 @@ def test_a_tokenizer_without_the_words_is_refused(name: str, small_model: Callab
         load_task(name, small_model("neox"), template=1)
 
 
-def test_known_is_what_any_right_answer_makes_it(wordy: TransformerBridge) -> None:
+def test_known_is_what_any_right_answer_makes_it(wordy: Model) -> None:
     pairs = load_task("greater_than", wordy, known_only=False, max_facts=40, test_fraction=0.0).discovery
     expected = []
     for pair in pairs:
-        order = wordy(torch.tensor([pair.clean]))[0, -1].argsort(descending=True).tolist()
+        order = wordy.bridge(torch.tensor([pair.clean]))[0, -1].argsort(descending=True).tolist()
         first = next(place for place, token in enumerate(order) if token in pair.right)
         expected.append(1 + len([token for token in order[:first] if token not in pair.right]))
     for batch_size in (1, 7):
@@ -286,7 +285,7 @@ def test_known_is_what_any_right_answer_makes_it(wordy: TransformerBridge) -> No
     assert 0 < len(kept) < 40
 
 
-def test_facts_have_one_answer(wordy: TransformerBridge) -> None:
+def test_facts_have_one_answer(wordy: Model) -> None:
     facts = load_facts("pronoun", wordy).facts
     assert len(facts) == len(NAMES)
     assert all(wordy.tokenizer.convert_ids_to_tokens(fact.tokens[fact.subject[0]]) in NAMES for fact in facts)
@@ -314,7 +313,7 @@ def test_sets_are_padded_and_default_to_answer_and_distractor() -> None:
             TokenPair((1, 3), (1, 4), (5,), 7, {}, {"clean": "w3"}, **sets)
 
 
-def test_a_task_without_sets_has_the_hash_it_always_had(wordy: TransformerBridge) -> None:
+def test_a_task_without_sets_has_the_hash_it_always_had(wordy: Model) -> None:
     task = load_task("pronoun", wordy, known_only=False)
     fields = ("clean", "corrupted", "answer", "distractor", "positions", "text")
     rows = [

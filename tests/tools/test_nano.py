@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from kc_lib.errors import ModelError
 from kc_lib.heads.general import general_head_scores
-from kc_lib.models.load import embedded_models, load_model, model_hash, model_name
+from kc_lib.models.load import embedded_models, load_model
 from kc_lib.models.shipped import CAUSAL, MASKED, MODELS, file_hashes, nano_folder, nano_steps, read_manifest
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.relations import load_relation
 from kc_lib.tasks.task import load_task
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
@@ -92,7 +91,7 @@ def test_bridge_equals_hugging_face(name: str, plain: Callable[[str], Loaded]) -
     reference, tokenizer = plain(name)
     tokens = tokenizer("The capital city of France is", return_tensors="pt").input_ids
     model = load_model(name, device="cpu")
-    assert model_name(model) == name
+    assert model.name == name
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
     assert next(iter(model.parameters())).dtype == torch.float32
@@ -100,19 +99,19 @@ def test_bridge_equals_hugging_face(name: str, plain: Callable[[str], Loaded]) -
 
 def test_nano_is_wired_and_read_without_bos_unless_asked() -> None:
     model = load_model(CAUSAL, device="cpu")
-    assert len(wiring_of(model).blocks) == model.cfg.n_layers
+    assert len(model.residual.blocks) == model.cfg.n_layers
     prompt = "The capital city of France is"
     without, asked = tokenizer_of(model).encode(prompt), tokenizer_of(model, prepend_bos=True).encode(prompt)
     assert asked == (model.tokenizer.bos_token_id, *without)
-    assert tuple(model.to_tokens(prompt)[0].tolist()) == without
-    assert tuple(model.to_tokens(prompt, prepend_bos=True)[0].tolist()) == asked
+    assert tuple(model.bridge.to_tokens(prompt)[0].tolist()) == without
+    assert tuple(model.bridge.to_tokens(prompt, prepend_bos=True)[0].tolist()) == asked
 
 
 def test_checkpoints_are_other_weights() -> None:
     early, last, default = (load_model(CAUSAL, checkpoint=step, device="cpu") for step in (512, max(nano_steps()), None))
-    assert model_name(early) == "nano@step512"
-    assert model_name(default) == "nano"
-    assert model_hash(early) != model_hash(last) == model_hash(default)
+    assert early.name == "nano@step512"
+    assert default.name == "nano"
+    assert early.hash != last.hash == default.hash
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ import torch
 from helpers import KINDS, NAMED, SmallFolder, SmallModel, hf_model
 from oracles.tracing import kept_run, oracle_restored
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
+from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import cached_smollm2
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, load_facts
 from kc_lib.tracing import noise as noises
 from kc_lib.tracing.noise import noise_scale, noised, replaced
@@ -31,18 +30,18 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-def random_fact(model: TransformerBridge, n_tokens: int, subject: tuple[int, ...], seed: int = 0) -> FactPrompt:
+def random_fact(model: Model, n_tokens: int, subject: tuple[int, ...], seed: int = 0) -> FactPrompt:
     """A prompt of random tokens, BOS first, whose answer is what the model says."""
     rng = random.Random(seed)
     tokens = (1, *(rng.randrange(3, 200) for _ in range(n_tokens - 1)))
     with torch.no_grad():
-        answer = int(model(torch.tensor([tokens]))[0, -1].argmax())
+        answer = int(model.bridge(torch.tensor([tokens]))[0, -1].argmax())
     words = [f"w{token}" for token in tokens[1:]]
     text = {"prompt": " ".join(words), "subject": " ".join(words[i - 1] for i in subject), "answer": f"w{answer}"}
     return FactPrompt(tokens, subject, answer, text)
 
 
-def random_facts(model: TransformerBridge) -> list[FactPrompt]:
+def random_facts(model: Model) -> list[FactPrompt]:
     """Facts of all shapes: subject right after BOS and not, of one to three tokens, one or more tokens after it."""
     shapes = ((8, (2, 3, 4)), (6, (1,)), (7, (4, 5)), (6, (2, 3)), (5, (1, 2, 3)), (6, (2, 3)))
     return [random_fact(model, n, subject, seed) for seed, (n, subject) in enumerate(shapes)]
@@ -52,9 +51,9 @@ def random_noise(fact: FactPrompt, d_model: int, n_samples: int = 3, size: float
     return size * torch.randn(n_samples, len(fact.subject), d_model, generator=torch.Generator().manual_seed(seed))
 
 
-def drawn_noise(model: TransformerBridge, fact: FactPrompt, corrupted: Tensor) -> Tensor:
+def drawn_noise(model: Model, fact: FactPrompt, corrupted: Tensor) -> Tensor:
     """The noise in corrupted embeddings, as the oracle takes it."""
-    embedded = wiring_of(model).embed(torch.tensor([fact.tokens]))[:, fact.subject[0] :]
+    embedded = model.residual.embed(torch.tensor([fact.tokens]))[:, fact.subject[0] :]
     difference = corrupted - embedded
     assert not difference[:, len(fact.subject) :].any()
     return difference[:, : len(fact.subject)]
@@ -69,22 +68,22 @@ def test_every_cell_is_a_plain_forward_pass(
     small_model: SmallModel, small_folder: SmallFolder, kind: str, mediator: str
 ) -> None:
     model, reference = small_model(kind), hf_model(small_folder(kind))
-    wiring = wiring_of(model)
+    decoder = model.residual
     moved = 0.0
     for fact in random_facts(model)[:3]:
         start, tokens = fact.subject[0], torch.tensor(fact.tokens)
-        noise = random_noise(fact, wiring.W_U.shape[0])
-        corrupted = wiring.embed(tokens[None])[:, start:].repeat(len(noise), 1, 1)
+        noise = random_noise(fact, decoder.W_U.shape[0])
+        corrupted = decoder.embed(tokens[None])[:, start:].repeat(len(noise), 1, 1)
         corrupted[:, : len(fact.subject)] += noise
-        runs = fact_runs(wiring, tokens, start, corrupted, fact.answer)
+        runs = fact_runs(decoder, tokens, start, corrupted, fact.answer)
         given = (tokens[None], fact.subject, noise, fact.answer)
         with torch.no_grad():
             clean, p_clean = kept_run(reference, *given[:2], torch.zeros_like(noise), fact.answer)
             kept, p_corrupted = kept_run(reference, *given)
-        assert (answer_probabilities(wiring, runs, runs.clean) - p_clean[:1]).abs().max() <= CLOSE
-        assert (answer_probabilities(wiring, runs, runs.corrupted) - p_corrupted).abs().max() <= CLOSE
+        assert (answer_probabilities(decoder, runs, runs.clean) - p_clean[:1]).abs().max() <= CLOSE
+        assert (answer_probabilities(decoder, runs, runs.corrupted) - p_corrupted).abs().max() <= CLOSE
         n = len(tokens) - start
-        grid = torch.cartesian_prod(torch.arange(wiring.n_layers), torch.arange(n))
+        grid = torch.cartesian_prod(torch.arange(decoder.n_layers), torch.arange(n))
         restored = torch.eye(n, dtype=torch.bool)[grid[:, 1]]
         for window in (1, 2, 10) if mediator in ("attention", "mlp") else (10,):
             expected = torch.stack(
@@ -94,7 +93,7 @@ def test_every_cell_is_a_plain_forward_pass(
                 ]
             )
             for at_once in (2, 5, 1000):
-                found = restored_probabilities(wiring, runs, Cells(mediator, grid[:, 0], restored, window), at_once)
+                found = restored_probabilities(decoder, runs, Cells(mediator, grid[:, 0], restored, window), at_once)
                 assert (found - expected).abs().max() <= CLOSE
         moved = max(moved, (expected - p_corrupted).abs().max().item())
     assert moved > 0.01  # or the test could not tell
@@ -102,15 +101,15 @@ def test_every_cell_is_a_plain_forward_pass(
 
 def test_several_positions_at_once(small_model: SmallModel, small_folder: SmallFolder) -> None:
     model, reference = small_model("gemma2"), hf_model(small_folder("gemma2"))
-    wiring, fact = wiring_of(model), random_facts(model)[0]
-    tokens, noise = torch.tensor(fact.tokens), random_noise(fact, wiring.W_U.shape[0])
-    corrupted = wiring.embed(tokens[None])[:, 2:].repeat(3, 1, 1)
+    decoder, fact = model.residual, random_facts(model)[0]
+    tokens, noise = torch.tensor(fact.tokens), random_noise(fact, decoder.W_U.shape[0])
+    corrupted = decoder.embed(tokens[None])[:, 2:].repeat(3, 1, 1)
     corrupted[:, :3] += noise
-    runs = fact_runs(wiring, tokens, 2, corrupted, fact.answer)
+    runs = fact_runs(decoder, tokens, 2, corrupted, fact.answer)
     sets = [(0, 2), (1, 2, 5), (2,), (3, 4)]
     restored = torch.tensor([[p in chosen for p in range(6)] for chosen in sets])
     for mediator in MEDIATORS:
-        found = restored_probabilities(wiring, runs, Cells(mediator, torch.tensor([0, 1, 2, 0]), restored, 2))
+        found = restored_probabilities(decoder, runs, Cells(mediator, torch.tensor([0, 1, 2, 0]), restored, 2))
         for p, layer, chosen in zip(found, (0, 1, 2, 0), sets, strict=True):
             positions = [2 + i for i in chosen]
             expected = oracle_restored(
@@ -123,19 +122,19 @@ def test_several_positions_at_once(small_model: SmallModel, small_folder: SmallF
 def test_trace_gives_the_oracles_means(small_model: SmallModel, small_folder: SmallFolder, kind: str) -> None:
     """From facts to frame: every row is the mean over one and the same noise, for all mediators."""
     model, reference = small_model(kind), hf_model(small_folder(kind))
-    wiring, facts = wiring_of(model), random_facts(model)
+    decoder, facts = model.residual, random_facts(model)
     result = trace(model, facts, mediators=MEDIATORS, window=2, n_samples=2, seed=3, batch_size=4)
     assert len(result.facts) == len(facts)
-    scale = noise_scale(wiring, facts, "gaussian")
+    scale = noise_scale(decoder, facts, "gaussian")
     for number in (1, 2):
         fact = facts[number]
-        noise = drawn_noise(model, fact, noised(wiring, fact, "gaussian", scale, 2, 3))
+        noise = drawn_noise(model, fact, noised(decoder, fact, "gaussian", scale, 2, 3))
         given = (torch.tensor([fact.tokens]), fact.subject, noise, fact.answer)
         with torch.no_grad():
             clean, p_clean = kept_run(reference, *given[:2], torch.zeros_like(noise), fact.answer)
             kept, p_corrupted = kept_run(reference, *given)
         rows = result.frame[result.frame["fact"] == number]
-        assert len(rows) == len(MEDIATORS) * wiring.n_layers * (len(fact.tokens) - fact.subject[0])
+        assert len(rows) == len(MEDIATORS) * decoder.n_layers * (len(fact.tokens) - fact.subject[0])
         assert rows["p_clean"].to_numpy() == pytest.approx(float(p_clean[0]), abs=CLOSE)
         assert rows["p_corrupted"].to_numpy() == pytest.approx(float(p_corrupted.mean()), abs=CLOSE)
         for row in rows.to_dict("records"):
@@ -175,28 +174,28 @@ def test_the_noise_is_measured_on_the_tokens_own_part_of_the_stream(
     """Three standard deviations of scaled token embeddings, without learned positions; and of the whole vocabulary."""
     model, embedding = small_model(kind), hf_model(small_folder(kind)).get_input_embeddings().weight.detach()
     scaled = embedding * 32**0.5 if kind.startswith("gemma") else embedding
-    wiring, facts = wiring_of(model), random_facts(model)
+    decoder, facts = model.residual, random_facts(model)
     tokens = [fact.tokens[i] for fact in facts for i in fact.subject]
-    assert float(noise_scale(wiring, facts, "gaussian")) == pytest.approx(3 * float(scaled[tokens].std()), rel=1e-5)
-    assert float(noise_scale(wiring, facts, "uniform", 2.0)) == pytest.approx(2 * float(scaled[tokens].std()), rel=1e-5)
-    assert float(noise_scale(wiring, facts, "gaussian", sigma=0.25)) == 0.25
-    root = noise_scale(wiring, facts, "covariance", 2.0)
+    assert float(noise_scale(decoder, facts, "gaussian")) == pytest.approx(3 * float(scaled[tokens].std()), rel=1e-5)
+    assert float(noise_scale(decoder, facts, "uniform", 2.0)) == pytest.approx(2 * float(scaled[tokens].std()), rel=1e-5)
+    assert float(noise_scale(decoder, facts, "gaussian", sigma=0.25)) == 0.25
+    root = noise_scale(decoder, facts, "covariance", 2.0)
     assert (root @ root - 4 * scaled.T.cov()).abs().max() <= 1e-4 * scaled.var()
 
 
 def test_draws_have_the_distribution_they_are_named_for(small_model: SmallModel) -> None:
     model = small_model("gpt2")
-    wiring, fact = wiring_of(model), random_facts(model)[0]
+    decoder, fact = model.residual, random_facts(model)[0]
 
     def drawn(noise: str, scale: Tensor) -> Tensor:
-        return drawn_noise(model, fact, noised(wiring, fact, noise, scale, 4000, 0)).flatten(0, 1).double()
+        return drawn_noise(model, fact, noised(decoder, fact, noise, scale, 4000, 0)).flatten(0, 1).double()
 
     gaussian, uniform = drawn("gaussian", torch.tensor(0.5)), drawn("uniform", torch.tensor(0.5))
     assert float(gaussian.std()) == pytest.approx(0.5, rel=0.01)
     assert float(gaussian.abs().max()) > 1.5
     assert float(uniform.abs().max()) == pytest.approx(0.5, rel=0.01)
     assert float(uniform.std()) == pytest.approx(0.5 / 3**0.5, rel=0.01)
-    root = noise_scale(wiring, [fact], "covariance", 1.0)
+    root = noise_scale(decoder, [fact], "covariance", 1.0)
     expected = (root @ root).double()
     assert (drawn("covariance", root).T.cov() - expected).norm() / expected.norm() < 0.06
 
@@ -372,16 +371,16 @@ def test_masked_models_are_refused(small_model: SmallModel) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_is_exact_too(smollm2: TransformerBridge) -> None:
+def test_smollm2_is_exact_too(smollm2: Model) -> None:
     reference = hf_model(cached_smollm2())
     facts = load_facts("landmark_country", smollm2, template=1).facts
     fact = next(fact for fact in facts if len(fact.subject) == 3)
-    wiring = wiring_of(smollm2)
+    decoder = smollm2.residual
     tokens, start = torch.tensor(fact.tokens), fact.subject[0]
-    scale = noise_scale(wiring, facts, "gaussian")
-    corrupted = noised(wiring, fact, "gaussian", scale, 2, 0)
+    scale = noise_scale(decoder, facts, "gaussian")
+    corrupted = noised(decoder, fact, "gaussian", scale, 2, 0)
     noise = drawn_noise(smollm2, fact, corrupted)
-    runs = fact_runs(wiring, tokens, start, corrupted, fact.answer)
+    runs = fact_runs(decoder, tokens, start, corrupted, fact.answer)
     given = (tokens[None], fact.subject, noise, fact.answer)
     with torch.no_grad():
         kept = (kept_run(reference, *given[:2], torch.zeros_like(noise), fact.answer)[0], kept_run(reference, *given)[0])
@@ -389,7 +388,7 @@ def test_smollm2_is_exact_too(smollm2: TransformerBridge) -> None:
     for mediator, cells in itertools.product(MEDIATORS, ([(0, start), (7, start + 2)], [(3, start + 1), (20, last)])):
         layers, positions = (torch.tensor(part) for part in zip(*cells, strict=True))
         restored = torch.eye(last + 1, dtype=torch.bool)[positions][:, start:]
-        found = restored_probabilities(wiring, runs, Cells(mediator, layers, restored))
+        found = restored_probabilities(decoder, runs, Cells(mediator, layers, restored))
         expected = torch.stack([oracle_restored(reference, *given, mediator, layer, [p], 10, kept) for layer, p in cells])
         assert (found - expected).abs().max() <= CLOSE
 

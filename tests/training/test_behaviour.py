@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers as tf
 from oracles import eap
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.attribution import attribute_edges
 from kc_lib.circuits.evaluate import evaluate_circuits
 from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, is_right, right_rank
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.stats import RESAMPLES
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.training.behaviour import BEHAVIOURS, Behaviour, behaviour
@@ -58,9 +58,7 @@ def by_hand(logits: np.ndarray, pair: TokenPair) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", ["neox", "llama"])
-def test_every_measure_by_hand(
-    kind: str, small_folder: Callable[[str], Path], small_model: Callable[[str], TransformerBridge]
-) -> None:
+def test_every_measure_by_hand(kind: str, small_folder: Callable[[str], Path], small_model: Callable[[str], Model]) -> None:
     reference = tf.AutoModelForCausalLM.from_pretrained(small_folder(kind), dtype=torch.float32).eval()
     pairs = drawn_pairs(30)
     # some are got right: a set holds the model's own first token
@@ -83,7 +81,7 @@ def test_every_measure_by_hand(
     assert alone.prompts[name].to_numpy() == pytest.approx(found.prompts[name].to_numpy(), abs=1e-5)
 
 
-def test_means_and_their_intervals(small_model: Callable[[str], TransformerBridge], tmp_path: Path) -> None:
+def test_means_and_their_intervals(small_model: Callable[[str], Model], tmp_path: Path) -> None:
     found = behaviour(small_model("neox"), drawn_pairs(12))
     frame = found.to_frame(seed=5)
     assert frame["measure"].tolist() == list(BEHAVIOURS)
@@ -105,7 +103,7 @@ def test_logits_that_are_no_numbers_have_no_ranks(small_folder: Callable[[str], 
     model = load_model(str(small_folder("neox")), device="cpu")
     pair = drawn_pairs(1)[0]
     with torch.no_grad():
-        model.embed.W_E[pair.clean[1]] = torch.nan
+        model.bridge.embed.W_E[pair.clean[1]] = torch.nan
     with pytest.raises(MethodError, match="no finite numbers"):
         behaviour(model, [pair])
 
@@ -152,7 +150,7 @@ def test_probability_difference_of_sets_of_several_sizes() -> None:
         assert logits.grad[row, 0].numpy() == pytest.approx(-p[row] * (signs - expected[row]), abs=1e-6)
 
 
-def test_circuits_are_judged_by_the_same_measure(small_model: Callable[[str], TransformerBridge]) -> None:
+def test_circuits_are_judged_by_the_same_measure(small_model: Callable[[str], Model]) -> None:
     model, pairs = small_model("neox"), drawn_pairs(6)
     judged = evaluate_circuits(model, {}, {"test": pairs}, metric="probability_difference")
     values = judged.values("test")["full"].to_numpy()
@@ -161,7 +159,7 @@ def test_circuits_are_judged_by_the_same_measure(small_model: Callable[[str], Tr
 
 @pytest.mark.parametrize("kind", ["neox", "llama"])
 def test_edges_are_scored_by_sets_of_answers(
-    kind: str, small_folder: Callable[[str], Path], small_model: Callable[[str], TransformerBridge]
+    kind: str, small_folder: Callable[[str], Path], small_model: Callable[[str], Model]
 ) -> None:
     """EAP-IG of the difference of probabilities, against the slow oracle that runs on the Hugging Face model's weights."""
     pairs = []

@@ -17,10 +17,9 @@ from scipy import stats
 
 from kc_lib.errors import MethodError
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
-from kc_lib.models.load import load_model, parameter_count
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.load import load_model
 from kc_lib.training.drawn import draw_tasks
-from kc_lib.training.figures_sizes import model_size_figure
+from kc_lib.training.figures import model_size_figure
 from kc_lib.training.measures import training_measures
 from kc_lib.training.over_training import TrainingResult, over_training
 from kc_lib.training.sizes import model_sizes, size_correlations, size_over_time
@@ -147,7 +146,7 @@ def test_the_figure_says_r_and_n() -> None:
 def test_parameters_are_those_of_the_file() -> None:
     (last,) = checkpoints_of("nano", [4000])
     plain = tf.AutoModelForCausalLM.from_pretrained(last.source)
-    assert parameter_count(load_model("nano", device="cpu")) == sum(p.numel() for p in plain.parameters())
+    assert load_model("nano", device="cpu").n_parameters == sum(p.numel() for p in plain.parameters())
 
 
 SHAPES = ((1, 2, 16), (2, 2, 32), (3, 4, 48))  # layers, heads, width
@@ -186,7 +185,7 @@ def test_three_models_of_their_own_folders(tmp_path: Path) -> None:
         measures = training_measures(["circuit"], steps=2, n_random=1, n_resamples=2)
         result = over_training(checkpoints, drawn, measures, device="cpu")
         files.append(result.save(root / "training.parquet"))
-        graph = wiring_of(bridge).graph()
+        graph = bridge.residual.graph()
         expected.append((sum(p.numel() for p in model.parameters()), graph.n_edges))
     found = model_sizes([TrainingResult.load(file) for file in files])
     assert [tuple(row) for row in found[["model_parameters", "model_edges"]].to_numpy().tolist()] == expected

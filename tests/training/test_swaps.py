@@ -14,17 +14,16 @@ import torch
 import transformers as tf
 from helpers import frame_of, refused, values_of
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
-from kc_lib.models.load import load_model, model_hash
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.training.drawn import DrawnTasks, draw_tasks
-from kc_lib.training.figures_swaps import swap_grid
+from kc_lib.training.figures import swap_grid
 from kc_lib.training.measures import direct_rows
 from kc_lib.training.over_training import TrainingResult, over_training
 from kc_lib.training.swapped import check_exchangeable, component_place, swapped
@@ -66,7 +65,7 @@ def folders(small_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return folders_of
 
 
-def loaded(folders: list[Path]) -> list[TransformerBridge]:
+def loaded(folders: list[Path]) -> list[Model]:
     return [load_model(str(folder), device="cpu") for folder in folders]
 
 
@@ -130,8 +129,8 @@ def transplant_mlp(host: Plain, donor: Plain, layer: int, from_layer: int | None
 
 
 @torch.no_grad()
-def logits_of(wiring: Wiring) -> Tensor:
-    return wiring.unembed(wiring.run(wiring.embed(TOKENS)))
+def logits_of(decoder: Decoder) -> Tensor:
+    return decoder.unembed(decoder.run(decoder.embed(TOKENS)))
 
 
 @torch.no_grad()
@@ -139,14 +138,14 @@ def plain_logits(model: Plain) -> Tensor:
     return model(TOKENS).logits
 
 
-# ---------------------------------------------------------------------------------------------------- the wiring
+# ---------------------------------------------------------------------------------------------------- the decoder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_swap_is_the_model_with_these_slices_copied(kind: str, folders: Callable[[str], list[Path]]) -> None:
     models, plain = loaded(folders(kind)), plain_models(folders(kind))
-    before = [model_hash(model) for model in models]
-    host, donor = (wiring_of(model) for model in models)
+    before = [model.hash for model in models]
+    host, donor = (model.residual for model in models)
     check_exchangeable(host, donor)
     for component in ("a0.h0", "a1.h3", "a2.h1", "a2.h2", "m0", "m2"):
         expected = copy.deepcopy(plain[0])
@@ -159,7 +158,7 @@ def test_a_swap_is_the_model_with_these_slices_copied(kind: str, folders: Callab
         torch.testing.assert_close(found, plain_logits(expected), rtol=1e-4, atol=1e-4)
         assert (found - plain_logits(plain[0])).abs().max() > 1e-2  # it does something
         torch.testing.assert_close(logits_of(swapped(host, host, component)), logits_of(host), rtol=1e-5, atol=1e-5)
-    assert [model_hash(model) for model in models] == before
+    assert [model.hash for model in models] == before
     torch.testing.assert_close(logits_of(host), plain_logits(plain[0]), rtol=1e-4, atol=1e-4)
 
 
@@ -167,24 +166,24 @@ def test_a_swap_is_the_model_with_these_slices_copied(kind: str, folders: Callab
 def test_all_components_one_after_the_other(kind: str, folders: Callable[[str], list[Path]]) -> None:
     """Every head and MLP is the donor's; embeddings, norms and the bias of attention's output are the host's."""
     models, plain = loaded(folders(kind)), plain_models(folders(kind))
-    wiring, donor = (wiring_of(model) for model in models)
+    decoder, donor = (model.residual for model in models)
     expected = copy.deepcopy(plain[0])
     for layer in range(N_LAYERS):
         for head in range(N_HEADS):
-            wiring = swapped(wiring, donor, f"a{layer}.h{head}")
-        wiring = swapped(wiring, donor, f"m{layer}")
+            decoder = swapped(decoder, donor, f"a{layer}.h{head}")
+        decoder = swapped(decoder, donor, f"m{layer}")
     state, theirs = expected.state_dict(), plain[1].state_dict()
     kept = ("emb", "wte", "wpe", "norm", "ln_", "lm_head", "dense.bias", "attn.c_proj.bias")
     moved = {name: theirs[name] for name in state if not any(part in name for part in kept)}
     expected.load_state_dict(state | moved)
     assert len(moved) >= 4 * N_LAYERS
-    torch.testing.assert_close(logits_of(wiring), plain_logits(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(decoder), plain_logits(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["neox", "gpt2", "llama"])
 def test_another_component_in_a_place(kind: str, folders: Callable[[str], list[Path]]) -> None:
     models, plain = loaded(folders(kind)), plain_models(folders(kind))
-    host, donor = (wiring_of(model) for model in models)
+    host, donor = (model.residual for model in models)
     expected = copy.deepcopy(plain[0])
     transplant_head(expected, plain[1], 1, 0, from_head=3)  # of another group of keys and values
     torch.testing.assert_close(
@@ -197,25 +196,25 @@ def test_another_component_in_a_place(kind: str, folders: Callable[[str], list[P
 
 @pytest.mark.parametrize("kind", ["neox", "llama"])
 def test_runs_that_start_at_the_components_layer(kind: str, folders: Callable[[str], list[Path]]) -> None:
-    host, donor = (wiring_of(model) for model in loaded(folders(kind)))
+    host, donor = (model.residual for model in loaded(folders(kind)))
     pairs = [TokenPair(tuple(row), tuple(row), (5,), 6, {}, {}) for row in (TOKENS[0].tolist(), TOKENS[1, :4].tolist())]
     swaps = [("a2.h1", "a2.h1"), ("m0", "m0"), ("a1.h0", "a1.h2")]
     found = list(swapped_logits(host, donor, swaps, make_batch(pairs)))
     expected = [host, *(swapped(host, donor, *swap) for swap in swaps)]
-    for logits, wiring in zip(found, expected, strict=True):
+    for logits, decoder in zip(found, expected, strict=True):
         for row, pair in zip(logits, pairs, strict=True):
-            alone = wiring.unembed(wiring.run(wiring.embed(torch.tensor([pair.clean]))))[0, -1]
+            alone = decoder.unembed(decoder.run(decoder.embed(torch.tensor([pair.clean]))))[0, -1]
             torch.testing.assert_close(row[0], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_exchanged(folders: Callable[[str], list[Path]]) -> None:
-    host, donor = (wiring_of(model) for model in loaded(folders("llama")))
+    host, donor = (model.residual for model in loaded(folders("llama")))
     for name in ("a3.h0", "a0.h4", "m3", "input", "logits", "a0.h0<q>", "", "a-1.h0"):
         message = refused(MethodError, swapped, host, donor, name)
         assert repr(name) in message
         assert "a2.h3" in message
     assert "MLP for an MLP" in refused(MethodError, swapped, host, donor, "m0", "a0.h1")
-    other = wiring_of(loaded(folders("neox"))[0])
+    other = loaded(folders("neox"))[0].residual
     assert "one training" in refused(ModelError, check_exchangeable, host, other)
     wide = wiring_of(load_model(str(folders("llama")[1]), device="cpu", dtype="float64"))
     message = refused(ModelError, check_exchangeable, host, wide)
@@ -231,12 +230,12 @@ def test_what_cannot_be_exchanged(folders: Callable[[str], list[Path]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def nano() -> TransformerBridge:
+def nano() -> Model:
     return load_model("nano", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def drawn(nano: TransformerBridge) -> DrawnTasks:
+def drawn(nano: Model) -> DrawnTasks:
     return draw_tasks(["ioi", "agreement"], nano, seeds=2, n_prompts=8)
 
 
@@ -245,13 +244,13 @@ def right_of(logits: Tensor, pair: TokenPair) -> float:
     return float(logits[list(right)].max() > logits[list(wrong)].max())
 
 
-def test_swaps_into_a_checkpoint_of_nano(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_swaps_into_a_checkpoint_of_nano(nano: Model, drawn: DrawnTasks) -> None:
     checkpoints = checkpoints_of("nano")
     host_at = checkpoints[-4]
     host = load_checkpoint(host_at, device="cpu")
-    before = model_hash(host), model_hash(nano)
+    before = host.hash, nano.hash
     found = swap_rows(host, drawn, donor=nano, components=("a3.h2", "m1"), n_null=2, batch_size=3)
-    assert (model_hash(host), model_hash(nano)) == before
+    assert (host.hash, nano.hash) == before
     early, late = (
         tf.AutoModelForCausalLM.from_pretrained(c.source, dtype=torch.float32).eval() for c in (host_at, checkpoints[-1])
     )
@@ -273,7 +272,7 @@ def test_swaps_into_a_checkpoint_of_nano(nano: TransformerBridge, drawn: DrawnTa
         model.gpt_neox.layers[1].mlp.load_state_dict(late.gpt_neox.layers[source].mlp.state_dict())
         return model
 
-    graph = wiring_of(nano).graph()
+    graph = nano.residual.graph()
     for draw in drawn.draws:
         pairs = (*draw.task.discovery, *draw.task.test)
 
@@ -307,7 +306,7 @@ def test_swaps_into_a_checkpoint_of_nano(nano: TransformerBridge, drawn: DrawnTa
     assert len(found) == len(drawn.draws) * 2 * (2 + 2 * 2)
 
 
-def test_the_donor_into_itself_changes_nothing(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_the_donor_into_itself_changes_nothing(nano: Model, drawn: DrawnTasks) -> None:
     every = [f"a{layer}.h{head}" for layer in range(4) for head in range(4)] + [f"m{layer}" for layer in range(4)]
     found = swap_rows(nano, drawn, donor=nano, components=every, n_null=1)
     changes = found[found["quantity"].str.fullmatch(r"(logit|probability)_difference_change|accuracy_change")]
@@ -319,9 +318,9 @@ def test_the_donor_into_itself_changes_nothing(nano: TransformerBridge, drawn: D
     assert nulls["value"].abs().max() > 0.1
 
 
-def test_weights_stay_when_a_swap_fails(nano: TransformerBridge, drawn: DrawnTasks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_stay_when_a_swap_fails(nano: Model, drawn: DrawnTasks, monkeypatch: pytest.MonkeyPatch) -> None:
     host = load_checkpoint(checkpoints_of("nano")[-4], device="cpu")
-    before = [{name: p.clone() for name, p in model.named_parameters()} for model in (host, nano)]
+    before = [{name: p.clone() for name, p in model.bridge.named_parameters()} for model in (host, nano)]
     calls = []
 
     def fails(*args: object) -> Tensor:
@@ -333,12 +332,12 @@ def test_weights_stay_when_a_swap_fails(nano: TransformerBridge, drawn: DrawnTas
     monkeypatch.setattr("kc_lib.training.swaps.is_right", fails)
     assert "fails here" in refused(MethodError, swap_rows, host, drawn, donor=nano, components=("a3.h2", "m0"))
     for model, kept in zip((host, nano), before, strict=True):
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.bridge.named_parameters():
             assert torch.equal(parameter, kept[name])
 
 
-def test_nulls_are_others_of_the_kind(nano: TransformerBridge) -> None:
-    graph = wiring_of(nano).graph()
+def test_nulls_are_others_of_the_kind(nano: Model) -> None:
+    graph = nano.residual.graph()
     assert sorted(null_components(graph, "a2.h1", 9)) == ["a2.h0", "a2.h2", "a2.h3"]
     assert sorted(null_components(graph, "m1", 9)) == ["m0", "m2", "m3"]
     drawn = {tuple(null_components(graph, "a2.h1", 2, seed)) for seed in range(20)}
@@ -347,7 +346,7 @@ def test_nulls_are_others_of_the_kind(nano: TransformerBridge) -> None:
     assert null_components(graph, "a2.h1", 2, 5) == null_components(graph, "a2.h1", 2, 5)
 
 
-def test_the_strongest_heads_are_those_of_every_task_in_turn(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_the_strongest_heads_are_those_of_every_task_in_turn(nano: Model, drawn: DrawnTasks) -> None:
     effects = direct_rows(nano, drawn)
     ranked = {}
     for task in ("ioi", "agreement"):
@@ -383,14 +382,12 @@ def test_the_strongest_heads_are_those_of_every_task_in_turn(nano: TransformerBr
     ],
 )
 def test_swaps_that_cannot_be(
-    components: object, options: Mapping[str, object], said: str, nano: TransformerBridge, drawn: DrawnTasks
+    components: object, options: Mapping[str, object], said: str, nano: Model, drawn: DrawnTasks
 ) -> None:
     assert said in refused(MethodError, swap_measure, nano, drawn, components, **options)
 
 
-def test_checkpoints_of_another_shape(
-    nano: TransformerBridge, drawn: DrawnTasks, small_model: Callable[[str], TransformerBridge]
-) -> None:
+def test_checkpoints_of_another_shape(nano: Model, drawn: DrawnTasks, small_model: Callable[[str], Model]) -> None:
     message = refused(ModelError, swap_rows, small_model("neox"), drawn, donor=nano, components=("a0.h0",))
     assert "nano" in message
     assert "one training" in message
@@ -399,7 +396,7 @@ def test_checkpoints_of_another_shape(
 # ---------------------------------------------------------------------------------------------------- over training
 
 
-def test_swaps_over_a_training_are_kept_by_donor(nano: TransformerBridge, drawn: DrawnTasks, tmp_path: Path) -> None:
+def test_swaps_over_a_training_are_kept_by_donor(nano: Model, drawn: DrawnTasks, tmp_path: Path) -> None:
     checkpoints, file = checkpoints_of("nano"), tmp_path / "partial.parquet"
     hosts = [checkpoints[-4], checkpoints[-1]]
     measure = swap_measure(nano, drawn, ("a3.h2",), n_null=1)
@@ -414,7 +411,7 @@ def test_swaps_over_a_training_are_kept_by_donor(nano: TransformerBridge, drawn:
         check_dtype=False,
     )
     told = result.provenance["measures"]["swap"]
-    assert told["donor"] == ["nano", model_hash(nano)]
+    assert told["donor"] == ["nano", nano.hash]
     loaded_again = TrainingResult.load(result.save(tmp_path / "result.parquet"))
     assert loaded_again.provenance["measures"]["swap"]["components"] == ["a3.h2"]
 

@@ -15,7 +15,6 @@ import torch
 import transformers as tf
 from helpers import CONFIGS, frame_of, refused, values_of
 from oracles.patching import oracle_circuit_logits, oracle_patch_edge
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.attribution import attribute_facts
 from kc_lib.circuits.selection import random_circuit
@@ -27,8 +26,8 @@ from kc_lib.heads.general import GeneralHeadScores, general_head_scores
 from kc_lib.heads.head_scores import HeadScores
 from kc_lib.models.checkpoints import Checkpoint, checkpoints_of, load_checkpoint
 from kc_lib.models.load import load_model
+from kc_lib.models.model import Model
 from kc_lib.models.shipped import nano_steps
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import load_task
 from kc_lib.training.drawn import DrawnTask, DrawnTasks, draw_tasks
@@ -79,19 +78,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nano() -> TransformerBridge:
+def nano() -> Model:
     return load_model("nano", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def drawn(nano: TransformerBridge) -> DrawnTasks:
+def drawn(nano: Model) -> DrawnTasks:
     return draw_tasks(["ioi", "agreement"], nano, seeds=2, n_prompts=12)
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def test_draws_are_of_every_task_and_seed_and_half_held_out(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_draws_are_of_every_task_and_seed_and_half_held_out(nano: Model, drawn: DrawnTasks) -> None:
     assert [(draw.name, draw.seed) for draw in drawn.draws] == [("ioi", 0), ("ioi", 1), ("agreement", 0), ("agreement", 1)]
     assert (drawn.names, drawn.seeds, drawn.name) == (["ioi", "agreement"], [0, 1], "ioi+agreement")
     for draw in drawn.draws:
@@ -114,11 +113,11 @@ def test_draws_are_of_every_task_and_seed_and_half_held_out(nano: TransformerBri
         (["absent"], {}, "'absent'"),
     ],
 )
-def test_draws_that_cannot_be(nano: TransformerBridge, names: list[str], options: dict[str, int], said: str) -> None:
+def test_draws_that_cannot_be(nano: Model, names: list[str], options: dict[str, int], said: str) -> None:
     assert said in refused(TaskError, draw_tasks, names, nano, **options)
 
 
-def test_years_need_a_tokenizer_that_splits_them(small_model: Callable[[str], TransformerBridge]) -> None:
+def test_years_need_a_tokenizer_that_splits_them(small_model: Callable[[str], Model]) -> None:
     assert "two tokens of two digits" in refused(TaskError, draw_tasks, ["greater_than"], small_model("neox"))
 
 
@@ -130,9 +129,9 @@ class Counting:
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.calls, self.fails_at = 0, fails_at
-        self.models: list[TransformerBridge] = []
+        self.models: list[Model] = []
 
-    def __call__(self, model: TransformerBridge, tasks: DrawnTasks) -> pd.DataFrame:
+    def __call__(self, model: Model, tasks: DrawnTasks) -> pd.DataFrame:
         self.calls += 1
         self.models.append(model)
         if self.calls == self.fails_at:
@@ -141,8 +140,8 @@ class Counting:
         return pd.DataFrame([row]).reindex(columns=list(MEASURED)).fillna({"note": ""})
 
 
-def weight_of(model: TransformerBridge) -> float:
-    return float(wiring_of(model).W_U.sum())
+def weight_of(model: Model) -> float:
+    return float(model.residual.W_U.sum())
 
 
 def test_every_measure_at_every_checkpoint(trained: Path, drawn: DrawnTasks, tmp_path: Path) -> None:
@@ -209,7 +208,7 @@ def test_a_checkpoint_that_was_overwritten_is_measured_again(trained: Path, draw
 
 
 def test_files_of_other_runs_and_other_vocabularies_are_refused(
-    trained: Path, drawn: DrawnTasks, nano: TransformerBridge, small_folder: Callable[[str], Path], tmp_path: Path
+    trained: Path, drawn: DrawnTasks, nano: Model, small_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     checkpoints, file = checkpoints_of(trained), tmp_path / "partial.parquet"
     run = partial(over_training, device="cpu", partial_file=file)
@@ -244,7 +243,7 @@ def only(frame: pd.DataFrame, task: str, seed: int, quantity: str) -> pd.DataFra
     return frame[(frame["task"] == task) & (frame["seed"] == seed) & (frame["quantity"] == quantity)]
 
 
-def test_behaviour_is_that_of_all_prompts(nano: TransformerBridge, drawn: DrawnTasks, plain: tf.PreTrainedModel) -> None:
+def test_behaviour_is_that_of_all_prompts(nano: Model, drawn: DrawnTasks, plain: tf.PreTrainedModel) -> None:
     found = behaviour_rows(nano, drawn)
     for draw in drawn.draws:
         pairs = [*draw.task.discovery, *draw.task.test]
@@ -256,9 +255,9 @@ def test_behaviour_is_that_of_all_prompts(nano: TransformerBridge, drawn: DrawnT
 
 
 @pytest.mark.slow
-def test_circuits_run_as_said(nano: TransformerBridge, drawn: DrawnTasks, plain: tf.PreTrainedModel) -> None:
+def test_circuits_run_as_said(nano: Model, drawn: DrawnTasks, plain: tf.PreTrainedModel) -> None:
     found = circuit_rows(nano, drawn, steps=2, n_random=2, n_resamples=2)
-    graph = wiring_of(nano).graph()
+    graph = nano.residual.graph()
     for draw in (drawn.draws[0], drawn.draws[-1]):
         of = {q: only(found, draw.name, draw.seed, q) for q in found["quantity"].unique()}
         mask = torch.zeros_like(graph.edges)
@@ -321,9 +320,7 @@ def circuit_logits(plain: tf.PreTrainedModel, graph: object, mask: torch.Tensor,
     return oracle_circuit_logits(plain, clean, corrupted, torch.tensor([len(pair.clean) - 1]), mask)[0]
 
 
-def test_direct_effects_are_those_of_single_heads(
-    nano: TransformerBridge, drawn: DrawnTasks, plain: tf.PreTrainedModel
-) -> None:
+def test_direct_effects_are_those_of_single_heads(nano: Model, drawn: DrawnTasks, plain: tf.PreTrainedModel) -> None:
     found = direct_rows(nano, drawn)
     assert len(found) == len(drawn.draws) * 16
     for draw, head in ((drawn.draws[0], "a3.h1"), (drawn.draws[3], "a2.h0")):
@@ -337,7 +334,7 @@ def test_direct_effects_are_those_of_single_heads(
         assert row["value"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
-def test_head_scores_by_seed_and_why_one_is_undefined(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_head_scores_by_seed_and_why_one_is_undefined(nano: Model, drawn: DrawnTasks) -> None:
     every = head_rows(nano, drawn, scores=("previous_token", "s_inhibition"))
     found = every[every["quantity"] == "previous_token"]
     assert len(found) == 2 * 16
@@ -370,7 +367,7 @@ def turned(pair: TokenPair) -> TokenPair:
     return replace(pair, clean=pair.corrupted, corrupted=pair.clean)
 
 
-def test_an_effect_must_be_sure_and_positive_on_both_halves(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_an_effect_must_be_sure_and_positive_on_both_halves(nano: Model, drawn: DrawnTasks) -> None:
     draw = drawn.draws[0]
     found, held = draw.task.discovery, draw.task.test
     same = tuple(replace(pair, corrupted=pair.clean) for pair in found)
@@ -428,10 +425,10 @@ def test_measures_that_cannot_be(options: Mapping[str, object], said: str) -> No
     assert said in refused(MethodError, training_measures, **options)
 
 
-def values_of_both(model: TransformerBridge, pair: TokenPair) -> float:
+def values_of_both(model: Model, pair: TokenPair) -> float:
     """What the clean prompt has over the corrupted one."""
     with torch.no_grad():
-        clean, corrupted = (model(torch.tensor([tokens]))[0, -1] for tokens in (pair.clean, pair.corrupted))
+        clean, corrupted = (model.bridge(torch.tensor([tokens]))[0, -1] for tokens in (pair.clean, pair.corrupted))
     return values_of(clean, pair) - values_of(corrupted, pair)
 
 
@@ -446,7 +443,7 @@ def scores_with(name: str, heads: list[tuple[int, int]]) -> HeadScores:
     return HeadScores(name, passes.float(), passes, 0.5)
 
 
-def test_shares_of_the_algorithm_are_those_of_single_edges(nano: TransformerBridge, plain: tf.PreTrainedModel) -> None:
+def test_shares_of_the_algorithm_are_those_of_single_edges(nano: Model, plain: tf.PreTrainedModel) -> None:
     pairs = draw_tasks(["ioi_abc"], nano, seeds=1, n_prompts=4).draws[0].task.test
     candidates = [(0, 3), (1, 1), (1, 2), (2, 0), (3, 1), (3, 2)]
     scores = {
@@ -490,7 +487,7 @@ def test_shares_of_the_algorithm_are_those_of_single_edges(nano: TransformerBrid
     assert "no heads to share" in refused(MethodError, algorithm_shares, nano, pairs, [], {})
 
 
-def test_effects_are_summed_over_receivers(nano: TransformerBridge) -> None:
+def test_effects_are_summed_over_receivers(nano: Model) -> None:
     pairs = draw_tasks(["ioi_abc"], nano, seeds=1, n_prompts=4).draws[0].task.test
     senders, readers = [(0, 3), (2, 0), (3, 1)], ["a2.h0<q>", "a3.h2<q>", "a3.h1<q>"]
     both = edge_effects(nano, pairs, senders, readers)
@@ -508,7 +505,7 @@ def test_receivers_that_share_keys_and_values_have_one_reader() -> None:
 
 
 def test_consistency_is_of_the_circuits_heads_on_held_out_prompts(
-    nano: TransformerBridge, drawn: DrawnTasks, monkeypatch: pytest.MonkeyPatch
+    nano: Model, drawn: DrawnTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With kinds given by hand, because no head of nano passes for any."""
     draw = drawn.draws[1]
@@ -521,7 +518,7 @@ def test_consistency_is_of_the_circuits_heads_on_held_out_prompts(
     scores = {"name_mover": scores_with("name_mover", [last]), "s_inhibition": scores_with("s_inhibition", candidates[:2])}
     seeds = []
 
-    def by_hand(model: TransformerBridge, seed: int) -> GeneralHeadScores:
+    def by_hand(model: Model, seed: int) -> GeneralHeadScores:
         seeds.append(seed)
         return GeneralHeadScores(scores, {})
 
@@ -536,7 +533,7 @@ def test_consistency_is_of_the_circuits_heads_on_held_out_prompts(
     assert 0 < found["logits", "share_absolute"] < 1
 
 
-def test_consistency_is_of_ioi_alone_and_undefined_without_an_effect(nano: TransformerBridge, drawn: DrawnTasks) -> None:
+def test_consistency_is_of_ioi_alone_and_undefined_without_an_effect(nano: Model, drawn: DrawnTasks) -> None:
     found = consistency_rows(nano, drawn, steps=2)
     assert set(found["task"]) == {"ioi"}
     first = found[found["part"] == "logits"]

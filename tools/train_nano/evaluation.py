@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kc_lib.tasks.agreement import PLURAL, SINGULAR
-from kc_lib.tasks.ioi import ioi_pairs
+from kc_lib.tasks.generated import PLURAL, SINGULAR, ioi_pairs
 from kc_lib.tasks.tokens import Tokenizer
 from tools.train_nano.corpus import NEW_COMBINATION, NEW_FACT, NEW_TEMPLATE, TRAINED, Sentence, fact_sentences
 from tools.train_nano.examples import encoded, padded

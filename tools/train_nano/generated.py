@@ -10,10 +10,25 @@ from __future__ import annotations
 import random
 from itertools import product
 
-from kc_lib.tasks.agreement import AGREEMENT_TEMPLATES, PLURAL, SINGULAR, agreement_nouns
-from kc_lib.tasks.ioi import NAMES, PLACES, TEMPLATES, THINGS
-from kc_lib.tasks.pronouns import FEMALE, FEMALE_NAMES, MALE, PRONOUN_QUESTION
-from kc_lib.tasks.years import CENTURIES, EVENTS, FIRST_YEAR, LAST_YEAR, YEARS_TEMPLATE
+from kc_lib.tasks.generated import (
+    AGREEMENT_TEMPLATES,
+    CENTURIES,
+    EVENTS,
+    FEMALE,
+    FEMALE_NAMES,
+    FIRST_YEAR,
+    LAST_YEAR,
+    MALE,
+    NAMES,
+    PLACES,
+    PLURAL,
+    PRONOUN_QUESTION,
+    SINGULAR,
+    TEMPLATES,
+    THINGS,
+    YEARS_TEMPLATE,
+    agreement_nouns,
+)
 from tools.train_nano.corpus import Sentence
 
 SHARE_OF_STRANGERS = 0.1  # of indirect-object sentences in which a third person gives, and either of the two receives

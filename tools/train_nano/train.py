@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from kc_lib.tasks.ioi import NAMES
+from kc_lib.tasks.generated import NAMES
 from tools.train_nano.corpus import TRAINED, Sentence, fact_sentences
 from tools.train_nano.examples import Example, batches, drawn, encoded, padded
 from tools.train_nano.generated import (

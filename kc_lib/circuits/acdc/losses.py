@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kc_lib.circuits.acdc.packed import can_pack, packed_linear
 from kc_lib.metrics import Metric
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch
 
 StreamLosses = Callable[[Float[Tensor, "run batch answer d_model"]], Iterator[Float[Tensor, ""]]]
@@ -26,17 +26,17 @@ SMALLEST_SUM = 1e-30  # of exponentials, below which they lose digits
 
 
 def stream_losses(
-    wiring: Wiring, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
+    decoder: Decoder, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
 ) -> StreamLosses:
     """A function that gives the loss of one run after the other: the mean over examples of weight times the metric's loss.
 
     Args:
         reference: the full model's logits, ``[batch, answer, vocab]``.
     """
-    if metric.target is not None and wiring.logit_soft_cap is None and can_pack(wiring.W_U):
-        losses_of_some = _cross_entropies(wiring, metric, metric.target(batch, reference), batch, reference, weights)
+    if metric.target is not None and decoder.logit_soft_cap is None and can_pack(decoder.W_U):
+        losses_of_some = _cross_entropies(decoder, metric, metric.target(batch, reference), batch, reference, weights)
     else:
-        losses_of_some = _of_logits(wiring, metric, batch, reference, weights)
+        losses_of_some = _of_logits(decoder, metric, batch, reference, weights)
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
         for some in streams.split(max(1, ROWS_AT_ONCE // batch.answers.numel())):
@@ -46,38 +46,38 @@ def stream_losses(
 
 
 def _of_logits(
-    wiring: Wiring, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
+    decoder: Decoder, metric: Metric, batch: Batch, reference: Tensor, weights: Float[Tensor, " batch"]
 ) -> StreamLosses:
     judged, tokens = batch.among_answers() if metric.answers_only else (batch, None)
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
-        for logits in wiring.unembed(streams, tokens=tokens).float():
+        for logits in decoder.unembed(streams, tokens=tokens).float():
             yield (metric.loss(logits, judged, reference) * weights).mean()
 
     return losses
 
 
 def _cross_entropies(
-    wiring: Wiring,
+    decoder: Decoder,
     metric: Metric,
     target: Float[Tensor, "batch answer vocab"],
     batch: Batch,
     reference: Float[Tensor, "batch answer vocab"],
     weights: Float[Tensor, " batch"],
 ) -> StreamLosses:
-    direction = torch.einsum("dv,bav->bad", wiring.W_U, target)
-    offset = torch.einsum("v,bav->ba", wiring.b_U, target)
+    direction = torch.einsum("dv,bav->bad", decoder.W_U, target)
+    offset = torch.einsum("v,bav->ba", decoder.b_U, target)
     real = batch.answer_mask.to(weights)
     share = weights[:, None] * real / real.sum(-1, keepdim=True) / len(batch)
     of_full = (reference.logsumexp(-1) - torch.einsum("bav,bav->ba", reference, target)) * share
     constant = (metric.loss(reference, batch, reference) * weights).mean() - of_full.sum()
     parts = [
         packed_linear(weight, bias)
-        for weight, bias in zip(wiring.W_U.T.split(TOKENS_AT_ONCE), wiring.b_U.split(TOKENS_AT_ONCE), strict=True)
+        for weight, bias in zip(decoder.W_U.T.split(TOKENS_AT_ONCE), decoder.b_U.split(TOKENS_AT_ONCE), strict=True)
     ]
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
-        normed = wiring.final_norm(streams)
+        normed = decoder.final_norm(streams)
         # float32 holds the exponentials of the logits that models give; else the largest is taken out first
         total = torch.stack([part(normed).exp_().sum(-1) for part in parts]).sum(0)
         if bool(((total > SMALLEST_SUM) & total.isfinite()).all()):

@@ -26,7 +26,7 @@ from kc_lib.circuits.acdc.plans import Heads, Plan, Projection, Run, Sums, layer
 from kc_lib.circuits.acdc.rows import rows_of
 from kc_lib.graph import Graph
 from kc_lib.residual.activations import Ablation, ablated_inputs
-from kc_lib.residual.decoder import Wiring, frozen
+from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
@@ -41,7 +41,7 @@ class RunningCircuit:
 
     def __init__(
         self,
-        wiring: Wiring,
+        decoder: Decoder,
         graph: Graph,
         mask: Bool[Tensor, "writer reader"],
         batch: Batch,
@@ -49,15 +49,15 @@ class RunningCircuit:
         losses: StreamLosses,
         context: Context = EMPTY,
     ) -> None:
-        self.wiring, self.graph, self.context, self.losses = wiring, graph, context, losses
+        self.decoder, self.graph, self.context, self.losses = decoder, graph, context, losses
         self.mask = mask.clone()
         self.rows = rows_of(batch, ablation.kind, context)
         self.ablated = self.rows.take(ablation.outputs)
-        self.embedded = self.rows.take(wiring.embed(batch.clean)[None, :, context.start :])[0]
-        self.post_norm = wiring.blocks[0].attention.post_norm is not None
+        self.embedded = self.rows.take(decoder.embed(batch.clean)[None, :, context.start :])[0]
+        self.post_norm = decoder.blocks[0].attention.post_norm is not None
         self.last = len(graph.readers) - 1
         self.n_answer_rows = int(self.rows.answers.max()) + 1
-        self._base = ablated_inputs(wiring, graph, self.ablated)
+        self._base = ablated_inputs(decoder, graph, self.ablated)
         self._buffer = self.ablated.new_empty(0)
         self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}  # packed when a layer is first reached
         self._projections: dict[int, Projection] = {}
@@ -142,7 +142,7 @@ class RunningCircuit:
     def _loss_slope(self) -> Float[Tensor, "answer_row d_model"]:
         """Gradient of the circuit's loss at the logits' input."""
         x = self.final[:, None].clone()
-        with frozen(self.wiring.model), torch.enable_grad():
+        with frozen(self.decoder.bridge), torch.enable_grad():
             x.requires_grad_()
             (slope,) = torch.autograd.grad(next(self._losses(x)), x)
         return slope[:, 0]
@@ -175,7 +175,7 @@ class RunningCircuit:
 
     def _run_heads(self, layer: int, heads: Heads, x: Float[Tensor, "reader n_rows trial d_model"], run: Run) -> None:
         """Run some heads of a layer again: what they add to the stream goes to the run's buffer."""
-        attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
+        attention, needs = self.decoder.blocks[layer].attention, self.needs.layers[layer]
         start, n_rows = self.graph.head_writers(layer).start, needs.head_rows
         writers = [start + head for head in heads.heads]
         z = self._attend(layer, heads, heads.projected(x))
@@ -204,7 +204,7 @@ class RunningCircuit:
 
     def _run_mlp(self, layer: int, x: Float[Tensor, "n_rows trial d_model"], run: Run) -> None:
         """Run a layer's MLP again; as ``_run_heads``."""
-        block, writer = self.wiring.blocks[layer], self.graph.head_writers(layer).stop
+        block, writer = self.decoder.blocks[layer], self.graph.head_writers(layer).stop
         if layer not in self._mlps:
             self._mlps[layer] = packed_mlp(block)
         run.buffer[writer, : len(x)] = block.mlp_contribution(self._mlps[layer](x))
@@ -225,7 +225,7 @@ class RunningCircuit:
         self, layer: int, heads: Heads, projected: Sequence[Float[Tensor, "head n_rows trial d_head"]]
     ) -> Float[Tensor, "head n_rows_trial d_head"]:
         """Outputs z of some heads from their queries, keys and values: from and to rows, or prompt by prompt."""
-        attention, needs = self.wiring.blocks[layer].attention, self.needs.layers[layer]
+        attention, needs = self.decoder.blocks[layer].attention, self.needs.layers[layer]
         if self.rows.tree is not None:
             q, k, v = (rearrange(x, "h row k d -> k row h d") for x in projected)
             z = attention.attend(q[:, : needs.head_rows], k, v, tree=self.rows.tree.first(needs.read_rows))
@@ -292,7 +292,7 @@ class RunningCircuit:
         """The heads that run again when these readers of a layer see something new; a norm on its output ties them all."""
         graph, needs = self.graph, self.needs.layers[layer]
         if layer not in self._projections:
-            self._projections[layer] = layer_projection(self.wiring.blocks[layer].attention, graph, layer)
+            self._projections[layer] = layer_projection(self.decoder.blocks[layer].attention, graph, layer)
         start = graph.reader_columns(layer, "q").start
         writers = graph.head_writers(layer).start
         # of each head its query, key and value reader

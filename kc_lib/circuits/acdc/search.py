@@ -33,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.acdc.edge_tests import Edge, EdgeTests
 from kc_lib.circuits.acdc.losses import stream_losses
@@ -43,9 +42,8 @@ from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.metrics import Metric, get_metric
-from kc_lib.models.load import model_hash, model_name
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import INTERVENTIONS, ablation
-from kc_lib.residual.from_bridge import wiring_of
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.results import hash_of
@@ -58,7 +56,7 @@ ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
 def acdc(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     *,
     tau: float = 0.01,
@@ -110,7 +108,7 @@ def acdc(
         edges_at_once=edges_at_once,
     )
     settings = {
-        "model": model_name(model),
+        "model": model.name,
         "method": "acdc",
         "tau": tau,
         "metric": metric.name,
@@ -125,24 +123,24 @@ def acdc(
         "n_pairs": len(pairs),
         "seed": seed,
     }
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
+    decoder = model.residual
+    graph = decoder.graph(grouped)
     skipped = _readers_of(graph, skip)
-    batch = make_batch(pairs, full_answer, wiring.device)
-    context = shared_context(wiring, batch, intervention)
-    whole = full_logits(wiring, batch, context)
-    means = reference_means(wiring, intervention, pairs, len(pairs), full_answer)
+    batch = make_batch(pairs, full_answer, decoder.device)
+    context = shared_context(decoder, batch, intervention)
+    whole = full_logits(decoder, batch, context)
+    means = reference_means(decoder, intervention, pairs, len(pairs), full_answer)
     weights = _example_weights(batch, normalize)
 
-    losses = stream_losses(wiring, metric, batch, whole, weights)
+    losses = stream_losses(decoder, metric, batch, whole, weights)
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
     kept = None if file is None else file.read()
     if kept is None:
         start = graph.edges if prefilter is None else _prefiltered(model, pairs, graph, prefilter, metric, settings)
         kept = 0, start, torch.full(start.shape, math.nan), {}
     first, mask, effects, ratios = kept
-    ablated = ablation(wiring, intervention, batch, means, context)
-    running = RunningCircuit(wiring, graph, mask, batch, ablated, losses, context)
+    ablated = ablation(decoder, intervention, batch, means, context)
+    running = RunningCircuit(decoder, graph, mask, batch, ablated, losses, context)
     widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
     tests = EdgeTests(running, effects, ratios, tau, absolute, widest)
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
@@ -251,7 +249,7 @@ def _readers_of(graph: Graph, nodes: Sequence[str]) -> set[int]:
 
 
 def _prefiltered(
-    model: TransformerBridge, pairs: Sequence[TokenPair], graph: Graph, size: int, metric: Metric, settings: dict[str, Any]
+    model: Model, pairs: Sequence[TokenPair], graph: Graph, size: int, metric: Metric, settings: dict[str, Any]
 ) -> Bool[Tensor, "writer reader"]:
     if size > graph.n_edges:
         raise MethodError(f"prefilter is {size}, but the graph has only {graph.n_edges} edges: leave it out, or use fewer")
@@ -272,8 +270,8 @@ def _prefiltered(
     return mask
 
 
-def _identity(model: TransformerBridge, graph: Graph, pairs: Sequence[TokenPair], settings: dict[str, Any]) -> str:
-    described = [model_hash(model), asdict(graph), [asdict(pair) for pair in pairs], settings]
+def _identity(model: Model, graph: Graph, pairs: Sequence[TokenPair], settings: dict[str, Any]) -> str:
+    described = [model.hash, asdict(graph), [asdict(pair) for pair in pairs], settings]
     return hash_of(described)
 
 

@@ -39,7 +39,7 @@ from kc_lib.errors import checked
 from kc_lib.graph import Graph
 from kc_lib.metrics import Metric
 from kc_lib.residual.activations import Ablation
-from kc_lib.residual.decoder import Wiring, frozen
+from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.patch import clean_run
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
@@ -48,7 +48,7 @@ from kc_lib.tasks.batches import Batch
 @torch.no_grad()
 @checked
 def activation_edge_scores(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     batch: Batch,
     metric: Metric,
@@ -62,19 +62,19 @@ def activation_edge_scores(
 
     ``ablation`` covers the positions after the context's.
     """
-    run = clean_run(wiring, graph, batch, context)
+    run = clean_run(decoder, graph, batch, context)
     difference = ablation.outputs - run.outputs
     alpha = torch.tensor(alphas, device=difference.device, dtype=difference.dtype)[:, None, None, None]
     run_groups, answer_groups = groups.after(context.start), groups.at(batch.answer_positions)
     at_answers = answer_groups.ordered(at_positions(difference, batch.answer_positions - context.start))
     in_run = run_groups.ordered(difference)
-    scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=wiring.device)
+    scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=decoder.device)
     for writers, layer, mlp_only in _interpolations(graph):
         stream = run.streams[layer]
         if mlp_only:
-            stream = stream + run.outputs[graph.head_writers(layer)].sum(0) + wiring.blocks[layer].attention.b_O
+            stream = stream + run.outputs[graph.head_writers(layer)].sum(0) + decoder.blocks[layer].attention.b_O
         path = stream + (1 - alpha) * difference[writers].sum(0)
-        readers = _gradients_above(wiring, graph, path, batch, metric, reference, context, layer, mlp_only)
+        readers = _gradients_above(decoder, graph, path, batch, metric, reference, context, layer, mlp_only)
         for columns, gradient in readers:
             if graph.readers[columns.start].kind == "logits":
                 scores[:, writers, columns] = answer_groups.contract(at_answers[writers], gradient)
@@ -93,7 +93,7 @@ def _interpolations(graph: Graph) -> Iterator[tuple[slice, int, bool]]:
 
 
 def _gradients_above(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     path: Float[Tensor, "step batch pos d_model"],
     batch: Batch,
@@ -104,21 +104,21 @@ def _gradients_above(
     mlp_only: bool,
 ) -> Iterator[tuple[slice, Float[Tensor, "reader batch pos d_model"]]]:
     """Gradients averaged over the path at every reader from a block (or from its MLP) on, the logits last."""
-    n_steps, block = path.shape[0], wiring.blocks[layer] if mlp_only else None
+    n_steps, block = path.shape[0], decoder.blocks[layer] if mlp_only else None
     stops: list[Tensor] = []
-    with frozen(wiring.model), torch.enable_grad():
+    with frozen(decoder.bridge), torch.enable_grad():
         start = path.requires_grad_()
         if block is not None:
             seen = start.flatten(0, 1)
             stops.append(block.mlp_norm(seen))
             start = rearrange(seen + block.mlp_output(stops[0]), "(s b) p d -> s b p d", s=n_steps)
             layer += 1
-        records, final, loss = recorded_run(wiring, graph, start, batch, metric, reference, context, layer)
+        records, final, loss = recorded_run(decoder, graph, start, batch, metric, reference, context, layer)
         stops += [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
         gradients = iter(torch.autograd.grad(loss / n_steps, [*stops, final]))
     if block is not None:
         columns = graph.reader_columns(layer - 1, "mlp")
         yield columns, mlp_reader_gradient(block, path.detach().flatten(0, 1), next(gradients), n_steps)
-    yield from reader_gradients(wiring, graph, records, gradients, n_steps, layer)
+    yield from reader_gradients(decoder, graph, records, gradients, n_steps, layer)
     last = len(graph.readers) - 1
     yield slice(last, last + 1), rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]

@@ -33,7 +33,7 @@ from kc_lib.graph import Graph
 from kc_lib.metrics import Metric
 from kc_lib.residual.activations import Ablation, writer_outputs
 from kc_lib.residual.backward_rules import NATIVE, BackwardRules
-from kc_lib.residual.decoder import Wiring, frozen
+from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.parts import Attention, Block, Norm
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
@@ -52,7 +52,7 @@ class Recorded:
 
 @checked
 def edge_scores(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     batch: Batch,
     metric: Metric,
@@ -70,12 +70,12 @@ def edge_scores(
     ``rules`` may put local rules in the place of derivatives, on the way from the loss to the readers' inputs.
     """
     whole = one_group(batch)
-    return grouped_edge_scores(wiring, graph, batch, metric, ablation, alphas, whole, reference, context, rules)[0]
+    return grouped_edge_scores(decoder, graph, batch, metric, ablation, alphas, whole, reference, context, rules)[0]
 
 
 @checked
 def grouped_edge_scores(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     batch: Batch,
     metric: Metric,
@@ -87,21 +87,21 @@ def grouped_edge_scores(
     rules: BackwardRules = NATIVE,
 ) -> Float[Tensor, "group writer reader"]:
     """``edge_scores`` in parts: for each group, the sum over its positions only."""
-    clean = writer_outputs(wiring, batch.clean, context)
+    clean = writer_outputs(decoder, batch.clean, context)
     difference = ablation.outputs - clean
     path = interpolated(ablation.outputs[0], clean[0], alphas)
     n_steps = len(alphas)
-    with frozen(wiring.model), torch.enable_grad():
-        records, final, loss = recorded_run(wiring, graph, path, batch, metric, reference, context, rules=rules)
+    with frozen(decoder.bridge), torch.enable_grad():
+        records, final, loss = recorded_run(decoder, graph, path, batch, metric, reference, context, rules=rules)
         targets = [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
         gradients = iter(torch.autograd.grad(loss / n_steps, [*targets, final], materialize_grads=rules.freeze_pattern))
 
-    scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=wiring.device)
+    scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=decoder.device)
     with torch.no_grad():
         at_answers = at_positions(difference, batch.answer_positions - context.start)
         run_groups, answer_groups = groups.after(context.start), groups.at(batch.answer_positions)
         difference = run_groups.ordered(difference)
-        for columns, gradient in reader_gradients(wiring, graph, records, gradients, n_steps, rules=rules):
+        for columns, gradient in reader_gradients(decoder, graph, records, gradients, n_steps, rules=rules):
             before = graph.readers[columns.start].n_writers
             scores[:, :before, columns] = run_groups.contract(difference[:before], gradient)
         final_gradient = rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
@@ -118,7 +118,7 @@ def interpolated(
 
 
 def reader_gradients(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     records: Sequence[Recorded],
     gradients: Iterator[Tensor],
@@ -131,7 +131,7 @@ def reader_gradients(
     ``gradients`` gives those at the tensors where autograd stops, in the order of the records.
     """
     for layer, record in enumerate(records, first_layer):
-        block = wiring.blocks[layer]
+        block = decoder.blocks[layer]
         for kind, outputs in record.projections.items():
             gradient = _head_reader_gradient(
                 block.attention, kind, record.attention_input, outputs, next(gradients), n_steps, rules
@@ -153,7 +153,7 @@ def mlp_reader_gradient(
 
 
 def recorded_run(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     path: Float[Tensor, "step batch pos d_model"],
     batch: Batch,
@@ -169,9 +169,9 @@ def recorded_run(
     """
     n_steps = path.shape[0]
     resid = path.flatten(0, 1).requires_grad_()
-    repeat = graph.n_kv_readers // wiring.n_kv_heads  # 1, or the group size in the ungrouped view
+    repeat = graph.n_kv_readers // decoder.n_kv_heads  # 1, or the group size in the ungrouped view
     records = []
-    for layer, block in enumerate(wiring.blocks[first_layer:], first_layer):
+    for layer, block in enumerate(decoder.blocks[first_layer:], first_layer):
         attention = block.attention
         x = attention.norm(resid, rules)
         past = context.of_layer(layer)
@@ -187,7 +187,7 @@ def recorded_run(
         records.append(Recorded(resid.detach(), projections, mlp_input.detach(), mlp_normed, mlp_write))
         resid = after_attention + block.mlp_contribution(mlp_write, rules)
     final = at_positions(resid[None], (batch.answer_positions - context.start).repeat(n_steps, 1))[0]
-    logits = rearrange(wiring.unembed(final, rules).float(), "(s b) a v -> s b a v", s=n_steps)
+    logits = rearrange(decoder.unembed(final, rules).float(), "(s b) a v -> s b a v", s=n_steps)
     loss = sum(metric.loss(step, batch, reference).sum() for step in logits)
     return records, final, torch.as_tensor(loss)
 

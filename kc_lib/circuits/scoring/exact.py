@@ -9,14 +9,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from kc_lib.circuits.scoring.prepared import prepared_batches
 from kc_lib.graph import Graph
 from kc_lib.metrics import Metric, get_metric
+from kc_lib.models.model import Model
 from kc_lib.residual.activations import Ablation
-from kc_lib.residual.decoder import Wiring
-from kc_lib.residual.from_bridge import wiring_of
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.patch import clean_run, patch_edges
 from kc_lib.residual.prefix_cache import Context
@@ -26,7 +25,7 @@ EDGES_AT_ONCE = 32  # edges patched as one batch
 
 
 def patch_single_edges(
-    model: TransformerBridge,
+    model: Model,
     pairs: Sequence[TokenPair],
     edges: Sequence[str],
     *,
@@ -42,17 +41,17 @@ def patch_single_edges(
         GraphError: an edge the model's graph does not have.
     """
     metric = get_metric(metric)
-    wiring = wiring_of(model)
-    graph = wiring.graph(grouped)
+    decoder = model.residual
+    graph = decoder.graph(grouped)
     positions = [graph.edge_positions(edge) for edge in edges]
-    means = reference_means(wiring, intervention, pairs, batch_size, full_answer)
-    total = torch.zeros(len(edges), device=wiring.device)
-    prepared = prepared_batches(wiring, pairs, metric, intervention, means, batch_size, full_answer)
+    means = reference_means(decoder, intervention, pairs, batch_size, full_answer)
+    total = torch.zeros(len(edges), device=decoder.device)
+    prepared = prepared_batches(decoder, pairs, metric, intervention, means, batch_size, full_answer)
     for batch, ablated, reference, context in prepared:
-        run = clean_run(wiring, graph, batch, context)
-        clean_loss = metric.loss(full_logits(wiring, batch, context), batch, reference).sum()
+        run = clean_run(decoder, graph, batch, context)
+        clean_loss = metric.loss(full_logits(decoder, batch, context), batch, reference).sum()
         for i, (row, column) in enumerate(positions):
-            logits = patch_edges(wiring, graph, batch, run, ablated, graph.readers[column], [row])[0]
+            logits = patch_edges(decoder, graph, batch, run, ablated, graph.readers[column], [row])[0]
             total[i] += metric.loss(logits, batch, reference).sum() - clean_loss
     names = [edge.partition("->") for edge in edges]
     return pd.DataFrame(
@@ -66,7 +65,7 @@ def patch_single_edges(
 
 
 def exact_scores(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     batch: Batch,
     metric: Metric,
@@ -76,13 +75,13 @@ def exact_scores(
     bar: Any,
 ) -> Float[Tensor, "writer reader"]:
     """Sum over the batch's examples of each edge's exact effect on the loss."""
-    scores = torch.zeros(len(graph.writers), len(graph.readers), device=wiring.device)
-    run = clean_run(wiring, graph, batch, context)
-    clean_loss = metric.loss(full_logits(wiring, batch, context), batch, reference).sum()
+    scores = torch.zeros(len(graph.writers), len(graph.readers), device=decoder.device)
+    run = clean_run(decoder, graph, batch, context)
+    clean_loss = metric.loss(full_logits(decoder, batch, context), batch, reference).sum()
     for column, reader in enumerate(graph.readers):
         for start in range(0, reader.n_writers, EDGES_AT_ONCE):
             rows = range(start, min(start + EDGES_AT_ONCE, reader.n_writers))
-            logits = patch_edges(wiring, graph, batch, run, ablated, reader, rows)
+            logits = patch_edges(decoder, graph, batch, run, ablated, reader, rows)
             for row, edge_logits in zip(rows, logits, strict=True):
                 scores[row, column] = metric.loss(edge_logits, batch, reference).sum() - clean_loss
         bar.update(len(batch))

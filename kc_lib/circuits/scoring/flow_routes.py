@@ -26,20 +26,20 @@ from torch import Tensor
 from kc_lib.circuits.scoring.groups import Groups
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
-from kc_lib.residual.decoder import Wiring
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.patch import clean_run
 from kc_lib.tasks.batches import Batch
 
 
 @torch.no_grad()
 @checked
-def flow_scores(wiring: Wiring, graph: Graph, batch: Batch, groups: Groups) -> Float[Tensor, "group writer reader"]:
+def flow_scores(decoder: Decoder, graph: Graph, batch: Batch, groups: Groups) -> Float[Tensor, "group writer reader"]:
     """Sum over the batch's examples of each edge's share of its reader's input, 0 to 1, in parts for groups of positions.
 
     A share is the mean over the clean prompt's positions (pads left out), for the logits over the answer's. The queries,
     keys and values of a layer, and in parallel blocks its MLP, read the same vector and have the same shares.
     """
-    run = clean_run(wiring, graph, batch)
+    run = clean_run(decoder, graph, batch)
     real = torch.arange(batch.clean.shape[1], device=run.outputs.device) < batch.lengths[:, None]
     scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=run.outputs.device)
     for layer in range(graph.n_layers):
@@ -49,7 +49,7 @@ def flow_scores(wiring: Wiring, graph: Graph, batch: Batch, groups: Groups) -> F
             scores[:, :before, graph.reader_columns(layer, kind)] = shares
         if not graph.parallel:
             heads = graph.head_writers(layer)
-            seen, before = seen + run.outputs[heads].sum(0) + wiring.blocks[layer].attention.b_O, heads.stop
+            seen, before = seen + run.outputs[heads].sum(0) + decoder.blocks[layer].attention.b_O, heads.stop
             shares = _shares(run.outputs[:before], seen, real, groups)
         scores[:, :before, graph.reader_columns(layer, "mlp")] = shares
     rows = torch.arange(len(batch), device=run.outputs.device)[:, None]

@@ -19,7 +19,7 @@ from kc_lib.errors import ModelError, checked
 from kc_lib.metrics import Metric
 from kc_lib.residual.activations import Ablation, Means, ablation
 from kc_lib.residual.backward_rules import NATIVE, BackwardRules
-from kc_lib.residual.decoder import Wiring, frozen
+from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
@@ -27,20 +27,20 @@ from kc_lib.tasks.batches import Batch
 @torch.no_grad()
 @checked
 def neuron_outputs(
-    wiring: Wiring, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
 ) -> Float[Tensor, "layer batch new_pos d_mlp"]:
     """Every MLP neuron's value in a plain run, at the positions after the context's.
 
     Raises:
         ModelError: MLPs that are no sum over neurons, or of different widths.
     """
-    widths = sorted({block.mlp_parts.W_out.shape[0] for block in wiring.blocks})
+    widths = sorted({block.mlp_parts.W_out.shape[0] for block in decoder.blocks})
     if len(widths) > 1:
         raise ModelError(f"the model's MLPs have different widths ({widths}): its neurons do not fit one table")
-    resid = wiring.embed(tokens)[:, context.start :]
-    outputs = resid.new_empty(wiring.n_layers, *resid.shape[:2], widths[0])
-    for layer, block in enumerate(wiring.blocks):
-        after_attention = wiring.run_attention(layer, resid, context.of_layer(layer))
+    resid = decoder.embed(tokens)[:, context.start :]
+    outputs = resid.new_empty(decoder.n_layers, *resid.shape[:2], widths[0])
+    for layer, block in enumerate(decoder.blocks):
+        after_attention = decoder.run_attention(layer, resid, context.of_layer(layer))
         normed = block.mlp_norm(resid if block.parallel else after_attention)
         outputs[layer] = block.mlp_parts.neurons(normed)
         resid = after_attention + block.mlp_contribution(block.mlp_parts.write(outputs[layer]))
@@ -48,7 +48,7 @@ def neuron_outputs(
 
 
 def neuron_ablation(
-    wiring: Wiring, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY
+    decoder: Decoder, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY
 ) -> Float[Tensor, "layer #batch #pos #d_mlp"]:
     """The ablated values of all neurons: those of the corrupted prompts, zeros, or the means of a reference set.
 
@@ -56,13 +56,13 @@ def neuron_ablation(
         MethodError: as ``ablation``.
     """
     if kind == "zero":
-        return wiring.W_U.new_zeros(wiring.n_layers, 1, 1, 1)
-    return ablation(wiring, kind, batch, means, context, neuron_outputs).outputs
+        return decoder.W_U.new_zeros(decoder.n_layers, 1, 1, 1)
+    return ablation(decoder, kind, batch, means, context, neuron_outputs).outputs
 
 
 @checked
 def neuron_scores(
-    wiring: Wiring,
+    decoder: Decoder,
     batch: Batch,
     metric: Metric,
     ablation: Ablation,
@@ -77,13 +77,13 @@ def neuron_scores(
     score = sum over positions of (ablated - clean) . d loss / d neuron, with the loss, the average over the inputs
     ``ablated + alpha (clean - ablated)`` and ``rules`` as in ``edge_scores``; ``ablation`` gives the ablated input.
     """
-    difference = ablated_neurons - neuron_outputs(wiring, batch.clean, context)
-    path = interpolated(ablation.outputs[0], wiring.embed(batch.clean)[:, context.start :], alphas)
-    with frozen(wiring.model), torch.enable_grad():
-        records, _, loss = recorded_run(wiring, wiring.graph(), path, batch, metric, reference, context, rules=rules)
+    difference = ablated_neurons - neuron_outputs(decoder, batch.clean, context)
+    path = interpolated(ablation.outputs[0], decoder.embed(batch.clean)[:, context.start :], alphas)
+    with frozen(decoder.bridge), torch.enable_grad():
+        records, _, loss = recorded_run(decoder, decoder.graph(), path, batch, metric, reference, context, rules=rules)
         gradients = torch.autograd.grad(loss / len(alphas), [record.mlp_write for record in records])
-    scores = torch.zeros(wiring.n_layers, difference.shape[-1], device=wiring.device)
-    for layer, (block, gradient) in enumerate(zip(wiring.blocks, gradients, strict=True)):
+    scores = torch.zeros(decoder.n_layers, difference.shape[-1], device=decoder.device)
+    for layer, (block, gradient) in enumerate(zip(decoder.blocks, gradients, strict=True)):
         at_output = rearrange(gradient.float(), "(s b) p d -> s b p d", s=len(alphas)).sum(0)
         at_neurons = at_output @ block.mlp_parts.W_out.float().T
         scores[layer] = (difference[layer].float() * at_neurons).sum((0, 1))

@@ -32,7 +32,7 @@ from kc_lib.errors import checked
 from kc_lib.graph import Graph
 from kc_lib.metrics import Metric
 from kc_lib.residual.activations import Ablation
-from kc_lib.residual.decoder import Wiring, frozen
+from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.logits import logits_at_answers
 from kc_lib.residual.patch import clean_run
 from kc_lib.residual.prefix_cache import EMPTY, Context
@@ -52,7 +52,7 @@ class _Heads:
 
 @checked
 def qk_fix_scores(
-    wiring: Wiring,
+    decoder: Decoder,
     graph: Graph,
     batch: Batch,
     metric: Metric,
@@ -65,16 +65,16 @@ def qk_fix_scores(
     Values, MLPs and logits have the scores of ``edge_scores`` at the clean input (EAP). ``ablation`` covers the positions
     after the context's. At most ``WRITERS_AT_ONCE`` patterns per example and layer are in memory.
     """
-    scores = edge_scores(wiring, graph, batch, metric, ablation, [1.0], reference, context)
+    scores = edge_scores(decoder, graph, batch, metric, ablation, [1.0], reference, context)
     with torch.no_grad():
-        run = clean_run(wiring, graph, batch, context)
+        run = clean_run(decoder, graph, batch, context)
         difference = ablation.outputs - run.outputs
-        for layer, heads in enumerate(_clean_heads(wiring, batch, metric, reference, context)):
+        for layer, heads in enumerate(_clean_heads(decoder, batch, metric, reference, context)):
             before = graph.writers_before(layer)
             for rows in torch.arange(before).split(WRITERS_AT_ONCE):
                 seen = run.streams[layer] + difference[rows]
                 for kind in "qk":
-                    effects = _pattern_effects(wiring, layer, heads, kind, seen, context)
+                    effects = _pattern_effects(decoder, layer, heads, kind, seen, context)
                     n_readers = graph.n_heads if kind == "q" else graph.n_kv_readers
                     of_readers = reduce(effects, "writer (reader copy) -> writer reader", "sum", reader=n_readers)
                     columns = graph.reader_columns(layer, kind)
@@ -83,7 +83,7 @@ def qk_fix_scores(
 
 
 def _pattern_effects(
-    wiring: Wiring,
+    decoder: Decoder,
     layer: int,
     heads: _Heads,
     kind: str,
@@ -91,7 +91,7 @@ def _pattern_effects(
     context: Context,
 ) -> Float[Tensor, "writer head"]:
     """Each head's ``(z_ablated - z_clean) . gradient`` when its query or key projection sees another stream."""
-    attention, n_writers = wiring.blocks[layer].attention, seen.shape[0]
+    attention, n_writers = decoder.blocks[layer].attention, seen.shape[0]
     projections = {name: x.repeat(n_writers, 1, 1, 1) for name, x in heads.projections.items() if name != kind}
     projections[kind] = attention.project(kind, attention.norm(seen.flatten(0, 1)))
     z = attention.attend(projections["q"], projections["k"], projections["v"], context.of_layer(layer))
@@ -100,13 +100,13 @@ def _pattern_effects(
 
 
 def _clean_heads(
-    wiring: Wiring, batch: Batch, metric: Metric, reference: Tensor | None, context: Context
+    decoder: Decoder, batch: Batch, metric: Metric, reference: Tensor | None, context: Context
 ) -> Iterator[_Heads]:
     """The attention of every layer in a plain run of the clean prompts."""
     projections, outputs = [], []
-    with frozen(wiring.model), torch.enable_grad():
-        resid = wiring.embed(batch.clean)[:, context.start :].requires_grad_()
-        for layer, block in enumerate(wiring.blocks):
+    with frozen(decoder.bridge), torch.enable_grad():
+        resid = decoder.embed(batch.clean)[:, context.start :].requires_grad_()
+        for layer, block in enumerate(decoder.blocks):
             attention = block.attention
             x = attention.norm(resid)
             q, k, v = (attention.project(kind, x) for kind in "qkv")
@@ -116,7 +116,7 @@ def _clean_heads(
             resid = after_attention + block.mlp_output(block.mlp_norm(mlp_input))
             projections.append({"q": q.detach(), "k": k.detach(), "v": v.detach()})
             outputs.append(z)
-        logits = logits_at_answers(wiring, resid, batch, context)
+        logits = logits_at_answers(decoder, resid, batch, context)
         gradients = torch.autograd.grad(metric.loss(logits, batch, reference).sum(), outputs)
     for layer, gradient in enumerate(gradients):
         yield _Heads(projections[layer], outputs[layer].detach(), gradient)
