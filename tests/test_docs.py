@@ -14,6 +14,7 @@ import yaml
 from helpers import ROOT
 
 from kc_lib.resources import NOTEBOOKS
+from kc_lib.runs import notebook_of
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*/README.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -21,7 +22,8 @@ CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 # `kc_lib/heads/general.py` or `make demo`, in running text or in a block of commands.
 FILE = re.compile(r"(?<![\w/.])((?:kc_lib|tests|tools|bench|data|docs|notebooks)/[\w./-]*\w)")
 TARGET = re.compile(r"(?:`|^\s*)make ([a-z][a-z-]+)", re.MULTILINE)
-NOTEBOOK = re.compile(r"kc run ([a-z_]+)")
+RUN = re.compile(r"kc run ([a-z_]+)((?:[^`\n]|\\\n)*)")  # up to the end of the line, which a backslash carries over
+PARAMETER = re.compile(r"-p ([a-z_\d.]+) ")
 MADE_BY_THE_USER = {"data/external"}
 
 each = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -55,7 +57,15 @@ def test_files_targets_and_notebooks_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists() or name in MADE_BY_THE_USER, f"{name} is not there"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(TARGET.findall(text)) <= targets
-    assert set(NOTEBOOK.findall(text)) <= {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    assert {name for name, _ in RUN.findall(text)} <= {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+
+
+@each
+def test_parameters_that_are_given_exist(page: Path) -> None:
+    for name, rest in RUN.findall(page.read_text(encoding="utf-8")):
+        notebook = notebook_of(name)
+        assert notebook is not None
+        assert set(PARAMETER.findall(rest)) <= {*notebook.cell.declared(), *notebook.option_names()}, f"kc run {name}{rest}"
 
 
 def test_the_first_page_stays_short() -> None:
