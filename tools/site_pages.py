@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -76,6 +77,18 @@ def _folders() -> list[str]:
 
 def _public_names() -> str:
     """What ``import kc_lib`` offers: names are imported when they are used, so they are looked up here."""
-    values = [getattr(kc_lib, name) for name in getattr(kc_lib, "__all__", [])]
-    listed = [value for value in values if inspect.isclass(value) or inspect.isfunction(value)]
-    return "".join(f"\n::: {value.__module__}.{value.__qualname__}\n" for value in listed)
+    text = ""
+    for name in getattr(kc_lib, "__all__", []):
+        value = getattr(kc_lib, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            text += f"\n::: {value.__module__}.{value.__qualname__}\n"
+            text += f"    options:\n      heading: kc.{name}\n      toc_label: {name}\n      skip_local_inventory: true\n"
+    return text
+
+
+class Examples(Extension):
+    """Docstrings say "Example:", and the reader of docstrings knows only "Examples:"."""
+
+    def on_object(self, *, obj: Any, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
