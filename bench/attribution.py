@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.options import path_points
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.selection import select
@@ -58,7 +58,7 @@ def main(
     points = path_points("eap_ig", steps)
 
     def ours() -> torch.Tensor:
-        return attribute_edges(model, chosen, steps=steps, grouped=not ungrouped, batch_size=pairs).scores
+        return score_edges(model, chosen, steps=steps, grouped=not ungrouped, batch_size=pairs).scores
 
     def published() -> torch.Tensor:
         return eap.oracle_edge_scores(
@@ -98,7 +98,7 @@ def main(
 
     context = shared_context(decoder, batch, "patching")
     ablated = ablation(decoder, "patching", batch, context=context)
-    scores = attribute_edges(model, chosen, steps=steps, batch_size=pairs)
+    scores = score_edges(model, chosen, steps=steps, batch_size=pairs)
     table = Table("edges", "seconds / plain forward", "GFLOP / plain forward", title="running a circuit")
     for share in (0.001, 0.005, 0.02, 0.1, 0.5, 1.0):
         circuit = select(scores, "absolute", share)

@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kc_lib.heads.copying import copy_scores
-from kc_lib.heads.general import GeneralHeadScores
-from kc_lib.heads.head_scores import HeadScores
+from kc_lib.heads.general import repeat_scores
+from kc_lib.heads.head_scores import GeneralHeadScores, HeadScores
 from kc_lib.heads.inhibition import s_inhibition_scores
-from kc_lib.heads.repeats import repeat_scores
 from kc_lib.heads.successor import successor_scores
 from kc_lib.heads.suppression import SHARE, content_tokens, copy_suppression_scores, text_windows
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences

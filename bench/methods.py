@@ -21,14 +21,14 @@ from measure import timed
 from rich.console import Console
 
 from kc_lib.circuits.acdc.search import acdc
-from kc_lib.circuits.areas import areas
-from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.baselines import circuits_by_size
-from kc_lib.circuits.ensembles import ensemble
-from kc_lib.circuits.evaluate import evaluate_circuits
-from kc_lib.circuits.evaluation_figures import method_bars
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import Labelled, circuits_by_size
+from kc_lib.circuits.criteria_figures import method_bars
+from kc_lib.circuits.discovery import ensemble
+from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.scores import EdgeScores
+from kc_lib.circuits.smallest import areas
 from kc_lib.graph import Circuit
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
@@ -72,8 +72,8 @@ def compare(model: Model, task: Task, methods: Sequence[str], pairs: int, prefil
     scores: dict[str, EdgeScores] = {}
     seconds: dict[str, float] = {}
     for method in methods:
-        scores[method], seconds[method] = timed(lambda method=method: attribute_edges(model, discovery, method))
-    circuits: dict[str, Circuit] = {}
+        scores[method], seconds[method] = timed(lambda method=method: score_edges(model, discovery, method))
+    circuits: dict[str, Circuit | Labelled] = {}
     for method, found in scores.items():
         for selection in ("absolute", "signed"):
             circuits |= circuits_by_size(found, selection, n_random=0, label=f"{method} {selection}")
@@ -99,20 +99,22 @@ def compare(model: Model, task: Task, methods: Sequence[str], pairs: int, prefil
                 progress=True,
             )
         )
-    judged = evaluate_circuits(model, circuits, {"held_out": held_out}, batch_size=len(held_out), progress=True)
-    found_areas = areas(judged).set_index("ranking")
+    evaluation = evaluate(model, circuits, {"held_out": held_out}, batch_size=len(held_out), progress=True)
+    curves = areas(evaluation).set_index(["ranking", "draw"])
     rows = []
     for method in [*ranked, "random"]:
-        signed = found_areas.loc["random #1" if method == "random" else f"{method} signed"]
-        absolute = found_areas.loc["random #1" if method == "random" else f"{method} absolute"]
-        at = judged.row(f"random {AT:g} #1" if method == "random" else f"{method} absolute {AT:g}", "held_out")
+        is_random = method == "random"
+        signed, absolute = (
+            curves.loc[("top", 1) if is_random else (f"{method} {selection}", 0)] for selection in ("signed", "absolute")
+        )
+        at = evaluation.row(f"random baseline 1 of top {AT:g}" if is_random else f"{method} absolute {AT:g}", "held_out")
         row = {"method": method, "seconds": seconds.get(method, float("nan")), "n_edges": at.n_edges}
         row |= {f"cpr{end}": signed[f"cpr{end}"] for end in ("", "_low", "_high")}
         row |= {f"cmd{end}": absolute[f"cmd{end}"] for end in ("", "_low", "_high")}
         row |= {"log_area": absolute.log_area}
         rows.append(row | {f"faithfulness{end}": at[f"faithfulness{end}"] for end in ("", "_low", "_high")})
     if "acdc" in circuits:
-        at = judged.row("acdc", "held_out")
+        at = evaluation.row("acdc", "held_out")
         row = {"method": f"acdc (of the {prefilter:,} best by eap_ig)", "seconds": seconds["acdc"], "n_edges": at.n_edges}
         rows.append(row | {f"faithfulness{end}": at[f"faithfulness{end}"] for end in ("", "_low", "_high")})
     return pd.DataFrame(rows)

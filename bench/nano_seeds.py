@@ -16,14 +16,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kc_lib.heads.general import SCORES
+from kc_lib.heads.options import SCORES
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
 from kc_lib.models.shipped import CAUSAL
-from kc_lib.training.drawn import draw_tasks
+from kc_lib.training.drawn import draw_tasks, metric_of
 from kc_lib.training.measures import training_measures
-from kc_lib.training.over_training import TrainingResult, over_training
-from kc_lib.training.rows import metric_of
-from kc_lib.training.summary import emergence
+from kc_lib.training.over_training import over_training
+from kc_lib.training.result import TrainingResult, emergence
 
 TASKS = ("agreement", "greater_than", "pronoun", "country_capital", "ioi")
 

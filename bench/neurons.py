@@ -25,10 +25,10 @@ from rich.table import Table
 
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
-from kc_lib.neurons.attribute import attribute_knowledge
+from kc_lib.neurons.attribute import knowledge_neurons
 from kc_lib.neurons.cloze import load_cloze
-from kc_lib.neurons.integrate import answer_states, integrated_gradients, quadrature
-from kc_lib.neurons.refine import refine
+from kc_lib.neurons.integrate import Paths, answer_states, integrated_gradients, quadrature
+from kc_lib.neurons.refine import refine_neurons
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.neurons import published_attribution  # the plain implementation lives with the tests
@@ -58,8 +58,8 @@ def main(
     if facts:
         model = load_model("smollm2", device="cpu")
         task = load_cloze(relation, model, n_prompts=paraphrases, max_facts=facts)
-        found, seconds = timed(lambda: attribute_knowledge(model, task.facts, progress=True))
-        neurons = refine(found).frame["method"].eq("knowledge").sum() / len(task.facts)
+        attributions, seconds = timed(lambda: knowledge_neurons(model, task.facts, progress=True))
+        neurons = refine_neurons(attributions).frame["method"].eq("knowledge").sum() / len(task.facts)
         console.print(
             f"SmolLM2, {len(task.facts)} facts of {relation} in {paraphrases} paraphrases, to a tolerance: {seconds:.0f} s "
             f"with {torch.get_num_threads()} threads; {neurons:.2f} neurons per fact"
@@ -78,7 +78,7 @@ def compare(model: Model, relation: str, steps: int, layers: tuple[int, ...] | N
     points, weights = quadrature(steps, "left")
 
     def published() -> list[torch.Tensor]:
-        about = (model.original_model, kind)
+        about = (model.bridge.original_model, kind)
         return [
             torch.stack(
                 [
@@ -91,20 +91,21 @@ def compare(model: Model, relation: str, steps: int, layers: tuple[int, ...] | N
 
     def ours() -> torch.Tensor:
         states = answer_states(decoder, torch.tensor([c.tokens for c in clozes]), torch.tensor([c.position for c in clozes]))
-        return integrated_gradients(decoder, states, torch.tensor([c.target for c in clozes]), steps, "left")
+        paths = Paths(decoder, states, torch.tensor([c.target for c in clozes]))
+        return integrated_gradients(paths, steps, "left")
 
     times = len(every) / len(some) * len(clozes) / len(asked)
     plain, plain_seconds = timed(published)
     plain_seconds, plain_flops = plain_seconds * times, flops(published) * times
     ours()  # warm
-    found, seconds = timed(ours)
+    scores, seconds = timed(ours)
     operations = flops(ours)
-    gap = max(float((found[some, i] - scores).abs().max()) for i, scores in enumerate(plain))
+    gap = max(float((scores[some, i] - expected).abs().max()) for i, expected in enumerate(plain))
     return [
         *(str(len(clozes)), f"{len(some)} of {len(every)}"),
         *(f"{seconds:.2f}", f"{plain_seconds:.1f}", f"{plain_seconds / seconds:.0f}x"),
         *(f"{operations / 1e9:.1f}", f"{plain_flops / 1e9:.0f}", f"{plain_flops / operations:.0f}x"),
-        *(f"{float(found.max()):.2g}", f"{gap:.1e}"),
+        *(f"{float(scores.max()):.2g}", f"{gap:.1e}"),
     ]
 
 

@@ -30,10 +30,12 @@ from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import cached_smollm2
 from kc_lib.residual.decoder import Decoder
-from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, FactTask, load_facts
+from kc_lib.tasks.facts import FactPrompt, FactTask, load_facts
+from kc_lib.tasks.options import POSITION_CLASSES
 from kc_lib.tracing.noise import noise_scale, noised
+from kc_lib.tracing.options import DEFAULT_MEDIATORS
 from kc_lib.tracing.restore import Cells, fact_runs, restored_probabilities
-from kc_lib.tracing.trace import DEFAULT_MEDIATORS, trace
+from kc_lib.tracing.trace import trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles.tracing import kept_run, oracle_restored  # the plain implementation lives with the tests

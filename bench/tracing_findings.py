@@ -21,10 +21,10 @@ from kc_lib.models.model import Model
 from kc_lib.runs import OUTPUTS
 from kc_lib.tasks.facts import FactPrompt, load_facts
 from kc_lib.tasks.relations import load_relation, relation_files
-from kc_lib.tracing import effects as judged
-from kc_lib.tracing.figures import class_lines
-from kc_lib.tracing.restore import WINDOWED
-from kc_lib.tracing.trace import DEFAULT_MEDIATORS, TracingResult, trace
+from kc_lib.tracing.effects import TracingResult, average_effects, peaks, severing, total_effect
+from kc_lib.tracing.figures import tracing_figure
+from kc_lib.tracing.options import DEFAULT_MEDIATORS, WINDOWED
+from kc_lib.tracing.trace import trace
 
 CLASSES = ("last subject token", "last token")
 
@@ -54,24 +54,24 @@ def traced(
         model,
         facts,
         mediators=mediators,
-        position_classes=CLASSES,
+        positions=CLASSES,
         max_facts=n,
         checkpoint=path.with_suffix(".partial.parquet"),
         progress=True,
     )
     result.save(path)
-    class_lines(result).write_image(path.with_suffix(".png"), scale=2)
+    tracing_figure(result).write_image(path.with_suffix(".png"), scale=2)
     return result
 
 
 def report(console: Console, name: str, result: TracingResult) -> None:
     about = result.provenance
     console.print(f"\n{name}: {about['n_traced']} facts traced of {about['n_given']}, dropped {about['dropped']}")
-    console.print(judged.total_effect(result).round(3).to_string())
-    console.print(judged.peaks(result).round(3).to_string())
+    console.print(total_effect(result).round(3).to_string())
+    console.print(peaks(result).round(3).to_string())
     if "state" in about["mediators"]:
-        console.print(judged.severing(result).round(3).to_string())
-    averages = judged.average_effects(result)
+        console.print(severing(result).round(3).to_string())
+    averages = average_effects(result)
     table = averages.pivot_table(index="layer", columns=["position_class", "mediator"], values="aie")
     console.print(table.round(3).to_string())
 

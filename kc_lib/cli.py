@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import nbformat
 import papermill
 import typer
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
@@ -21,8 +23,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kc_lib import errors, runs
-from kc_lib.errors import KnowledgeCircuitsError, RunError
+from kc_lib.errors import KnowledgeCircuitsError, RunError, first_line
 from kc_lib.options import read_value, shown
+from kc_lib.reading import read_text
 
 EXECUTION_TIMEOUT = 4 * 3600  # seconds for one cell
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -30,6 +33,15 @@ out_option = typer.Option(
     "--out",
     help="folder for results (default: outputs/ of the checkout, or of the current folder where kc_lib is installed)",
 )
+
+
+class ThisPython(AsyncKernelManager):
+    """Runs notebooks in the Python that runs ``kc``, whatever kernel they name and whatever kernels are installed."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=launch, display_name="this Python", language="python")
 
 
 def main() -> None:
@@ -184,14 +196,17 @@ def run_notebook(notebook: str, parameters: dict[str, str], out: Path | None) ->
         values["out"] = str(root)
     with tempfile.TemporaryDirectory(prefix="kc-") as scratch:
         executed = Path(scratch) / source.name
+        asked = Path(scratch) / "asked.ipynb"
+        nbformat.write(read_notebook(source), asked)
         # the second renderer embeds plotly.js once, so that the exported HTML shows its figures with no network
         renderer = os.environ.get("PLOTLY_RENDERER")
         os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+notebook"
         try:
             papermill.execute_notebook(
-                str(source),
+                str(asked),
                 str(executed),
                 values,
+                kernel_manager_class=ThisPython,
                 cwd=str(Path.cwd()),
                 execution_timeout=EXECUTION_TIMEOUT,
                 extra_arguments=["--log-level=50"],  # the kernel's notices to Jupyter's developers
@@ -207,6 +222,23 @@ def run_notebook(notebook: str, parameters: dict[str, str], out: Path | None) ->
     nbformat.write(document, folder / source.name)
     (folder / "report.html").write_text(to_html(document), encoding="utf-8")
     return folder, headline
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook as it is executed: in Python, whatever kernel it names.
+
+    Raises:
+        RunError: a file that is no notebook.
+    """
+    try:
+        document = nbformat.reads(read_text(path, RunError), as_version=4)
+        nbformat.validate(document)
+    except RunError:
+        raise
+    except Exception as error:  # nbformat raises whatever the content met
+        raise RunError(f"{path} is no notebook ({first_line(error)[:200]}): give an .ipynb that Jupyter wrote") from error
+    document.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return document
 
 
 def notebook_path(notebook: str) -> Path:
@@ -243,7 +275,10 @@ def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
 
 def _of_foreign(source: Path, given: dict[str, str]) -> dict[str, Any]:
     """Values for a notebook of the user's own, whose defaults alone say what they may be."""
-    known = papermill.inspect_notebook(str(source))
+    with tempfile.TemporaryDirectory(prefix="kc-") as scratch:
+        asked = Path(scratch) / "asked.ipynb"
+        nbformat.write(read_notebook(source), asked)
+        known = papermill.inspect_notebook(str(asked))
     values: dict[str, Any] = {}
     for key, text in given.items():
         if key not in known:

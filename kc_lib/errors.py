@@ -7,6 +7,7 @@ code 2. Anything that is not a ``KnowledgeCircuitsError`` is a fault of ours.
 from beartype import beartype
 from jaxtyping import jaxtyped
 
+MORE_LINES = 6  # of another library's message, where its first is no sentence
 checked = jaxtyped(typechecker=beartype)
 """Checks shapes and types of a public function's arguments; under test every function's shapes are checked."""
 
@@ -39,9 +40,12 @@ class RunError(KnowledgeCircuitsError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or its kind where it says nothing: ours are one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What another library says, in one line: its first line, and what follows where that ends in a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    n_lines = 1 + MORE_LINES if lines[0].endswith((":", ",")) else 1
+    return " ".join(lines[:n_lines])
 
 
 def check_counts(least: int, **numbers: object) -> None:

@@ -157,7 +157,7 @@ def _problem(declared: Field[Any], value: Any) -> str:
         fits = "list" in kinds and bool(re.search(r"list\[(int|float)\]", str(declared.type))) and bool(value)
         fits = fits and all(isinstance(item, int | float) and not isinstance(item, bool) for item in value)
     else:
-        fits = False
+        fits = type(value).__name__ in kinds  # an object that stands for a name, such as a metric of the user's own
     return "" if fits else f"{declared.name} is {short}; it must be {_wanted(declared)}"
 
 

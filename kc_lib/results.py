@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, get_type_hints
+from typing import Any, ClassVar, Protocol, Self, get_args, get_type_hints
 
 import pandas as pd
 
@@ -122,22 +123,34 @@ def save_whole(result: Savable | pd.DataFrame, path: Path) -> None:
     os.replace(draft, path)
 
 
-def kept(path: Path, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def kept(path: Path, compute: Callable[..., Any] | Savable, *args: Any, **options: Any) -> Any:
     """The result of ``compute`` in a file: read where it is there already, else computed and kept.
 
-    The kind of result is what ``compute`` says that it returns; a DataFrame is kept as a plain table.
+    ``compute`` may be a result itself, which is then written. The kind of result is what ``compute`` says that it returns,
+    of several the one that the file holds; a DataFrame is kept as a plain table.
 
     Raises:
         KnowledgeCircuitsError: the file is there and cannot be read; what ``compute`` raises.
     """
+    if not callable(compute):
+        if not path.exists():
+            save_whole(compute, path)
+        return compute
     kind = get_type_hints(compute).get("return")
     if kind is None:
         raise TypeError(f"{compute} does not say what it returns, so that its result could not be read back")
     if path.exists():
-        return load_table(path)[0] if kind is pd.DataFrame else kind.load(path)
+        return load_table(path)[0] if kind is pd.DataFrame else _loaded(path, get_args(kind) or (kind,))
     value = compute(*args, **options)
     save_whole(value, path)
     return value
+
+
+def _loaded(path: Path, kinds: Sequence[Any]) -> Any:
+    for kind in kinds[:-1]:
+        with suppress(MethodError):
+            return kind.load(path)
+    return kinds[-1].load(path)
 
 
 def hash_of(value: Any) -> str:

@@ -33,7 +33,7 @@ from kc_lib.errors import RunError, first_line
 from kc_lib.options import Notebook, Options
 from kc_lib.resources import CHECKOUT, OUTPUTS
 from kc_lib.resources import NOTEBOOKS as NOTEBOOKS  # asked for as runs.NOTEBOOKS
-from kc_lib.results import hash_of, kept
+from kc_lib.results import Savable, hash_of, kept
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from kc_lib.models.model import Model
@@ -81,8 +81,10 @@ class Run:
         """True when the run was finished before and its results are only read."""
         return self.working == self.folder
 
-    def keep(self, name: str, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def keep(self, name: str, compute: Callable[..., Any] | Savable, *args: Any, **options: Any) -> Any:
         """``compute(*args, **options)``, kept in file ``name``: read where it is there already, else computed and written.
+
+        A result that needs no computing may stand in place of ``compute``.
 
         Example:
             >>> scores = run.keep("scores.parquet", kc.score_edges, model, task.discovery, "eap_ig", steps=5)
@@ -104,7 +106,8 @@ class Run:
     def state(self, name: str) -> Path:
         """The file in which a method keeps the state from which it goes on; it is gone when the run is finished."""
         folder = self.working / STATE
-        folder.mkdir(exist_ok=True)
+        if not self.found:
+            folder.mkdir(exist_ok=True)
         return folder / name
 
     def finish(self, headline: Mapping[str, Any]) -> Run:
@@ -235,7 +238,7 @@ def open_run(
         "experiment": experiment,
         "parameters": dict(parameters),
         "seed": parameters.get("seed"),
-        "model": {"name": model.name, "hash": weights, "dtype": str(model.cfg.dtype)},
+        "model": {"name": model.name, "source": model.source, "hash": weights, "dtype": str(model.cfg.dtype)},
         "task": {"name": task.name, "hash": task.hash, "prepend_bos": task.prepend_bos, **task.report},
         "device": str(model.cfg.device),
         "platform": platform.platform(),

@@ -6,11 +6,12 @@ that ratios, differences and areas of several circuits keep what they share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy.stats import norm
 
 RESAMPLES = 2000
 MINIMAL_EFFECT = 1e-6  # ratios to a smaller effect are undefined: NaN
@@ -43,12 +44,14 @@ def with_interval(name: str, estimate: float, draws: Float[np.ndarray, " resampl
     return {name: float(estimate), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def share_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a share of ``n`` independent draws; NaN for none."""
+def share_interval(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a share of ``n`` independent draws; NaN for none. ``count`` may be a sum of shares."""
     if n == 0:
         return float("nan"), float("nan")
-    found = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
+    z, share = float(norm.ppf((1 + confidence) / 2)), count / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def empirical_p(value: float, null: Sequence[float]) -> float:

@@ -26,17 +26,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib import cli, runs
-from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.baselines import circuits_by_size
+from kc_lib.circuits.baselines import Circuits, labelled
 from kc_lib.circuits.run import run_circuit
-from kc_lib.circuits.scores import EdgeScores
 from kc_lib.errors import KnowledgeCircuitsError
-from kc_lib.graph import Circuit, Graph
+from kc_lib.graph import Graph
 from kc_lib.models.model import Model
 from kc_lib.residual.activations import ablation
 from kc_lib.stats import RESAMPLES
 from kc_lib.tasks.batches import Batch, TokenPair, make_batch
-from kc_lib.training.over_training import COLUMNS, TrainingResult
+from kc_lib.training.result import COLUMNS, TrainingResult
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 VOCAB = 200
@@ -140,9 +138,11 @@ def rows(n: int = 8) -> list[dict[str, str]]:
 
 
 def run_cells(notebook: Path = NOTEBOOK, /, **parameters: Any) -> None:
-    """The notebook's cells in this process with these parameters, as papermill would run them."""
+    """The notebook's cells in this process with these parameters (``group.name``: an option), as papermill runs them."""
     document = nbformat.read(notebook, as_version=4)
     names: dict[str, Any] = {}
+    options = {name: parameters.pop(name) for name in list(parameters) if "." in name}
+    parameters |= {"options": options | parameters.get("options", {})} if options else {}
     for cell in document.cells:
         if cell.cell_type == "code":
             exec(compile(cell.source, notebook.name, "exec"), names)
@@ -282,16 +282,17 @@ SPLITS = {"discovery": FOUND, "held_out": HELD_OUT}
 SIZES = (0.05, 0.2, 0.5, 1.0)
 
 
-def single_values(model, circuits: Mapping[str, Circuit], pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
+def single_values(model, circuits: Circuits, pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
     """Logit differences, one run per fact and circuit; the full and the empty circuit by the model's own logits."""
     decoder, values = model.residual, {name: [] for name in ("full", "empty", *circuits)}
+    plain = {name: one.circuit for name, one in labelled(circuits).items()}
     for pair in pairs:
         batch = make_batch([pair])
         ablated = ablation(decoder, "patching", batch)
         logits = {
             "full": native_logits(model, batch.clean, batch),
             "empty": native_logits(model, batch.corrupted, batch),
-        } | {name: run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated) for name, circuit in circuits.items()}
+        } | {name: run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated) for name, circuit in plain.items()}
         for name, found in logits.items():
             values[name].append((found[0, 0, pair.answer[0]] - found[0, 0, pair.distractor]).item())
     return {name: np.array(facts) for name, facts in values.items()}
@@ -306,17 +307,6 @@ def faithful(values: Mapping[str, np.ndarray], name: str, facts: np.ndarray | No
     chosen = slice(None) if facts is None else facts
     full, empty, own = (values[key][chosen].mean(-1) for key in ("full", "empty", name))
     return (own - empty) / (full - empty)
-
-
-@pytest.fixture(scope="module")
-def scores(small_model: SmallModel) -> EdgeScores:
-    return attribute_edges(small_model("llama"), FOUND, steps=2)
-
-
-@pytest.fixture(scope="module")
-def circuits(scores: EdgeScores) -> dict[str, Circuit]:
-    signed = circuits_by_size(scores, "signed", SIZES, n_random=1, label="ig signed")
-    return circuits_by_size(scores, "absolute", SIZES, n_random=2) | signed
 
 
 # test_knowledge_neurons_kernel
@@ -344,6 +334,6 @@ def values_of(logits: torch.Tensor, pair: TokenPair) -> float:
 def frame_of(rows: list[tuple[object, ...]]) -> TrainingResult:
     """Rows of (step, measure, task, seed, quantity, part, value)."""
     names = ["step", "measure", "task", "seed", "quantity", "part", "value"]
-    frame = pd.DataFrame(rows, columns=names).assign(tokens=pd.NA, low=np.nan, high=np.nan, passes=pd.NA, note="")
+    frame = pd.DataFrame(rows, columns=names).assign(tokens=pd.NA, low=np.nan, high=np.nan, passes=pd.NA, of="", note="")
     frame["checkpoint"] = "step" + frame["step"].astype(str)
     return TrainingResult(frame[list(COLUMNS)].astype({"tokens": "Int64", "passes": "boolean"}))

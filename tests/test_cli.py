@@ -29,7 +29,7 @@ from helpers import (
 from papermill.exceptions import PapermillExecutionError
 
 from kc_lib import cli, runs
-from kc_lib.circuits.selection import random_circuit
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError, TaskError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.models.smollm2 import wheel_file
@@ -54,10 +54,10 @@ def good(small_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     given = {
         "model": small_folder("llama"),
         "task": task.name,  # relative to where kc is called
-        "known_only": "false",
+        "task.known_only": "false",
         "size": 0.1,
         "n_random": 2,
-        "steps": 2,
+        "score.steps": 2,
     }
     arguments = ["run", "circuit_discovery", "--out", str(out)]
     arguments += [str(part) for key, value in given.items() for part in ("-p", key, value)]
@@ -271,40 +271,40 @@ BAD_FILES: dict[str, str | list[dict[str, str]]] = {
 BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model": "./no/such/model"}, ("./no/such/model",)),
     ({"model": "."}, ("config.json",)),
-    ({"dtype": "float8"}, ("float8",)),
-    ({"device": "toaster"}, ("toaster",)),
-    ({"checkpoint": 5}, ("checkpoint=5",)),
+    ({"model.dtype": "float8"}, ("float8",)),
+    ({"model.device": "toaster"}, ("toaster",)),
+    ({"model.checkpoint": 5}, ("checkpoint=5",)),
     ({"task": "no_such_relation"}, ("no_such_relation", "country_capital")),
     ({"task": "absent.json"}, ("absent.json",)),
     ({"task": "absent.csv"}, ("absent.csv",)),
     ({"task": "spoiled.json"}, ("spoiled.json", "JSON")),
     ({"task": "slotless.json"}, ("slotless.json", "prompt_templates[0]")),
     ({"task": "missing_object.json"}, ("missing_object.json", "samples[0]")),
-    ({"task": "good.json", "template": 7}, ("template=7",)),
-    ({"task": "good.json", "reverse": True}, ("reverse_templates",)),
+    ({"task": "good.json", "task.template": 7}, ("template=7",)),
+    ({"task": "good.json", "task.reverse": True}, ("reverse_templates",)),
     ({"task": "subject.csv"}, ("subject.csv: row 5", "w99")),
     ({"task": "lengths.csv"}, ("lengths.csv: row 5", "length")),
     ({"task": "few.csv"}, ("too few",)),
-    ({"task": "good.json", "known_only": True, "known_rank": 0}, ("no known fact left",)),
-    ({"test_fraction": 1.5}, ("test_fraction 1.5",)),
-    ({"max_facts": 0}, ("max_facts is 0",)),
+    ({"task": "good.json", "task.known_only": True, "task.known_rank": 0}, ("known_rank is 0",)),
+    ({"task.test_fraction": 1.5}, ("test_fraction is 1.5",)),
+    ({"task.max_facts": 0}, ("max_facts is 0",)),
     ({"method": "magic"}, ("'magic'", "eap_ig")),
     ({"metric": "magic"}, ("'magic'", "logit_difference")),
     ({"selection": "magic"}, ("'magic'", "greedy")),
     ({"intervention": "magic"}, ("'magic'", "patching")),
-    ({"ig_rule": "magic"}, ("'magic'", "midpoint")),
-    ({"steps": 0}, ("steps is 0",)),
+    ({"score.ig_rule": "magic"}, ("'magic'", "midpoint")),
+    ({"score.steps": 0}, ("steps is 0",)),
     ({"size": 5.5}, ("5.5",)),
     ({"size": "many"}, ("'many'",)),
     ({"size": -1}, ("-1",)),
     ({"selection": "threshold"}, ("threshold",)),
     ({"method": "clean_corrupted", "intervention": "zero"}, ("clean_corrupted",)),
-    ({"method": "acdc", "tau": 0}, ("tau is 0", "above 0")),
-    ({"method": "acdc", "order": "magic"}, ("'magic'", "reverse")),
-    ({"method": "acdc", "normalize": "magic"}, ("'magic'", "positions")),
-    ({"method": "acdc", "prefilter": 0}, ("prefilter is 0",)),
-    ({"batch_size": 0}, ("batch_size is 0",)),
-    ({"size": 10_000_000, "steps": 1}, ("10000000", "edges")),
+    ({"method": "acdc", "acdc.tau": 0}, ("tau is 0", "above 0")),
+    ({"method": "acdc", "acdc.order": "magic"}, ("'magic'", "reverse")),
+    ({"method": "acdc", "acdc.normalize": "magic"}, ("'magic'", "positions")),
+    ({"method": "acdc", "acdc.prefilter": 0}, ("prefilter is 0",)),
+    ({"score.batch_size": 0}, ("batch_size is 0",)),
+    ({"size": 10_000_000, "score.steps": 1}, ("10000000", "edges")),
 ]
 
 
@@ -322,20 +322,26 @@ def test_bad_values_in_the_notebook_are_ours_and_leave_no_run(
             Path(name).write_text(content)
         else:
             write_csv(Path(name), content)
-    usual = {"model": str(small_folder("llama")), "task": "good.csv", "known_only": False, "device": "cpu", "out": "out"}
+    usual = {
+        "model": str(small_folder("llama")),
+        "task": "good.csv",
+        "task.known_only": False,
+        "model.device": "cpu",
+        "out": "out",
+    }
     assert_refused(NOTEBOOK, parts, **(usual | given))
 
 
-SMALL_RUN = {"known_only": False, "device": "cpu", "out": "out", "steps": 2, "size": 0.2}
+SMALL_RUN = {"task.known_only": False, "model.device": "cpu", "out": "out", "score.steps": 2, "size": 0.2}
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {"method": "acdc", "metric": "match_nll", "intervention": "zero", "tau": 0.1},
-        {"method": "acdc", "intervention": "patching", "tau": 0.1, "prefilter": 120, "absolute": True},
+        {"method": "acdc", "metric": "match_nll", "intervention": "zero", "acdc.tau": 0.1},
+        {"method": "acdc", "intervention": "patching", "acdc.tau": 0.1, "acdc.prefilter": 120, "acdc.absolute": True},
         {"selection": "bootstrap"},
-        {"selection": "faithful", "faithfulness": 0.5},
+        {"selection": "faithful", "select.faithfulness": 0.5},
     ],
     ids=lambda given: "-".join(map(str, given.values())),
 )
@@ -354,15 +360,19 @@ def test_every_way_to_choose_a_circuit_runs_to_the_end(
     assert runs.read_record(folder)["headline"]["size"].startswith(f"{found.n_edges} of ")
 
 
+EVERY_FACT = {"task.known_only": False, "model.device": "cpu"}
+
+
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "ungrouped"])
-def test_the_judge_takes_a_saved_circuit_and_tells_one_from_another(
+def test_the_evaluation_takes_a_saved_circuit_and_tells_one_from_another(
     grouped: bool, small_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_csv(Path("own.csv"), rows(12))
     graph = Graph(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32, grouped=grouped)  # the small llama's
-    usual = SMALL_RUN | {"model": str(small_folder("llama")), "task": "own.csv", "circuit": "mine.json"}
-    usual |= {"n_random": 1, "n_edges": 3, "n_resamples": 2, "other_methods": "eap"}
+    usual = {"model": str(small_folder("llama")), "task": "own.csv", "circuit": "mine.json", "size": 0.2, "out": "out"}
+    usual |= {"n_random": 1, "n_edges": 3}
+    usual["options"] = EVERY_FACT | {"score.steps": 2, "stability.n_resamples": 2, "stability.other_methods": "eap"}
     folders = []
     for seed in (0, 1):  # the same file name, another circuit in it
         mine = random_circuit(graph, 60, seed)
@@ -370,9 +380,9 @@ def test_the_judge_takes_a_saved_circuit_and_tells_one_from_another(
         run_cells(runs.NOTEBOOKS / "circuit_evaluation.ipynb", **usual)
         (folder,) = [folder for folder in visible_runs(tmp_path / "out") if folder not in folders]
         folders.append(folder)
-        judged = Circuit.load(folder / "circuit.json")
-        assert judged.graph == graph
-        assert torch.equal(judged.mask, mine.mask)
+        evaluated = Circuit.load(folder / "circuit.json")
+        assert evaluated.graph == graph
+        assert torch.equal(evaluated.mask, mine.mask)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +395,7 @@ def test_the_judge_takes_a_saved_circuit_and_tells_one_from_another(
         ("unknown.json", ("unknown.json", "a9.h0")),
     ],
 )
-def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_judge(
+def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_evaluation(
     name: str,
     parts: tuple[str, ...],
     small_folder: Callable[[str], Path],
@@ -401,7 +411,7 @@ def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_judge(
     Path("unknown.json").write_text(whole.replace('"input->m0"', '"input->a9.h0<q>"'))
     other = Graph(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
     Circuit(other, other.edges).save("foreign.json")
-    usual = {"model": str(small_folder("llama")), "task": "good.csv", "known_only": False, "device": "cpu", "out": "out"}
+    usual = {"model": str(small_folder("llama")), "task": "good.csv", "out": "out", "options": EVERY_FACT}
     with pytest.raises(KnowledgeCircuitsError) as error:
         run_cells(runs.NOTEBOOKS / "circuit_evaluation.ipynb", **usual, circuit=name)
     message = str(error.value)
@@ -415,14 +425,14 @@ def test_a_circuit_that_is_none_of_the_models_is_refused_by_the_judge(
     "given",
     [
         {"seed": "many"},
-        {"steps": "many"},
-        {"max_facts": "many"},
-        {"test_fraction": "half"},
-        {"known_rank": "first", "known_only": "true"},
+        {"score.steps": "many"},
+        {"task.max_facts": "many"},
+        {"task.test_fraction": "half"},
+        {"task.known_rank": "first", "task.known_only": "true"},
         {"n_random": "many"},
-        {"batch_size": "many"},
-        {"checkpoint": "last"},
-        {"known_only": "perhaps"},
+        {"score.batch_size": "many"},
+        {"model.checkpoint": "last"},
+        {"task.known_only": "perhaps"},
     ],
     ids=str,
 )
@@ -432,8 +442,14 @@ def test_values_of_the_wrong_type_are_ours(
     """Text where a number belongs is refused, when kc reads it or where the notebook uses it."""
     monkeypatch.chdir(tmp_path)
     write_csv(Path("good.csv"), rows())
-    usual = {"model": str(small_folder("llama")), "task": "good.csv", "known_only": False, "device": "cpu", "out": "out"}
-    usual |= {"n_random": 1, "steps": 1, "size": 0.2}
+    usual = {
+        "model": str(small_folder("llama")),
+        "task": "good.csv",
+        "task.known_only": False,
+        "model.device": "cpu",
+        "out": "out",
+    }
+    usual |= {"n_random": 1, "score.steps": 1, "size": 0.2}
     with pytest.raises(KnowledgeCircuitsError) as error:
         run_cells(**(usual | cli.parse_parameters(NOTEBOOK, given)))
     assert next(iter(given.values())) in str(error.value)
@@ -455,23 +471,25 @@ def test_only_our_errors_become_a_line() -> None:
 def test_parameters_are_read_as_the_notebook_means_them() -> None:
     given = {
         "size": "200",
-        "known_only": "False",
-        "reverse": "true",
-        "max_facts": "none",
+        "task.known_only": "False",
+        "task.reverse": "true",
+        "task.max_facts": "none",
         "task": "5",
         "model": "none",
-        "test_fraction": "0.25",
+        "task.test_fraction": "0.25",
         "out": "/some/where",
     }
     assert cli.parse_parameters(NOTEBOOK, given) == {
         "size": 200,
-        "known_only": False,
-        "reverse": True,
-        "max_facts": None,
         "task": "5",  # its default is text
         "model": "none",
-        "test_fraction": 0.25,
         "out": "/some/where",
+        "options": {
+            "task.known_only": False,
+            "task.reverse": True,
+            "task.max_facts": None,
+            "task.test_fraction": 0.25,
+        },
     }
     assert isinstance(cli.parse_parameters(NOTEBOOK, given)["size"], int)
 
@@ -524,3 +542,28 @@ def test_a_notebook_that_finishes_no_run_is_refused() -> None:
     document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
     with pytest.raises(RunError, match=r"run\.finish"):
         cli._told_folder(document, Path("mine.ipynb"))
+
+
+def test_a_notebook_runs_in_this_python_whatever_kernel_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another kernel of the usual name is installed; what it says is what its cell raises."""
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("import sys\nraise RuntimeError(f'{sys.executable} {x + 1}')"))
+    document = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "ir", "display_name": "R"}})
+    nbformat.write(document, tmp_path / "mine.ipynb")
+    with pytest.raises(PapermillExecutionError) as error:
+        cli.run_notebook(str(tmp_path / "mine.ipynb"), {"x": "2"}, tmp_path / "out")
+    assert f"{sys.executable} 3" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}", '{"cells": 5, "nbformat": 4}', "\xff"])
+def test_what_is_no_notebook_is_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.ipynb"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(RunError) as error:
+        cli.run_notebook(str(path), {}, tmp_path / "out")
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from tools.loc import code_lines
+
 LIBRARY = ROOT / "kc_lib"
 FILES = sorted(LIBRARY.rglob("*.py"))
-CORE = {"errors", "resources", "stats", "options", "results", "metrics", "plotting", "graph", "models", "tasks", "residual"}
+CORE = {"errors", "stats", "options", "reading", "resources", "results", "metrics", "plotting", "graph"}
+CORE |= {"models", "tasks", "residual"}
 ABOVE = {"cli", "runs", "sweep"}  # what starts notebooks stands on everything, and nothing stands on it
 ARROWS = {
     "circuits": set(),
@@ -63,3 +66,42 @@ def test_no_init_but_the_root_re_exports() -> None:
     for path in LIBRARY.rglob("__init__.py"):
         if path.parent != LIBRARY:
             assert not list(imported(path)), path.relative_to(ROOT)
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+LINES_OF_SLICES = {"circuits": 3_500, "neurons": 2_500}  # of code; others have at most 1,500
+LONGEST_FILE = 450  # lines of code
+SHARED_NAMES = {"__init__.py", "figures.py", "options.py", "effects.py"}  # files that mean the same wherever they are
+MOST_ARGUMENTS = 8
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_can_be_read_in_an_hour(name: str) -> None:
+    lines = sum(code_lines(path.read_text(encoding="utf-8")) for path in (LIBRARY / name).rglob("*.py"))
+    assert lines <= LINES_OF_SLICES.get(name, 1_500)
+
+
+def test_no_file_is_long() -> None:
+    lines = {path.relative_to(ROOT): code_lines(path.read_text(encoding="utf-8")) for path in FILES}
+    assert not {path: n for path, n in lines.items() if n > LONGEST_FILE}
+
+
+def test_the_library_is_thin() -> None:
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in FILES) < 14_000
+
+
+def test_no_name_of_a_file_means_two_things() -> None:
+    seen: dict[str, Path] = {}
+    for path in FILES:
+        if path.parent != LIBRARY and path.name not in SHARED_NAMES:
+            assert path.name not in seen, f"{path} and {seen[path.name]}"
+            seen[path.name] = path
+
+
+def test_no_function_asks_for_too_much() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len([name for name in names if name not in ("self", "cls")]) <= MOST_ARGUMENTS, (path, node.name)

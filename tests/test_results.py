@@ -77,6 +77,15 @@ def test_a_file_written_before_kinds_were_named_is_read(tmp_path: Path) -> None:
     assert Other.load(tmp_path / "old.parquet").provenance == {"model": "nano"}
 
 
+def test_a_result_that_is_there_is_kept_as_it_is(tmp_path: Path) -> None:
+    given = measured(0.5)
+    assert kept(tmp_path / "given.parquet", given) is given
+    assert type(given).load(tmp_path / "given.parquet").hash == given.hash
+    written = (tmp_path / "given.parquet").stat().st_mtime_ns
+    assert kept(tmp_path / "given.parquet", given) is given
+    assert (tmp_path / "given.parquet").stat().st_mtime_ns == written
+
+
 def test_what_is_kept_is_computed_once(tmp_path: Path) -> None:
     calls = []
 

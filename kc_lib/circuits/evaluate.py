@@ -1,18 +1,26 @@
-"""Circuits run alone, on the facts they were found on and on held-out ones: what every circuit gives on every fact."""
+"""Circuits run alone, on the facts they were found on and on held-out ones: what every circuit gives on every fact.
+
+Faithfulness is (m(circuit) - m(empty)) / (m(full) - m(empty)), with m the metric's mean over facts (Hanna et al. 2024,
+arXiv:2403.17806, section 2; Mueller et al. 2025, MIB). "empty" is the circuit without edges (with patching: the model on
+the corrupted prompts), "full" the model itself. Where the full model's effect is next to nothing it is undefined: NaN.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kc_lib.circuits.baselines import kind_of
-from kc_lib.circuits.faithfulness import faithfulness_of
+from kc_lib.circuits.baselines import LABELS, RANDOM, Circuits, Labelled, labelled
+from kc_lib.circuits.options import EvaluateOptions
 from kc_lib.circuits.run import run_circuit
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
@@ -22,50 +30,60 @@ from kc_lib.residual.activations import Means, ablation
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.prefix_cache import shared_context
-from kc_lib.stats import with_interval
+from kc_lib.results import Result, load_table, save_table
+from kc_lib.stats import MINIMAL_EFFECT, resampled_means, with_interval
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """What every circuit gives on every split.
 
-    ``examples`` has one row per circuit, split and fact: value (of the metric), probability, rank, kl. ``summary`` has one
-    row per circuit and split: the means over facts, Hit@10, faithfulness with its 95% interval.
+    ``table`` has one row per circuit and split: what the circuit is (``Labelled``), n_edges, share (of the graph's edges),
+    n (facts), the means over facts of value (of the metric), probability and kl, Hit@10, the median rank, and faithfulness
+    with its 95% interval. ``examples`` has one row per circuit, split and fact: value, probability, rank, kl.
     """
 
-    summary: pd.DataFrame
+    table: pd.DataFrame
     examples: pd.DataFrame
     metric: Metric
 
-    def save(self, path: str | Path) -> Path:
-        """Write the summary as parquet, and the examples beside it (``..._examples.parquet``)."""
-        path = Path(path)
-        self.examples.to_parquet(_examples_path(path), index=False)
-        self.summary.to_parquet(path, index=False)
-        return path
+    columns = ("circuit", *LABELS, "split", "faithfulness")
 
-    @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read what ``save`` wrote."""
-        path = Path(path)
-        summary = pd.read_parquet(path)
-        return cls(summary, pd.read_parquet(_examples_path(path)), get_metric(str(summary["metric"].iloc[0])))
+    def summary(self) -> pd.DataFrame:
+        """The full model, every circuit with the mean of its baselines, and the empty circuit, by split.
+
+        faithfulness_low and _high are the 95% interval over facts; of baselines they are the lowest and the highest draw.
+        """
+        rows = self.table[(self.table["ranking"] == "") & (self.table["kind"] != "complement")]
+        drawn = rows["draw"] > 0
+        ends = {end: rows[end].mask(drawn, rows["faithfulness"]) for end in ("faithfulness_low", "faithfulness_high")}
+        named = rows.assign(circuit=rows["circuit"].mask(drawn, rows["kind"] + "s of " + rows["of"]), **ends)
+        how = {"draw": "max", "n_edges": "max", "n": "max", "value": "mean", "faithfulness": "mean"}
+        how |= {"faithfulness_low": "min", "faithfulness_high": "max"}
+        how |= dict.fromkeys(("hit_at_10", "rank_median", "probability", "kl"), "mean")
+        means = named.groupby(["split", "circuit"], sort=False).agg(how).reset_index()
+        return means.rename(columns={"draw": "draws"})
 
     @property
     def splits(self) -> list[str]:
-        return [str(split) for split in self.summary["split"].unique()]
+        return [str(split) for split in self.table["split"].unique()]
 
     def row(self, circuit: str, split: str) -> pd.Series:
-        """One circuit's summary on one split.
+        """One circuit's row on one split.
 
         Raises:
-            MethodError: no such circuit was judged on that split.
+            MethodError: no such circuit was evaluated on that split.
         """
-        found = self.summary[(self.summary["circuit"] == circuit) & (self.summary["split"] == split)]
-        if found.empty:
-            raise MethodError(f"circuit {circuit!r} was not judged on split {split!r}: run evaluate_circuits on it")
-        return found.iloc[0]
+        rows = self.table[(self.table["circuit"] == circuit) & (self.table["split"] == split)]
+        if rows.empty:
+            raise MethodError(f"circuit {circuit!r} was not evaluated on split {split!r}: give it to evaluate")
+        return rows.iloc[0]
+
+    def baselines(self, circuit: str, split: str, kind: str = RANDOM) -> pd.DataFrame:
+        """Rows of a circuit's baselines of one kind, a row per draw."""
+        table = self.table
+        return table[(table["kind"] == kind) & (table["of"] == circuit) & (table["split"] == split)]
 
     def values(self, split: str) -> pd.DataFrame:
         """The metric on one split, fact x circuit."""
@@ -73,130 +91,169 @@ class Evaluation:
         table = rows.pivot(index="fact", columns="circuit", values="value")
         return table[list(rows["circuit"].unique())]  # pivot sorts by name
 
+    def about(self) -> dict[str, Any]:
+        return {"metric": self.metric.name}
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame, about: Mapping[str, Any]) -> Self:
+        return cls(frame, pd.DataFrame(), get_metric(str(about["metric"])))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as parquet, and the examples beside it (``..._examples.parquet``)."""
+        save_table(self.examples, _examples_path(Path(path)), {})
+        return super().save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            MethodError: a file is not there, is no table, or holds another result.
+        """
+        examples, _ = load_table(_examples_path(Path(path)))
+        return replace(super().load(path), examples=examples)
+
 
 def _examples_path(path: Path) -> Path:
     return path.with_name(f"{path.name.lstrip('.').removesuffix('.parquet')}_examples.parquet")
 
 
-def evaluate_circuits(
+def faithfulness_of(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Faithfulness of every column of ``values`` (fact x circuit, with "full" and "empty" among the circuits).
+
+    Row 0 is the estimate. The other rows are one per resample of the facts; a resample serves all circuits.
+    """
+    matrix = values.to_numpy(dtype=float)
+    means = pd.DataFrame(
+        np.concatenate([matrix.mean(0, keepdims=True), resampled_means(matrix, seed)]), columns=values.columns
+    )
+    effect = means["full"] - means["empty"]
+    if abs(effect[0]) <= MINIMAL_EFFECT:
+        return means * np.nan
+    return means.sub(means["empty"], axis=0).div(effect, axis=0)  # a resample may have an effect of 0
+
+
+def estimated(name: str, drawn: pd.Series | Float[np.ndarray, " drawn"]) -> dict[str, float]:
+    """A figure and its 95% interval as columns of a table; ``drawn`` is the estimate and then its resamples."""
+    values = np.asarray(drawn)
+    return with_interval(name, values[0], values[1:])
+
+
+def evaluate(
     model: Model,
-    circuits: Mapping[str, Circuit],
+    circuits: Circuits,
     splits: Mapping[str, Sequence[TokenPair]],
     *,
-    metric: str | Metric = "logit_difference",
-    intervention: str = "patching",
     reference: Sequence[TokenPair] = (),
-    full_answer: bool = False,
-    batch_size: int = 16,
-    seed: int = 0,
     progress: bool = False,
+    **options: Any,
 ) -> Evaluation:
     """Run each circuit alone on each split; "full" and "empty" are always among the rows.
 
     Args:
-        reference: pairs whose clean prompts give the means of a mean intervention (those of discovery, not the judged).
+        circuits: by name, plain or ``Labelled`` (``random_baselines``, ``circuits_by_size``, ``complements``).
+        reference: pairs whose clean prompts give the means of a mean intervention (those of discovery, not held-out ones).
+        options: fields of ``EvaluateOptions``.
+
+    Example:
+        >>> circuits = {"circuit": circuit} | kc.random_baselines(circuit, 10)
+        >>> evaluation = kc.evaluate(model, circuits, {"discovery": task.discovery, "held_out": task.test})
+        >>> evaluation.row("circuit", "held_out")["faithfulness"]
 
     Raises:
-        MethodError: unknown metric or intervention, or a circuit of the name "full" or "empty".
+        MethodError: an option out of range, or a circuit of the name "full" or "empty".
     """
-    metric = get_metric(metric)
-    decoder = model.residual
-    means = reference_means(decoder, intervention, reference, batch_size, full_answer)
-    frames = []
-    total = sum(len(pairs) for pairs in splits.values()) * (len(circuits) + 1)
-    with tqdm(total=total, desc="running circuits", unit="run", disable=not progress) as bar:
-        for split, pairs in splits.items():
-            for name, logits, full, batch in _runs(decoder, circuits, pairs, intervention, means, full_answer, batch_size):
-                frames.append(_measure(name, split, logits, full, batch, metric))
-                bar.update(len(batch) if name != "full" else 0)
+    asked, decoder, named = EvaluateOptions.of(options), model.residual, labelled(circuits)
+    metric = get_metric(asked.metric)
+    means = reference_means(decoder, asked.intervention, reference, asked.batch_size, asked.full_answer)
+    frames = [
+        _measure(logits, full, batch, metric).assign(circuit=name, split=split)
+        for split, pairs in splits.items()
+        for name, logits, full, batch in _runs(decoder, named, pairs, means, asked, progress)
+    ]
     examples = pd.concat(frames, ignore_index=True)
     examples["fact"] = examples.groupby(["circuit", "split"]).cumcount()
-    sizes = {name: (circuit.n_edges, circuit.share) for name, circuit in circuits.items()}
-    n_edges = decoder.graph().n_edges
-    sizes |= {"full": (n_edges, 1.0), "empty": (0, 0.0)}
-    return Evaluation(_summarise(examples, sizes, metric, seed), examples, metric)
+    edges = decoder.graph().edges
+    named |= {"full": Labelled(Circuit(decoder.graph(), edges), "full")}
+    named |= {"empty": Labelled(Circuit(decoder.graph(), torch.zeros_like(edges)), "empty")}
+    return Evaluation(_table(examples, named, metric, asked.seed), examples, metric)
 
 
 def metric_values(
     model: Model,
-    circuits: Mapping[str, Circuit],
+    circuits: Circuits,
     pairs: Sequence[TokenPair],
     *,
-    metric: str | Metric = "logit_difference",
-    intervention: str = "patching",
     reference: Sequence[TokenPair] = (),
-    full_answer: bool = False,
-    batch_size: int = 16,
     progress: bool = False,
+    **options: Any,
 ) -> pd.DataFrame:
-    """The metric alone, fact x circuit, with "full" and "empty" among the circuits; as ``evaluate_circuits`` otherwise.
+    """The metric alone, fact x circuit, with "full" and "empty" among the circuits; as ``evaluate`` otherwise.
 
-    For many circuits of which nothing else is asked: one pass per batch, context and ablated values computed once.
+    For many circuits of which nothing else is asked.
     """
-    metric = get_metric(metric)
-    decoder = model.residual
-    means = reference_means(decoder, intervention, reference, batch_size, full_answer)
+    asked = EvaluateOptions.of(options)
+    metric = get_metric(asked.metric)
+    means = reference_means(model.residual, asked.intervention, reference, asked.batch_size, asked.full_answer)
     values: dict[str, list[Tensor]] = {}
-    with tqdm(total=len(pairs) * (len(circuits) + 1), desc="running circuits", unit="run", disable=not progress) as bar:
-        for name, logits, full, batch in _runs(decoder, circuits, pairs, intervention, means, full_answer, batch_size):
-            values.setdefault(name, []).append(metric(logits, batch, full).double().cpu())
-            bar.update(len(batch) if name != "full" else 0)
+    for name, logits, full, batch in _runs(model.residual, labelled(circuits), pairs, means, asked, progress):
+        values.setdefault(name, []).append(metric(logits, batch, full).double().cpu())
     return pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in values.items()})
 
 
 def _runs(
     decoder: Decoder,
-    circuits: Mapping[str, Circuit],
+    circuits: Mapping[str, Labelled],
     pairs: Sequence[TokenPair],
-    intervention: str,
     means: Means | None,
-    full_answer: bool,
-    batch_size: int,
+    asked: EvaluateOptions,
+    progress: bool,
 ) -> Iterator[tuple[str, Tensor, Tensor, Batch]]:
     """Name, logits, the full model's logits and batch of every run: per batch "full", "empty" and every circuit."""
     taken = {"full", "empty"} & circuits.keys()
     if taken:
         raise MethodError(f"a circuit is named {taken.pop()!r}, as the full model or the empty circuit: rename it")
-    for batch in batches(pairs, batch_size, full_answer, decoder.device):
-        context = shared_context(decoder, batch, intervention)
-        ablated = ablation(decoder, intervention, batch, means, context)
-        full = full_logits(decoder, batch, context)
-        yield "full", full, full, batch
-        graph = decoder.graph()
-        yield "empty", run_circuit(decoder, graph, torch.zeros_like(graph.edges), batch, ablated, context), full, batch
-        for name, circuit in circuits.items():
-            yield name, run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated, context), full, batch
+    graph = decoder.graph()
+    masks = {"empty": (graph, torch.zeros_like(graph.edges))}
+    masks |= {name: (one.circuit.graph, one.circuit.mask) for name, one in circuits.items()}
+    with tqdm(total=len(pairs) * len(masks), desc="running circuits", unit="run", disable=not progress) as bar:
+        for batch in batches(pairs, asked.batch_size, asked.full_answer, decoder.device):
+            context = shared_context(decoder, batch, asked.intervention)
+            ablated = ablation(decoder, asked.intervention, batch, means, context)
+            full = full_logits(decoder, batch, context)
+            yield "full", full, full, batch
+            for name, (graph, mask) in masks.items():
+                yield name, run_circuit(decoder, graph, mask, batch, ablated, context), full, batch
+                bar.update(len(batch))
 
 
-def _measure(name: str, split: str, logits: Tensor, full: Tensor, batch: Batch, metric: Metric) -> pd.DataFrame:
+def _measure(logits: Tensor, full: Tensor, batch: Batch, metric: Metric) -> pd.DataFrame:
     values = {
         "value": metric(logits, batch, full),
         "probability": METRICS["probability"](logits, batch),
         "rank": answer_rank(logits, batch),
         "kl": METRICS["kl"](logits, batch, full),
     }
-    frame = pd.DataFrame({key: value.double().cpu().numpy() for key, value in values.items()})
-    return frame.assign(circuit=name, split=split)
+    return pd.DataFrame({key: value.double().cpu().numpy() for key, value in values.items()})
 
 
-def _summarise(examples: pd.DataFrame, sizes: Mapping[str, tuple[int, float]], metric: Metric, seed: int) -> pd.DataFrame:
+def _table(examples: pd.DataFrame, circuits: Mapping[str, Labelled], metric: Metric, seed: int) -> pd.DataFrame:
     rows = []
     for split, facts in examples.groupby("split", sort=False):
-        values = facts.pivot(index="fact", columns="circuit", values="value")
-        found = faithfulness_of(values, seed)
+        faithfulness = faithfulness_of(facts.pivot(index="fact", columns="circuit", values="value"), seed)
         for name, group in facts.groupby("circuit", sort=False):
-            (estimate,), draws = found.of(str(name))
+            one = circuits[str(name)]
             rows.append(
                 {
                     "circuit": name,
-                    "kind": kind_of(str(name)),
+                    **one.columns(),
                     "split": split,
-                    "n_edges": sizes[str(name)][0],
-                    "share": sizes[str(name)][1],
+                    "n_edges": one.circuit.n_edges,
+                    "share": one.circuit.share,
                     "n": len(group),
                     "metric": metric.name,
                     "value": group["value"].mean(),
-                    **with_interval("faithfulness", estimate, draws[:, 0]),
+                    **estimated("faithfulness", faithfulness[name]),
                     "hit_at_10": (group["rank"] <= 10).mean(),
                     "rank_median": group["rank"].median(),
                     "probability": group["probability"].mean(),

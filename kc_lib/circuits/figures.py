@@ -22,7 +22,7 @@ EDGE_WIDTHS, EDGE_OPACITIES = (0.9, 1.6, 2.7, 4.5), (0.35, 0.55, 0.75, 0.95)
 SIGNS = (("no score", plot.NEUTRAL), ("positive score", plot.POSITIVE), ("negative score", plot.NEGATIVE))  # at 0, 1 and -1
 MAX_LABELS, MAX_LABELS_A_LAYER = 60, 14
 VERDICTS = {"yes": ("✓ yes", "#C6E2F2"), "no": ("✗ no", "#F9D3BC"), "undefined": ("? undefined", "#E4E4E4")}
-VERDICT_WIDTHS = {"criterion": 205, "split": 80, "figure [95%]": 160, "null": 65, "bar": 130, "verdict": 105, "note": 215}
+WIDTHS = {"criterion": 205, "split": 80, "figure [95%]": 160, "baseline": 75, "bar": 130, "verdict": 105, "note": 205}  # px
 CURVE = np.linspace(0.0, 1.0, 17)
 
 
@@ -31,6 +31,9 @@ def circuit_graph(circuit: Circuit, title: str | None = None, max_edges: int = 3
 
     The vertical axis is the layer (layers without a node take less room), the horizontal one the head's index, then the
     MLP. Width and opacity of an edge grow with its |score| (in the scores' unit), its colour is the sign.
+
+    Example:
+        >>> kc.circuit_graph(kc.select(scores, size=0.005))
 
     Raises:
         MethodError: a circuit without edges, scores that are no numbers, or ``max_edges`` below 1.
@@ -145,7 +148,7 @@ def score_distribution(scores: EdgeScores, circuit: Circuit | None = None) -> go
 
 
 def verdict_table(verdicts: pd.DataFrame) -> go.Figure:
-    """What ``verdict`` returns, as a table: criterion, split, figure with interval, null, bar, verdict, and notes.
+    """What ``verdict`` returns, as a table: criterion, split, figure with interval, baseline, bar, verdict, and notes.
 
     Verdicts are written and coloured: "yes" blue, "no" vermillion, "undefined" grey.
 
@@ -163,7 +166,7 @@ def verdict_table(verdicts: pd.DataFrame) -> go.Figure:
         "criterion": [f"<b>{row['criterion']}</b><br>{_wrapped(row['measure'], 'criterion')}" for row in rows],
         "split": [plot.shown_split(row["split"]) or "none" for row in rows],
         "figure [95%]": ["not measured" if pd.isna(row["figure"]) else plot.figure_text(row, "figure", 3) for row in rows],
-        "null": [plot.number(row["null"], 3).replace("undefined", "none") for row in rows],
+        "baseline": [plot.number(row["baseline"], 3).replace("undefined", "none") for row in rows],
         "bar": [_wrapped(row["bar"], "bar") for row in rows],
         "verdict": [f"<b>{VERDICTS[row['verdict']][0]}</b>" for row in rows],
         "note": [_wrapped(row["note"], "note") for row in rows],
@@ -173,7 +176,7 @@ def verdict_table(verdicts: pd.DataFrame) -> go.Figure:
     cells = {name: [f"<span>{cell}</span>" for cell in column] for name, column in columns.items()}
     colours = [VERDICTS[row["verdict"]][1] for row in rows]
     fills = [colours if name == "verdict" else ["white"] * len(rows) for name in columns]
-    widths = [VERDICT_WIDTHS[name] for name in columns]
+    widths = [WIDTHS[name] for name in columns]
     figure = plot.table(cells, widths, fill_color=fills, line_color="#D0D0D0", font_size=12)
     yes = "yes: bar cleared (faithful, complete, minimal: by the whole 95% interval)"
     met = f"Verdict: {(verdicts['verdict'] == 'yes').sum()} of {len(rows)} criteria met"
@@ -336,4 +339,4 @@ def _thinned(n: int, n_points: int = 500) -> np.ndarray:
 
 def _wrapped(text: Any, column: str) -> str:
     """A text broken to lines of a column of the verdicts, at 6.6 pixels a letter."""
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), int((VERDICT_WIDTHS[column] - 16) / 6.6)))
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(str(text), int((WIDTHS[column] - 16) / 6.6)))

@@ -9,6 +9,8 @@ a plain forward and a small one costs less.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,6 +21,17 @@ from kc_lib.residual.activations import Ablation
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
+
+
+@dataclass(frozen=True)
+class _Circuit:
+    """What is run: a mask over a decoder's graph, with the values of what it leaves out."""
+
+    decoder: Decoder
+    graph: Graph
+    mask: Bool[Tensor, "writer reader"]
+    ablation: Ablation
+    prefix: Context
 
 
 class _Stream:
@@ -69,25 +82,27 @@ def run_circuit(
     The full mask gives the model's own logits; the empty mask gives those of the ablated stream (with patching: the
     corrupted prompts'). The mask need not be pruned. ``ablation`` covers the positions after the context's.
     """
-    active = _active_writers(graph, mask, decoder, ablation)
+    circuit = _Circuit(decoder, graph, mask, ablation, context)
+    active = _active_writers(circuit)
     resid = decoder.embed(batch.clean)[:, context.start :]
     stream = _Stream(int(active.sum()), ablation.outputs[0].expand_as(resid).clone())
     if active[0]:
         stream.add(0, resid - ablation.outputs[0])
     for layer in range(graph.n_layers):
-        _run_layer(decoder, graph, mask, active, stream, layer, ablation, context)
+        _run_layer(circuit, layer, active, stream)
     rows = torch.arange(len(batch), device=resid.device)[:, None]
     at = (rows, batch.answer_positions - context.start)
     return decoder.unembed(stream.reader_inputs(mask[:, -1:], decoder.bias_before[-1], at)[0]).float()
 
 
-def _active_writers(graph: Graph, mask: Tensor, decoder: Decoder, ablation: Ablation) -> Bool[Tensor, " writer"]:
+def _active_writers(circuit: _Circuit) -> Bool[Tensor, " writer"]:
     """Writers whose value can differ from its ablated one and can reach the logits through the mask."""
+    graph, mask = circuit.graph, circuit.mask
     serves = graph.serves
     active = torch.zeros(len(graph.writers), dtype=torch.bool)
     live_readers = torch.zeros(len(graph.readers), dtype=torch.bool)
     live_readers[-1] = True
-    post_norm = decoder.blocks[0].attention.post_norm is not None
+    post_norm = circuit.decoder.blocks[0].attention.post_norm is not None
     for layer in reversed(range(graph.n_layers)):
         heads = graph.head_writers(layer)
         mlp = heads.stop
@@ -99,7 +114,7 @@ def _active_writers(graph: Graph, mask: Tensor, decoder: Decoder, ablation: Abla
             active[heads] = True  # a norm over the heads' sum ties them together
         live_readers |= (serves[heads] & active[heads, None]).any(0)
     active[0] = (mask[0] & live_readers).any()
-    if ablation.reproducible:  # what reads only ablated values writes its ablated value
+    if circuit.ablation.reproducible:  # what reads only ablated values writes its ablated value
         changed = torch.zeros_like(active)
         changed[0] = active[0]
         for layer in range(graph.n_layers):
@@ -113,59 +128,46 @@ def _active_writers(graph: Graph, mask: Tensor, decoder: Decoder, ablation: Abla
     return active
 
 
-def _run_layer(
-    decoder: Decoder,
-    graph: Graph,
-    mask: Tensor,
-    active: Tensor,
-    stream: _Stream,
-    layer: int,
-    ablation: Ablation,
-    context: Context,
-) -> None:
+def _run_layer(circuit: _Circuit, layer: int, active: Bool[Tensor, " writer"], stream: _Stream) -> None:
     """Run a layer's active nodes on what the mask lets them read, and add what they write to the stream."""
+    decoder, graph, outside = circuit.decoder, circuit.graph, circuit.ablation.outputs
     block, heads = decoder.blocks[layer], graph.head_writers(layer)
     bias = decoder.bias_before[layer]
     kept = active[heads].nonzero()[:, 0]
     mlp_row = heads.stop
-    mlp_mask = mask[:, graph.reader_columns(layer, "mlp")]
+    mlp_mask = circuit.mask[:, graph.reader_columns(layer, "mlp")]
     mlp_input = None
     if block.parallel and active[mlp_row]:  # before this block's heads join the stream
         mlp_input = stream.reader_inputs(mlp_mask, bias)[0]
     if len(kept):
-        outputs = _head_outputs(decoder, graph, mask, stream, layer, kept, context)
+        outputs = _head_outputs(circuit, layer, kept, stream)
         for head, output in zip(kept.tolist(), outputs, strict=True):
-            stream.add(heads.start + head, output - ablation.outputs[heads.start + head])
-    stream.ablated = stream.ablated + ablation.outputs[heads].sum(0)
+            stream.add(heads.start + head, output - outside[heads.start + head])
+    stream.ablated = stream.ablated + outside[heads].sum(0)
     if active[mlp_row]:
         if mlp_input is None:
             mlp_input = stream.reader_inputs(mlp_mask, decoder.bias_before[layer + 1])[0]
-        stream.add(mlp_row, block.mlp_output(block.mlp_norm(mlp_input)) - ablation.outputs[mlp_row])
-    stream.ablated = stream.ablated + ablation.outputs[mlp_row]
+        stream.add(mlp_row, block.mlp_output(block.mlp_norm(mlp_input)) - outside[mlp_row])
+    stream.ablated = stream.ablated + outside[mlp_row]
 
 
 def _head_outputs(
-    decoder: Decoder,
-    graph: Graph,
-    mask: Tensor,
-    stream: _Stream,
-    layer: int,
-    kept: Int[Tensor, " kept"],
-    context: Context,
+    circuit: _Circuit, layer: int, kept: Int[Tensor, " kept"], stream: _Stream
 ) -> Float[Tensor, "kept batch pos d_model"]:
     """What the kept heads of a layer add to the stream, each of their readers seeing its own input."""
+    decoder, graph = circuit.decoder, circuit.graph
     attention = decoder.blocks[layer].attention
     reader_of = kept // (graph.n_heads // graph.n_kv_readers)  # the key and value reader of each kept head
     projected = {}
     for kind in "qkv":
         readers = kept if kind == "q" else reader_of.unique()
         columns = graph.reader_columns(layer, kind).start + readers
-        x = attention.norm(stream.reader_inputs(mask[:, columns], decoder.bias_before[layer]))
+        x = attention.norm(stream.reader_inputs(circuit.mask[:, columns], decoder.bias_before[layer]))
         weight, bias = attention.weights(kind)
         own = readers // ((graph.n_heads if kind == "q" else graph.n_kv_readers) // weight.shape[0])
         y = torch.einsum("rbpd,rdh->bprh", x, weight[own]) + bias[own]
         projected[kind] = y if kind == "q" else y[:, :, torch.searchsorted(readers, reader_of)]
-    past = context.of_layer(layer)
+    past = circuit.prefix.of_layer(layer)
     if past is not None:
         group = kept // attention.group_size
         past = (past[0][:, :, group], past[1][:, :, group])

@@ -6,13 +6,13 @@
   ``apply_greedy``, by |score|).
 - ``bootstrap``: every edge whose mean score's interval over resamples of the facts excludes 0; needs the scores of each
   fact and has a function of its own, ``select_bootstrap``.
+- ``faithful``: the smallest circuit of the ``absolute`` ranking that is faithful enough; it runs the model and is
+  ``smallest_faithful``.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -21,11 +21,15 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
+from kc_lib.circuits.options import SelectOptions
 from kc_lib.circuits.scores import EdgeScores, FactScores
 from kc_lib.errors import MethodError, checked
 from kc_lib.graph import Circuit, Graph
 
-SELECTIONS = ("absolute", "signed", "threshold", "greedy", "bootstrap")
+ELSEWHERE = {  # selections that need more than scores
+    "bootstrap": "needs the scores of each fact: select_bootstrap(score_edges(..., per='fact'))",
+    "faithful": "runs the model: smallest_faithful(model, scores, pairs)",
+}
 
 
 def select(
@@ -41,13 +45,17 @@ def select(
         fill: size counts the edges left after pruning: as many are ranked as give a pruned circuit of at most that size.
             False prunes the top n, as EAP-IG does, which leaves fewer than n.
 
+    Example:
+        >>> circuit = kc.select(scores, size=0.005)
+        >>> circuit.save("circuit.json")
+
     Raises:
         MethodError: unknown selection, one that needs the scores of each fact, a size or threshold out of range, or one
             too small for any path.
     """
-    check_selection(selection, size, threshold)
-    if selection == "bootstrap":
-        raise MethodError("selection 'bootstrap' needs the scores of each fact: select_bootstrap(attribute_facts(...))")
+    SelectOptions(selection=selection, size=size, threshold=threshold, fill=fill)
+    if selection in ELSEWHERE:
+        raise MethodError(f"selection {selection!r} {ELSEWHERE[selection]}")
     graph = scores.graph
     ranking = scores.scores if selection == "signed" else scores.scores.abs()
     if threshold is not None and selection == "threshold":
@@ -89,7 +97,7 @@ def select_bootstrap(
         raise MethodError(f"bootstrap needs at least 2 facts and 2 resamples, not {n_facts} and {n_resamples}")
     if not 0 < confidence < 1:
         raise MethodError(f"confidence is {confidence!r}; it must lie between 0 and 1, as 0.95")
-    check_selection("bootstrap", 1.0 if size is None else size)
+    SelectOptions(size=1.0 if size is None else size)
     scores = fact_scores.mean()
     facts = np.random.default_rng(seed).integers(0, n_facts, (n_resamples, n_facts))
     means = torch.stack([fact_scores.mean(draw.tolist()).scores for draw in facts])
@@ -104,21 +112,6 @@ def select_bootstrap(
         )
     provenance = {**scores.provenance, "selection": "bootstrap", "size": size, "confidence": confidence}
     return Circuit(graph, mask, scores.scores, provenance | {"n_resamples": n_resamples, "seed": seed})
-
-
-def check_selection(selection: str, size: int | float = 0.005, threshold: float | None = None) -> None:
-    """Refuse what ``select`` or ``select_bootstrap`` would refuse, before anything is computed.
-
-    Raises:
-        MethodError: unknown selection, or a size or threshold out of range.
-    """
-    if selection not in SELECTIONS:
-        raise MethodError(f"unknown selection {selection!r}: use one of {', '.join(SELECTIONS)}")
-    if selection == "threshold" and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
-        raise MethodError(f"selection 'threshold' needs a threshold >= 0, not {threshold}")
-    is_number = isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size)
-    if not is_number or size < 0 or (size > 1 and size != int(size)):
-        raise MethodError(f"size {size!r}: give a whole number of edges, or a share between 0.0 and 1.0")
 
 
 def number_of_edges(graph: Graph, size: int | float) -> int:
@@ -154,72 +147,6 @@ def top_edges(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> 
     mask = torch.zeros(graph.edges.numel(), dtype=torch.bool)
     mask[order[:n]] = True
     return mask.view_as(graph.edges)
-
-
-def random_circuit(graph: Graph, n_edges: int, seed: int) -> Circuit:
-    """A connected circuit of ``n_edges`` random edges, the null for a circuit of that size.
-
-    Edges are drawn uniformly from the graph, and each is joined to the circuit by random walks, down to the input and up
-    to the logits, until they meet a node that is already in it. So every edge lies on a path from the input to the
-    logits; edges drawn independently would be pruned to almost nothing, a null that is too easy. Its profile over
-    layers is close to the graph's. Where the last edges do not fit, a few are missing.
-    """
-    generator = random.Random(seed)
-    possible = graph.edges.nonzero().tolist()
-    readers_of = [graph.serves[row].nonzero()[:, 0].tolist() for row in range(len(graph.writers))]
-    owners_of = [graph.serves[:, column].nonzero()[:, 0].tolist() for column in range(len(graph.readers))]
-    last = len(graph.readers) - 1
-    mask = torch.zeros_like(graph.edges)
-    nodes, count = {0}, 0
-    for _ in range(1000 * max(n_edges, 1)):
-        if count == n_edges:
-            break
-        row, column = generator.choice(possible)
-        walk, fresh = [(row, column)], set()
-        while row not in nodes:  # down to the input
-            fresh.add(row)
-            reader = generator.choice(readers_of[row])
-            row = generator.randrange(graph.readers[reader].n_writers)
-            walk.append((row, reader))
-        while column != last:  # up to the logits
-            owner = generator.choice(owners_of[column])
-            if owner in nodes:
-                break
-            fresh.add(owner)
-            column = generator.choice(graph.edges[owner].nonzero()[:, 0].tolist())
-            walk.append((owner, column))
-        new = {edge for edge in walk if not mask[edge]}
-        if count + len(new) > n_edges:
-            continue
-        for edge in new:
-            mask[edge] = True
-        count += len(new)
-        nodes |= fresh
-    return Circuit(graph, mask, None, {"selection": "random", "size": n_edges, "seed": seed})
-
-
-def profile_null(circuit: Circuit, seed: int) -> Circuit:
-    """The circuit with its heads exchanged at random within every layer, the null for a circuit of that profile.
-
-    The exchange is a symmetry of the graph: key-value groups change places within a layer, and heads within their group
-    (in the ungrouped view every head has keys and values of its own and may take any place). So every writer's and
-    reader's layer and type, the number of edges between any two of them, and all connections stay; *which* heads do it
-    changes. Edges between input, MLPs and logits stay as they are, and by chance a head may keep its place.
-    """
-    graph = circuit.graph
-    generator = torch.Generator().manual_seed(seed)
-    group = graph.n_heads // graph.n_kv_readers
-    writers, readers = torch.arange(len(graph.writers)), torch.arange(len(graph.readers))
-    for layer in range(graph.n_layers):
-        groups = torch.randperm(graph.n_kv_readers, generator=generator)
-        within = torch.stack([torch.randperm(group, generator=generator) for _ in range(graph.n_kv_readers)])
-        heads = (groups[:, None] * group + within).flatten()
-        writers[graph.head_writers(layer)] = graph.head_writers(layer).start + heads
-        for kind, order in {"q": heads, "k": groups, "v": groups}.items():
-            columns = graph.reader_columns(layer, kind)
-            readers[columns] = columns.start + order
-    mask = circuit.mask[writers][:, readers]
-    return Circuit(graph, mask, None, {"selection": "profile null", "size": circuit.n_edges, "seed": seed})
 
 
 def _greedy(graph: Graph, ranking: Float[Tensor, "writer reader"], n: int) -> Bool[Tensor, "writer reader"]:

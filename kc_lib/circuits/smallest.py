@@ -1,27 +1,91 @@
-"""The smallest circuit of a ranking that keeps a given faithfulness, with the curve that the search saw."""
+"""Circuits of a ranking over all sizes: how good the ranking is, and the smallest of its circuits that suffices.
+
+How good a *ranking* is, whatever size one picks, is an area under faithfulness over the share of edges kept:
+
+- ``cpr``: area under faithfulness (Circuit Performance Ratio: higher is better, above 1 where edges that work against the
+  answer are left out), meant for signed selection;
+- ``cmd``: area of |1 - faithfulness| (Circuit-Model Distance: 0 is best), meant for absolute selection. Both as in MIB
+  (Mueller et al. 2025, arXiv:2504.13151, section 3): trapezoids, linear in the share, over ``SHARES``;
+- ``log_area``: area under faithfulness over log10(share) divided by the range, so a mean of faithfulness. Sizes up to 5%,
+  where circuits are looked for, weigh 7% in CPR and CMD and 62% here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.integrate import trapezoid
 
-from kc_lib.circuits.evaluate import metric_values
-from kc_lib.circuits.faithfulness import faithfulness_of
+from kc_lib.circuits.baselines import LABELS
+from kc_lib.circuits.evaluate import Evaluation, estimated, faithfulness_of, metric_values
+from kc_lib.circuits.options import EvaluateOptions, SmallestOptions
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
-from kc_lib.metrics import Metric
 from kc_lib.models.model import Model
-from kc_lib.stats import with_interval
 from kc_lib.tasks.batches import TokenPair
 
-RANKINGS = ("absolute", "signed", "greedy")
 NOISE = 1e-5  # the whole graph gives 1 but for float error
+CURVE = ["ranking", "kind", "draw"]  # what circuits on one curve have in common
+
+
+def curves(evaluation: Evaluation) -> pd.DataFrame:
+    """Rows of the evaluation's table by size, of every ranking and of its random baselines, draw by draw.
+
+    All edges are the model itself, so every curve ends at size 1 with the row of the full model, if it was not run there.
+
+    Raises:
+        MethodError: no ranking was run below size 1.
+    """
+    table = evaluation.table
+    below = table[table["size"] < 1]
+    if below.empty:
+        raise MethodError("no ranking was evaluated at several sizes: give evaluate what circuits_by_size returns")
+    names = below[CURVE].drop_duplicates()
+    full = table[table["kind"] == "full"].drop(columns=list(LABELS)).merge(names, how="cross").assign(size=1.0)
+    points = pd.concat([table[table["size"].notna()].merge(names), full])
+    return points.drop_duplicates([*CURVE, "split", "size"]).sort_values("size", kind="stable", ignore_index=True)
+
+
+def areas(evaluation: Evaluation, seed: int = 0) -> pd.DataFrame:
+    """CPR, CMD and log area of every ranking that was run at several sizes (``circuits_by_size``), by split.
+
+    Random circuits that do nothing have a CPR of 0.25. Figures compare with published ones where the smallest share is
+    0.001. An interval of cmd leans upwards, because noise adds to a distance.
+
+    Returns:
+        Columns ranking, kind ("ranking", or "random baseline" of one, with its draw), draw, split, n (facts), n_sizes,
+        smallest (share), and each area with its 95% interval (``cpr``, ``cpr_low``, ``cpr_high`` ...): a resample of the
+        facts serves all sizes.
+
+    Raises:
+        MethodError: no ranking was run below size 1.
+    """
+    points, rows = curves(evaluation), []
+    names = evaluation.table[CURVE].drop_duplicates().merge(points[CURVE].drop_duplicates())  # in the order of the table
+    for split in evaluation.splits:
+        values = evaluation.values(split)
+        faithfulness = faithfulness_of(values, seed)
+        for name in names.to_dict("records"):
+            curve = points[(points[CURVE] == name).all(axis=1) & (points["split"] == split)]
+            shares, heights = curve["size"].to_numpy(), faithfulness[curve["circuit"]].to_numpy()
+            logs = np.log10(shares)
+            measured = {
+                "cpr": trapezoid(heights, shares),
+                "cmd": trapezoid(np.abs(1 - heights), shares),
+                "log_area": trapezoid(heights, logs) / (logs[-1] - logs[0]),
+            }
+            row: dict[Any, Any] = name | {"split": split, "n": len(values), "n_sizes": len(shares), "smallest": shares[0]}
+            for area, drawn in measured.items():
+                row |= estimated(area, drawn)
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def smallest_faithful(
@@ -30,16 +94,8 @@ def smallest_faithful(
     pairs: Sequence[TokenPair],
     faithfulness: float = 0.8,
     *,
-    selection: str = "absolute",
-    resolution: float = 0.02,
-    at_once: int = 8,
-    stable: bool = False,
-    metric: str | Metric = "logit_difference",
-    intervention: str = "patching",
-    full_answer: bool = False,
-    batch_size: int = 16,
-    seed: int = 0,
     progress: bool = False,
+    **options: Any,
 ) -> tuple[Circuit, pd.DataFrame]:
     """Search over sizes for the smallest circuit with at least this faithfulness on ``pairs`` (those of discovery).
 
@@ -50,56 +106,45 @@ def smallest_faithful(
     passed over. What is returned is the smallest circuit *among those tried* that suffices; the next smaller one tried does
     not, but a still smaller one that was never tried might. The curve shows how far faithfulness is from monotone.
 
+    Args:
+        options: other fields of ``SmallestOptions``.
+
     Returns:
         The circuit, and the curve by size: size (before pruning), n_edges, n (facts), faithfulness with its 95% interval
-        over facts. The circuit was chosen on these facts: judge it on held-out ones.
+        over facts. The circuit was chosen on these facts: evaluate it on held-out ones.
 
     Raises:
-        MethodError: another selection, no faithfulness above 0 to reach, no size tried that suffices (the message names the
-            best), or an undefined faithfulness.
+        MethodError: an option out of range, no size tried that suffices (the message names the best), or an undefined
+            faithfulness.
     """
-    if selection not in RANKINGS or at_once < 1:
-        raise MethodError(
-            f"selection {selection!r}, {at_once} at once: use one of {', '.join(RANKINGS)}, at least 1 at once"
-        )
-    if not 0 < faithfulness < np.inf:
-        raise MethodError(f"faithfulness {faithfulness!r} to keep: give a number above 0, as 0.8")
-    n_edges = scores.graph.n_edges
+    asked = SmallestOptions.of({"faithfulness": faithfulness, **options})
+    running = {name: asked[name] for name in EvaluateOptions.declared()}
     tried: dict[int, dict[str, float]] = {0: {"n_edges": 0, "faithfulness": 0.0}}
-    above, sizes = n_edges, [*_between(0, n_edges, at_once), n_edges]
+    above = scores.graph.n_edges
+    sizes = [*_between(0, above, asked.at_once), above]
     while sizes:
-        circuits = {size: select(scores, selection, size, fill=False) for size in sizes}
+        circuits = {size: select(scores, asked.selection, size, fill=False) for size in sizes}
         # circuits of one ranking contain each other, so those with as many edges are the same
         known = {int(row["n_edges"]): row for row in tried.values() if "n" in row}
         fresh = {str(circuit.n_edges): circuit for circuit in circuits.values() if circuit.n_edges not in known}
         if fresh:
-            values = metric_values(
-                model,
-                fresh,
-                pairs,
-                metric=metric,
-                intervention=intervention,
-                reference=pairs,
-                full_answer=full_answer,
-                batch_size=batch_size,
-                progress=progress,
-            )
-            found = faithfulness_of(values, seed)
+            values = metric_values(model, fresh, pairs, reference=pairs, progress=progress, **running)
+            measured = faithfulness_of(values, asked.seed)
             for name, circuit in fresh.items():
-                (estimate,), draws = found.of(name)
                 row = {"n_edges": circuit.n_edges, "n": len(pairs)}
-                known[circuit.n_edges] = row | with_interval("faithfulness", estimate, draws[:, 0])
+                known[circuit.n_edges] = row | estimated("faithfulness", measured[name])
         tried |= {size: known[circuit.n_edges] for size, circuit in circuits.items()}
         suffices = {row["n_edges"]: row["faithfulness"] >= faithfulness - NOISE for row in tried.values()}
-        lucky = {n for n, larger in pairwise(sorted(suffices)) if stable and not suffices[larger]}
+        lucky = {n for n, larger in pairwise(sorted(suffices)) if asked.stable and not suffices[larger]}
         enough = [size for size, row in tried.items() if suffices[row["n_edges"]] and row["n_edges"] not in lucky]
         above = min(enough, default=0)
         below = max((size for size in tried if size < above), default=0)
         gap = tried[above]["n_edges"] - tried[below]["n_edges"]
-        sizes = _between(below, above, at_once) if gap > max(1, resolution * tried[above]["n_edges"]) else []
+        is_fine = gap <= max(1, asked.resolution * tried[above]["n_edges"])
+        sizes = [] if is_fine else _between(below, above, asked.at_once)
     curve = pd.DataFrame([{"size": size, **tried[size]} for size in sorted(tried) if size])
     _check_reached(curve, faithfulness)
-    circuit = select(scores, selection, above, fill=False)
+    circuit = select(scores, asked.selection, above, fill=False)
     return replace(circuit, provenance={**circuit.provenance, "smallest_faithful": faithfulness}), curve
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -12,8 +13,10 @@ from torch import Tensor
 from kc_lib.components.head_runs import run_layers, value_weighted
 from kc_lib.errors import MethodError
 from kc_lib.models.model import Model
+from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import TokenPair, batches
 
+Head = tuple[int, int]  # layer, head
 SOURCES = ("subject", "relation", "first", "last")
 
 
@@ -31,13 +34,12 @@ def attention_sources(
     """
     decoder = model.residual
     shares = []
-    for start in range(0, len(pairs), batch_size):
-        some = pairs[start : start + batch_size]
-        (batch,) = batches(some, len(some), device=decoder.device)
+    sources = [list(sources_of(pair).values()) for pair in pairs]
+    for i, batch in enumerate(batches(pairs, batch_size, device=decoder.device)):
         groups = torch.zeros(len(SOURCES), *batch.clean.shape, device=decoder.device)
-        for i, pair in enumerate(some):
-            for source, positions in zip(SOURCES, sources_of(pair).values(), strict=True):
-                groups[SOURCES.index(source), i, list(positions)] = 1.0
+        for row, positions in enumerate(sources[i * batch_size : i * batch_size + len(batch)]):
+            for source, places in enumerate(positions):
+                groups[source, row, list(places)] = 1.0
         rows, answers = torch.arange(len(batch), device=decoder.device), batch.answer_positions[:, 0]
         at_answer = torch.stack(
             [
@@ -69,7 +71,7 @@ def sources_of(pair: TokenPair) -> dict[str, tuple[int, ...]]:
 
 
 def attention_pattern(
-    model: Model, pair: TokenPair, heads: Sequence[tuple[int, int]]
+    model: Model, pair: TokenPair, heads: Sequence[Head]
 ) -> tuple[list[str], Float[Tensor, "head query key"]]:
     """The tokens of a clean prompt and the patterns of some heads, given as (layer, head).
 
@@ -77,34 +79,44 @@ def attention_pattern(
         MethodError: a head the model does not have.
     """
     decoder = model.residual
-    check_heads(decoder.n_layers, decoder.n_heads, heads)
+    check_heads(decoder, heads)
     patterns = [run.pattern[0] for run in run_layers(decoder, torch.tensor([pair.clean], device=decoder.device))]
     tokens = [str(model.tokenizer.decode([token])) for token in pair.clean]
     return tokens, torch.stack([patterns[layer][head] for layer, head in heads]).cpu()
 
 
-def check_heads(n_layers: int, n_heads: int, heads: Sequence[tuple[int, int]]) -> None:
-    """Refuse heads out of range.
-
-    Raises:
-        MethodError: a layer or head the model does not have.
-    """
+def check_heads(decoder: Decoder, heads: Iterable[Head]) -> None:
+    """Raises MethodError for a layer or head that the model does not have."""
     for layer, head in heads:
-        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+        if not (0 <= layer < decoder.n_layers and 0 <= head < decoder.n_heads):
             raise MethodError(
-                f"head {head} of layer {layer}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}"
+                f"the model has no head ({layer}, {head}): layers are 0 to {decoder.n_layers - 1}, heads 0 to "
+                f"{decoder.n_heads - 1}"
             )
+
+
+def head_names(heads: Iterable[Head]) -> list[str]:
+    """Heads as nodes of the graph: "a8.h3" for (8, 3)."""
+    return [f"a{layer}.h{head}" for layer, head in heads]
+
+
+def heads_of(names: Iterable[str]) -> list[Head]:
+    """The (layer, head) of heads' names like "a8.h3"."""
+    return [(int(layer), int(head)) for layer, head in (name[1:].split(".h") for name in names)]
+
+
+def head_table(n_layers: int, n_heads: int) -> pd.DataFrame:
+    """Every head as a row: layer, head."""
+    layers, heads = np.indices((n_layers, n_heads))
+    return pd.DataFrame({"layer": layers.ravel(), "head": heads.ravel()})
 
 
 def sources_frame(shares: Float[Tensor, "source layer head fact"]) -> pd.DataFrame:
     """Mean attention mass per head as a table: layer, head and one column per source."""
-    n_layers, n_heads = shares.shape[1:3]
-    frame = pd.DataFrame(
-        {
-            "layer": torch.arange(n_layers).repeat_interleave(n_heads).numpy(),
-            "head": torch.arange(n_heads).repeat(n_layers).numpy(),
-        }
-    )
-    for source, mass in zip(SOURCES, shares.mean(-1), strict=True):
-        frame[source] = mass.flatten().double().numpy()
-    return frame
+    means = {source: mass.flatten().double().numpy() for source, mass in zip(SOURCES, shares.mean(-1), strict=True)}
+    return head_table(*shares.shape[1:3]).assign(**means)
+
+
+def source_table(model: Model, pairs: Sequence[TokenPair], *, weighted: bool = False, batch_size: int = 8) -> pd.DataFrame:
+    """``attention_sources`` as a table; options and errors as there."""
+    return sources_frame(attention_sources(model, pairs, weighted=weighted, batch_size=batch_size))

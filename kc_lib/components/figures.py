@@ -1,4 +1,4 @@
-"""What every layer, head, MLP and neuron reads and writes: layer lens, direct contributions, promoted tokens, attention.
+"""What every layer, head, MLP and neuron reads and writes: logit lens, direct contributions, promoted tokens, attention.
 
 Attention patterns of single prompts are heatmaps, or circuitsvis's views, which a notebook shows with no network:
 circuitsvis asks the internet where to load its script from and, offline, writes all of it into every view. Here the script
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kc_lib import plotting as plot
 from kc_lib.components.direct import DirectAttribution
-from kc_lib.components.lens import LayerLens
+from kc_lib.components.lens import LogitLens
 from kc_lib.errors import MethodError
 
 NORM_TITLES = {"own": "every stream on its own scale", "final": "every stream on the final stream's scale"}
@@ -43,10 +43,13 @@ COLUMNS = 3  # panels side by side
 WIDEST = 260  # px of a panel; what is longer gets smaller letters
 
 
-def lens_figure(lens: LayerLens, title: str | None = None, seed: int = 0) -> go.Figure:
+def lens_figure(lens: LogitLens, title: str | None = None, seed: int = 0) -> go.Figure:
     """Rank (log axis, best on top) and probability along the stream: mean over facts with its 95% band, median dashed.
 
     The title says which norm the readings went through. Curves over the subject are left out where none is named.
+
+    Example:
+        >>> kc.lens_figure(kc.logit_lens(model, task.test))
 
     Raises:
         MethodError: a lens without facts.
@@ -75,14 +78,14 @@ def lens_figure(lens: LayerLens, title: str | None = None, seed: int = 0) -> go.
     about = [*plot.origin({"model": lens.provenance.get("model")}), f"n = {summary['n'].iloc[0]} facts"]
     about += [f"mean, band: {plot.OVER_FACTS}; dashed: median"]
     about += [] if "subject_probability" in summary else ["no subject is named: no curves over it"]
-    title = title or f"Layer lens, {NORM_TITLES.get(str(lens.provenance.get('norm')), '')}"
+    title = title or f"Logit lens, {NORM_TITLES.get(str(lens.provenance.get('norm')), '')}"
     size = {"width": 920, "height": 680, "margin": {"t": 110, "b": 110}, "legend": plot.below(0.14)}
     return plot.titled(figure, title, about, **size)
 
 
 def direct_heatmap(direct: DirectAttribution, title: str | None = None, seed: int = 0) -> go.Figure:
     """Mean direct contribution of every head (layers left to right), and of every MLP in a row above: logits, 0 is white."""
-    frame = direct.to_frame(seed)
+    frame = direct.summary(seed)
     frame["hover"] = [f"<b>{row['component']}</b><br>{_logits(row)}" for row in frame.to_dict("records")]
     n_layers, limit = int(frame["layer"].max()) + 1, float(frame["contribution"].abs().max()) or 1.0
     n_heads = int((frame["kind"] == "head").sum()) // n_layers

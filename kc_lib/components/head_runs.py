@@ -38,8 +38,7 @@ def run_layers(decoder: Decoder, tokens: Int[Tensor, "batch pos"]) -> Iterator[L
         z = attention.mix(pattern, v)
         yield LayerRun(layer, resid, pattern, v, z)
         after_attention = resid + attention.output(z)
-        mlp_input = resid if block.parallel else after_attention
-        resid = after_attention + block.mlp_output(block.mlp_norm(mlp_input))
+        resid = after_attention + block.mlp_output(decoder.mlp_input(layer, resid, after_attention))
 
 
 @torch.no_grad()
@@ -82,15 +81,15 @@ def copies_in_top(
     norm = decoder.final_norm
     constant = decoder.b_U if norm.bias is None else decoder.b_U + norm.bias @ decoder.W_U
     heads = copied(decoder.blocks[layer].attention, resid)
-    found = torch.empty(2, *heads.shape[:2], len(tokens), dtype=torch.bool, device=resid.device)
+    in_top = torch.empty(2, *heads.shape[:2], len(tokens), dtype=torch.bool, device=resid.device)
     logits = resid.new_empty(len(resid), len(constant))
     for head, written in enumerate(heads):
         torch.mm(norm.weighted(norm.normalised(written)), decoder.W_U, out=logits)
         for sign in (0, 1):
             signed = -logits if sign else logits
             signed = signed + constant if constant.any() else signed
-            found[sign, head] = signed[:, tokens] > signed.topk(top + 1, dim=-1).values[:, -1:]
-    return found
+            in_top[sign, head] = signed[:, tokens] > signed.topk(top + 1, dim=-1).values[:, -1:]
+    return in_top
 
 
 @torch.no_grad()

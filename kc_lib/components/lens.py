@@ -1,8 +1,8 @@
-"""Layer lens: where along the model the answer becomes readable (Yao et al. 2024, arXiv:2405.17969, section 4).
+"""Logit lens: where along the model the answer becomes readable (Yao et al. 2024, arXiv:2405.17969, section 4).
 
 The stream at every point is read through the final norm and the unembedding, as if the model stopped there (logit lens,
-nostalgebraist 2020). Two readings differ, and the result says which it is: norm="own" normalises each stream by itself, as
-TransformerLens's ``logit_readout`` does, which computes it here; norm="final" uses the final stream's scale at every point,
+nostalgebraist 2020). Two readings differ, and the result says which it is. norm="own" normalises each stream by itself, as
+TransformerLens's ``logit_readout`` does, which computes it here. norm="final" uses the final stream's scale at every point,
 so that readings are on one scale and differences between points are direct contributions.
 """
 
@@ -10,27 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
-from kc_lib.components.contributions import residual_streams
-from kc_lib.errors import MethodError
+from kc_lib.components.options import LensOptions
+from kc_lib.errors import checked
 from kc_lib.models.model import Model
-from kc_lib.results import load_table, save_table
+from kc_lib.residual.decoder import Decoder
+from kc_lib.results import Result
 from kc_lib.stats import interval, resampled_means
-from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.tasks.batches import TokenPair, make_batch
 
-NORMS = ("own", "final")
 MEASURES = ("answer_rank", "answer_probability", "answer_rank_at_subject", "subject_probability")
 
 
 @dataclass(frozen=True)
-class LayerLens:
+class LogitLens(Result):
     """One row per fact and point of the stream; ranks start at 1, probabilities are shares of 1.
 
     Columns: fact, subject, answer, point (TransformerLens's hook name), layer, and the measures: ``answer_rank`` and
@@ -38,99 +40,109 @@ class LayerLens:
     tokens, ``subject_probability`` that of the subject's last token at the last position (NaN where no subject is named).
     """
 
+    columns = ("fact", "point", "layer", *MEASURES)
+
     facts: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self, seed: int = 0) -> pd.DataFrame:
         """Median rank and mean probability at every point, with 95% bootstrap intervals over facts (of the mean)."""
         rows = []
-        points = self.facts.groupby("point", sort=False)
-        for point, of_point in points:
-            row: dict[str, Any] = {"point": point, "layer": float(of_point["layer"].iloc[0]), "n": len(of_point)}
+        for point, readings in self.facts.groupby("point", sort=False):
+            row: dict[str, Any] = {"point": point, "layer": float(readings["layer"].iloc[0]), "n": len(readings)}
             for measure in MEASURES:
-                values = of_point[measure].dropna().to_numpy(dtype=float)
-                if not len(values):
-                    continue
-                low, high = interval(resampled_means(values[:, None], seed))
-                row |= {measure: values.mean(), f"{measure}_low": low[0], f"{measure}_high": high[0]}
-                row[f"{measure}_median"] = float(pd.Series(values).median())
+                values = readings[measure].dropna().to_numpy(dtype=float)
+                if len(values):
+                    low, high = interval(resampled_means(values[:, None], seed))
+                    row |= {measure: values.mean(), f"{measure}_low": low[0], f"{measure}_high": high[0]}
+                    row[f"{measure}_median"] = float(np.median(values))
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.facts
 
-    def save(self, path: str | Path) -> Path:
-        """Write the rows as parquet, provenance in its metadata."""
-        return save_table(self.facts, path, self.provenance)
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerLens:
-        """Read what ``save`` wrote."""
-        return cls(*load_table(path))
-
-
-def layer_lens(
-    model: Model,
-    pairs: Sequence[TokenPair],
-    norm: str = "own",
-    *,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> LayerLens:
+def logit_lens(
+    model: Model, pairs: Sequence[TokenPair], norm: str = "own", *, batch_size: int = 8, progress: bool = False
+) -> LogitLens:
     """Read the clean prompts' answer at every point of the stream, at the last position and over the subject.
+
+    Args:
+        norm: "own": each stream on its own scale; "final": every stream on the final stream's.
+
+    Example:
+        >>> lens = kc.logit_lens(model, task.test)
+        >>> kc.lens_figure(lens)
 
     Raises:
         MethodError: an unknown norm.
         ModelError: a model whose stream cannot be taken apart.
     """
-    if norm not in NORMS:
-        raise MethodError(f"unknown norm {norm!r}: use 'own' (each stream's own scale) or 'final' (the final stream's)")
+    LensOptions(norm=norm, batch_size=batch_size)
     decoder = model.residual
-    final_norm = decoder.final_norm
-
-    def read(streams: torch.Tensor, scale: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if norm == "final":
-            streams = final_norm.weighted(final_norm.centre(streams) * scale)
-            streams = streams if final_norm.bias is None else streams + final_norm.bias
-        readout = logit_readout(model, streams, apply_ln=norm == "own", targets=tokens, return_type="probs")
-        return torch.as_tensor(readout.target_ranks)[..., 0] + 1, readout.values[..., 0]
-
     frames = []
-    with tqdm(total=len(pairs), desc="layer lens", unit="fact", disable=not progress) as bar:
+    with tqdm(total=len(pairs), desc="logit lens", unit="fact", disable=not progress) as bar:
         for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
-            (batch,) = batches(some, len(some), device=decoder.device)
-            points, streams = residual_streams(decoder, batch.clean)
-            for i, pair in enumerate(some):
-                n_points, last = len(points), len(pair.clean) - 1
-                subject = list(pair.positions.get("subject", ()))
-                scale = final_norm.scale(streams[-1, i])
-                answer = batch.answers[i, :1]
-                rank, probability = read(streams[:, i, last], scale[last], answer)
-                row = {
-                    "fact": start + i,
-                    "subject": pair.text.get("subject", ""),
-                    "answer": pair.text.get("answer", ""),
-                    "point": points,
-                    "layer": [_layer_of(point) for point in points],
-                    "answer_rank": rank.tolist(),
-                    "answer_probability": probability.tolist(),
-                    "answer_rank_at_subject": [float("nan")] * n_points,
-                    "subject_probability": [float("nan")] * n_points,
-                }
-                if subject:
-                    over, _ = read(streams[:, i, subject], scale[subject], answer)
-                    row["answer_rank_at_subject"] = over.amin(1).double().tolist()
-                    _, of_subject = read(streams[:, i, last], scale[last], batch.clean[i, subject[-1:]])
-                    row["subject_probability"] = of_subject.tolist()
-                frames.append(pd.DataFrame(row))
-                bar.update()
-    provenance = {"model": model.name, "method": "layer_lens", "norm": norm, "n_pairs": len(pairs)}
-    return LayerLens(pd.concat(frames, ignore_index=True), provenance)
+            frames.append(_read_batch(model, decoder, pairs[start : start + batch_size], norm).assign(start=start))
+            bar.update(min(batch_size, len(pairs) - start))
+    facts = pd.concat(frames, ignore_index=True)
+    facts["fact"] += facts.pop("start")
+    provenance = {"model": model.name, "method": "logit_lens", "norm": norm, "n_pairs": len(pairs)}
+    return LogitLens(facts, provenance)
 
 
-def _layer_of(point: str) -> float:
-    """Blocks passed at a point of the stream: 0 before the first, n + 0.5 between attention and MLP of block n."""
-    _, layer, hook = point.split(".")
-    return int(layer) + {"hook_resid_pre": 0.0, "hook_resid_mid": 0.5, "hook_resid_post": 1.0}[hook]
+def _read_batch(model: Model, decoder: Decoder, pairs: Sequence[TokenPair], norm: str) -> pd.DataFrame:
+    """The readings of some facts, counted from 0."""
+    batch, final_norm, n = make_batch(pairs, device=decoder.device), decoder.final_norm, len(pairs)
+    points, streams = residual_streams(decoder, batch.clean)
+
+    def read(facts: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Ranks and probabilities of tokens, one for each place (fact, position): point x place."""
+        vectors = streams[:, facts, positions]
+        if norm == "final":
+            vectors = final_norm.weighted(final_norm.centre(vectors) * final_norm.scale(vectors[-1]))
+            vectors = vectors if final_norm.bias is None else vectors + final_norm.bias
+        readout = logit_readout(model.bridge, vectors, apply_ln=norm == "own", targets=tokens, return_type="probs")
+        return torch.as_tensor(readout.target_ranks)[..., 0].cpu() + 1, readout.values[..., 0].double().cpu()
+
+    spans = [pair.positions.get("subject", ()) for pair in pairs]
+    every, answers, last = torch.arange(n, device=decoder.device), batch.answers[:, 0], batch.answer_positions[:, 0]
+    rank, probability = read(every, last, answers)
+    over_subject, of_subject = (torch.full((len(points), n), float("nan"), dtype=torch.float64) for _ in range(2))
+    if named := [fact for fact, span in enumerate(spans) if span]:
+        places = torch.tensor([(fact, position) for fact in named for position in spans[fact]], device=decoder.device).T
+        ranks, _ = read(places[0], places[1], answers[places[0]])
+        of_fact = ranks.double().split([len(spans[fact]) for fact in named], 1)
+        over_subject[:, named] = torch.stack([some.amin(1) for some in of_fact], 1)
+        ends = batch.clean[named, [spans[fact][-1] for fact in named]]
+        of_subject[:, named] = read(every[named], last[named], ends)[1]
+    columns = {
+        "fact": np.repeat(np.arange(n), len(points)),
+        "subject": np.repeat([pair.text.get("subject", "") for pair in pairs], len(points)),
+        "answer": np.repeat([pair.text.get("answer", "") for pair in pairs], len(points)),
+        "point": [*points] * n,
+        "layer": [*points.values()] * n,
+    }
+    measured = zip(MEASURES, (rank, probability, over_subject, of_subject), strict=True)
+    return pd.DataFrame(columns | {name: values.T.flatten().numpy() for name, values in measured})
+
+
+@torch.no_grad()
+@checked
+def residual_streams(
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"]
+) -> tuple[dict[str, float], Float[Tensor, "point batch pos d_model"]]:
+    """The stream along the model, and its points: TransformerLens's names with the number of blocks passed.
+
+    ``blocks.0.hook_resid_pre``, then ``hook_resid_mid`` (after attention; blocks with parallel MLPs have none) and
+    ``hook_resid_post`` of every block; n + 0.5 blocks are passed between attention and MLP of block n.
+    """
+    resid = decoder.embed(tokens)
+    points, streams = {"blocks.0.hook_resid_pre": 0.0}, [resid]
+    for layer, block in enumerate(decoder.blocks):
+        after_attention = decoder.run_attention(layer, resid)
+        if not block.parallel:
+            points[f"blocks.{layer}.hook_resid_mid"] = layer + 0.5
+            streams.append(after_attention)
+        resid = after_attention + block.mlp_output(decoder.mlp_input(layer, resid, after_attention))
+        points[f"blocks.{layer}.hook_resid_post"] = layer + 1.0
+        streams.append(resid)
+    return points, torch.stack(streams)

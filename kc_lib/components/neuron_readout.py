@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kc_lib.circuits.scoring.neurons import neuron_outputs
-from kc_lib.components.contributions import direct_contributions, direct_logits
+from kc_lib.components.direct import direct_contributions, direct_logits
 from kc_lib.errors import MethodError, checked
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
@@ -36,9 +36,9 @@ class NeuronContributions:
 def neuron_contributions(
     decoder: Decoder, batch: Batch, tokens: Int[Tensor, " batch"], against: Int[Tensor, " batch"] | None = None
 ) -> NeuronContributions:
-    """What every neuron adds to one logit per example, or to its difference ``against`` another; see ``contributions.py``.
+    """What every neuron adds to one logit per example, or to its difference ``against`` another.
 
-    The contributions of a layer's neurons and of its output bias sum to the MLP's.
+    ``direct_contributions`` says what that is. Those of a layer's neurons and of its output bias sum to the MLP's.
 
     Raises:
         ModelError: MLPs that are no sum over neurons, or of different widths.
@@ -53,8 +53,8 @@ def neuron_contributions(
         norm = block.mlp_post_norm
         if norm is not None:
             vectors = norm.weighted(norm.centre(vectors) * norm.scale(block.mlp_parts.write(values[layer])))
-        of_one = direct_contributions(decoder, vectors, scale, tokens, against)  # of a neuron of value 1
-        contributions[layer] = values[layer] * of_one.T
+        unit_contributions = direct_contributions(decoder, vectors, scale, tokens, against)  # of neurons of value 1
+        contributions[layer] = values[layer] * unit_contributions.T
     return NeuronContributions(values, contributions)
 
 
@@ -80,19 +80,18 @@ def top_neurons(
     sums = []
     for batch in batches(pairs, batch_size, device=decoder.device):
         against = batch.distractors if against_distractor else None
-        of_batch = neuron_contributions(decoder, batch, batch.answers[:, 0], against)
-        sums.append(torch.stack([of_batch.contributions.sum(1), of_batch.values.sum(1)]))
+        neurons = neuron_contributions(decoder, batch, batch.answers[:, 0], against)
+        sums.append(torch.stack([neurons.contributions.sum(1), neurons.values.sum(1)]))
     mean, values = torch.stack(sums).sum(0) / len(pairs)
     if not (1 <= n <= mean.numel() and 1 <= k <= decoder.W_U.shape[1]):
         raise MethodError(f"n is {n} and k is {k}; the model has {mean.numel()} neurons and {decoder.W_U.shape[1]} tokens")
-    best = mean.flatten().topk(n)
+    best, one = mean.flatten().topk(n), torch.ones(1, 1, device=decoder.device)
     rows = []
-    for size, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+    for contribution, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         layer, neuron = divmod(place, mean.shape[1])
-        held = float(values[layer, neuron])
-        vector = decoder.blocks[layer].mlp_parts.W_out[neuron]
-        scale = torch.ones(1, 1, device=decoder.device)
-        logits = direct_logits(decoder, vector[None] * (1.0 if held >= 0 else -1.0), scale)[0]
-        tokens = [str(model.tokenizer.decode([token])) for token in logits.topk(k).indices.tolist()]
-        rows.append((layer, neuron, size, held, " ".join(map(repr, tokens))))
+        value = float(values[layer, neuron])
+        vector = decoder.blocks[layer].mlp_parts.W_out[neuron] * (1.0 if value >= 0 else -1.0)
+        raised = direct_logits(decoder, vector[None], one)[0].topk(k).indices.tolist()
+        tokens = " ".join(repr(str(model.tokenizer.decode([token]))) for token in raised)
+        rows.append((layer, neuron, contribution, value, tokens))
     return pd.DataFrame(rows, columns=["layer", "neuron", "contribution", "value", "tokens"])

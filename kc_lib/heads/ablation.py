@@ -11,29 +11,36 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kc_lib.components.attention import check_heads
-from kc_lib.components.node_ablation import ablated_values
+from kc_lib.components.attention import Head, check_heads, head_names
+from kc_lib.components.circuit_table import ablated_values
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
+from kc_lib.heads.classes import HeadClasses
+from kc_lib.heads.head_scores import GeneralHeadScores
+from kc_lib.heads.options import AblationOptions
 from kc_lib.metrics import Metric
 from kc_lib.models.model import Model
-from kc_lib.results import load_table, save_table
+from kc_lib.results import Result
 from kc_lib.stats import empirical_p, interval, resampled_means
 from kc_lib.tasks.batches import TokenPair
+from kc_lib.tasks.task import Task
 
-Head = tuple[int, int]  # layer, head
+KINDS = ("mover", "relation")  # the classes that are ablated
+NAMED = 6  # heads named in a headline
 
 
 @dataclass(frozen=True)
-class HeadAblation:
+class HeadAblation(Result):
     """The metric of every fact (row) in the full model, without the heads, and without each random set (columns)."""
+
+    columns = ("full", "heads")
 
     values: pd.DataFrame
     n_heads: int
@@ -57,16 +64,6 @@ class HeadAblation:
         frame["p"] = [p, float("nan"), float("nan")]
         return frame
 
-    def save(self, path: str | Path) -> Path:
-        """Write the values as parquet, the rest in its metadata."""
-        return save_table(self.values, path, {"n_heads": self.n_heads, "metric": self.metric})
-
-    @classmethod
-    def load(cls, path: str | Path) -> HeadAblation:
-        """Read what ``save`` wrote."""
-        frame, about = load_table(path)
-        return cls(frame, about["n_heads"], about["metric"])
-
 
 def ablate_heads(
     model: Model,
@@ -75,23 +72,25 @@ def ablate_heads(
     reference: Sequence[TokenPair],
     *,
     metric: str | Metric = "probability",
-    n_random: int = 19,
-    batch_size: int = 16,
-    seed: int = 0,
     progress: bool = False,
+    **options: Any,
 ) -> HeadAblation:
     """The metric on ``pairs`` without some heads, and without as many random other heads of the same layers.
+
+    Args:
+        reference: facts over which a head's mean output is taken, those of discovery.
+        options: fields of ``AblationOptions``.
 
     Raises:
         MethodError: no heads, a head the model does not have, or layers with no other head to draw.
     """
-    decoder = model.residual
-    graph = decoder.graph()
+    asked = AblationOptions.of(options)
     if not heads:
         raise MethodError("no heads to ablate: the class is empty")
-    check_heads(graph.n_layers, graph.n_heads, heads)
-    sets = {"heads": node_names(heads)}
-    sets |= {f"random #{draw + 1}": node_names(random_heads(graph, heads, seed + draw)) for draw in range(n_random)}
+    check_heads(model.residual, heads)
+    graph = model.residual.graph()
+    sets = {"heads": head_names(heads)}
+    sets |= {f"random #{i + 1}": head_names(random_heads(graph, heads, asked.seed + i)) for i in range(asked.n_random)}
     values = ablated_values(
         model,
         sets,
@@ -99,10 +98,33 @@ def ablate_heads(
         metric=metric,
         intervention="mean",
         reference=reference,
-        batch_size=batch_size,
+        batch_size=asked.batch_size,
         progress=progress,
     )
     return HeadAblation(values, len(heads), metric if isinstance(metric, str) else metric.name)
+
+
+def ablate_classes(
+    model: Model,
+    classes: Mapping[str, HeadClasses],
+    tasks: Mapping[str, Task],
+    keep: Callable[..., HeadAblation],
+    **options: Any,
+) -> dict[str, HeadAblation]:
+    """Every class that has heads, ablated on the facts that did not find it, by "relation: class".
+
+    Args:
+        keep: ``run.keep``, which keeps each ablation in ``ablation_<task>_<class>.parquet``.
+        options: as ``ablate_heads``.
+    """
+    ablations = {}
+    for kind in KINDS:
+        for name, found in classes.items():
+            task, heads = tasks[name], found.of_class(kind)
+            if heads:
+                facts, kept = task.test or task.discovery, f"ablation_{task.name}_{kind}.parquet"
+                ablations[f"{name}: {kind}"] = keep(kept, ablate_heads, model, heads, facts, task.discovery, **options)
+    return ablations
 
 
 def random_heads(graph: Graph, heads: Sequence[Head], seed: int) -> list[Head]:
@@ -121,11 +143,6 @@ def random_heads(graph: Graph, heads: Sequence[Head], seed: int) -> list[Head]:
     return drawn
 
 
-def node_names(heads: Sequence[Head]) -> list[str]:
-    """Heads as nodes of the graph."""
-    return [f"a{layer}.h{head}" for layer, head in heads]
-
-
 def recurrence(classes: Mapping[str, Sequence[Head]], n_heads: int, n_null: int = 10_000, seed: int = 0) -> pd.DataFrame:
     """How many heads are of a class in at least so many relations, and how many would be by chance.
 
@@ -141,7 +158,30 @@ def recurrence(classes: Mapping[str, Sequence[Head]], n_heads: int, n_null: int 
         np.put_along_axis(drawn, chosen, np.take_along_axis(drawn, chosen, 1) + 1, 1)
     rows = []
     for least in range(1, len(sizes) + 1):
-        found = sum(count >= least for count in counts.values())
+        n_recurring = sum(count >= least for count in counts.values())
         null = (drawn >= least).sum(1)
-        rows.append((least, found, float(null.mean()), empirical_p(found, null.tolist())))
+        rows.append((least, n_recurring, float(null.mean()), empirical_p(n_recurring, null.tolist())))
     return pd.DataFrame(rows, columns=["relations", "heads", "expected", "p"])
+
+
+def head_headline(
+    classes: Mapping[str, HeadClasses], ablations: Mapping[str, HeadAblation], general: GeneralHeadScores, seed: int = 0
+) -> dict[str, str]:
+    """The figures that matter, by relation and class (``ablations`` are named "relation: class"), and by general score."""
+    figures = {}
+    for name, found in classes.items():
+        for kind in KINDS:
+            figures[f"{kind} heads, {name}"] = _listed(found.of_class(kind))
+            ablation = ablations.get(f"{name}: {kind}")
+            if ablation is not None:
+                lost, random, _ = ablation.summary(seed).to_dict("records")
+                figures[f"without them, {name}, {kind}"] = (
+                    f"{ablation.metric} {-lost['drop']:+.3f} [{-lost['drop_high']:+.3f}, {-lost['drop_low']:+.3f}], "
+                    f"random heads {-random['drop']:+.3f} (p = {lost['p']:.2f}, n = {lost['n_facts']} facts)"
+                )
+    return figures | {f"{name} heads": _listed(scores.heads()) for name, scores in general.scores.items()}
+
+
+def _listed(heads: list[Head]) -> str:
+    more = f" and {len(heads) - NAMED} more" if len(heads) > NAMED else ""
+    return ", ".join(head_names(heads[:NAMED])) + more or "none"

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kc_lib.components.head_runs import copies_in_top
 from kc_lib.errors import MethodError
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
+from kc_lib.heads.options import COPIES
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.generated import ioi_pairs
@@ -31,18 +32,8 @@ THRESHOLD, TOP = 0.10, 5
 SHUFFLES = 200
 
 
-def name_mover_scores(model: Model, **options: int) -> HeadScores:
-    """Share of names that a head copies; options and errors as in ``copy_scores``."""
-    return copy_scores(model, **options)["name_mover"]
-
-
-def negative_name_mover_scores(model: Model, **options: int) -> HeadScores:
-    """Share of names that a head copies with W_O's sign flipped; options and errors as in ``copy_scores``."""
-    return copy_scores(model, **options)["negative_name_mover"]
-
-
 def copy_scores(model: Model, *, n_prompts: int = 50, top: int = TOP, seed: int = 0) -> dict[str, HeadScores]:
-    """Both copy scores by name, from one pass over the heads; see the head of this file.
+    """Name-mover and negative name-mover scores by name, from one pass over the heads; see the head of this file.
 
     Raises:
         TaskError: a tokenizer that splits almost every name.
@@ -57,14 +48,14 @@ def copy_scores(model: Model, *, n_prompts: int = 50, top: int = TOP, seed: int 
         [tokenizer.encode(pair.clean) for pair in pairs],
         [{tokenizer.answer("and", name)[0] for name in (pair.answer, str(pair.distractor))} for pair in pairs],
     )
-    vocabulary, own = names.unique(return_inverse=True)
+    vocabulary, row_names = names.unique(return_inverse=True)
     layers = [copies_in_top(decoder, layer, resid, vocabulary, top).cpu() for layer in range(decoder.n_layers)]
-    criterion = {"criterion": "above 10% (Tigges et al. 2024)", "null": "other names of the task, shuffled over the rows"}
-    provenance = provenance_of(model, n_prompts=n_prompts, top=top, n_names=len(names), seed=seed, **criterion)
+    provenance = {"model": model.name, "n_prompts": n_prompts, "top": top, "n_names": len(names), "seed": seed}
+    provenance |= {"criterion": "above 10% (Tigges et al. 2024)", "null": "other names of the task, shuffled over the rows"}
     result = {}
-    for found, name in zip(torch.stack(layers, 1), ("name_mover", "negative_name_mover"), strict=True):
-        scores = found[..., torch.arange(len(own)), own].float().mean(-1)
-        result[name] = head_scores(name, scores, THRESHOLD, _null(found, own, seed), provenance=provenance)
+    for name, in_top in zip(COPIES, torch.stack(layers, 1), strict=True):
+        scores = in_top[..., torch.arange(len(row_names)), row_names].float().mean(-1)
+        result[name] = HeadScores.of(name, scores, THRESHOLD, _null(in_top, row_names, seed), provenance=provenance)
     return result
 
 
@@ -83,16 +74,16 @@ def names_after_block_0(
     return torch.cat(rows), torch.cat(tokens)
 
 
-def _null(found: Bool[Tensor, "layer head row name"], own: Int[Tensor, " row"], seed: int) -> float:
+def _null(in_top: Bool[Tensor, "layer head row name"], row_names: Int[Tensor, " row"], seed: int) -> float:
     """The 99th percentile, over shuffles, of the best head's score when every row asks for another row's name."""
-    own = own.cpu()
+    row_names = row_names.cpu()
     generator = torch.Generator().manual_seed(seed)
-    n_rows = len(own)
+    n_rows = len(row_names)
     best = []
     for _ in range(SHUFFLES):
-        other = own[torch.randperm(n_rows, generator=generator)]
-        differs = other != own
+        others = row_names[torch.randperm(n_rows, generator=generator)]
+        differs = others != row_names
         if differs.any():
             rows = torch.arange(n_rows)[differs]
-            best.append(found[..., rows, other[differs]].float().mean(-1).max())
+            best.append(in_top[..., rows, others[differs]].float().mean(-1).max())
     return float(torch.stack(best).quantile(NULL_LEVEL)) if best else 0.0

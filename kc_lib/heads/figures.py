@@ -1,4 +1,4 @@
-"""Heads by what they look at, by score, by class beside the classes' nulls, and by what the model loses without them."""
+"""Heads by what they look at, by score, by class beside random baselines, and by what the model loses without them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def attention_sources_heatmap(frame: pd.DataFrame, source: str, title: str | Non
 
 
 def head_class_figure(classes: HeadClasses, title: str | None = None) -> go.Figure:
-    """Mover and relation score of every head, layers left to right, beside the 99th percentile of its own null (grey tick).
+    """Mover and relation score of every head, layers left to right, beside the 99th percentile of its random baseline.
 
     Classified heads have their class's colour and their name; all names are in the hover.
 
@@ -77,7 +77,7 @@ def head_class_figure(classes: HeadClasses, title: str | None = None) -> go.Figu
     figure.update_annotations(x=0, xanchor="left")
     for row, score in enumerate(SCORES, start=1):
         at: dict[str, Any] = {"row": row, "col": 1}
-        tick = {"symbol": "line-ew-open", "size": 7, "name": "99th percentile of the null", "meta": "null"}
+        tick = {"symbol": "line-ew-open", "size": 7, "name": "99th percentile of the random baseline", "meta": "null"}
         null = heads[f"{score}_null_99"]
         plot.points(figure, heads["x"], null, "#B5B5B5", None, showlegend=row == 1, **tick, **at)
         for name, (colour, symbol) in CLASS_LOOKS.items():
@@ -95,7 +95,11 @@ def head_class_figure(classes: HeadClasses, title: str | None = None) -> go.Figu
     plot.layer_axis(figure, last + 1, range=[-0.7, last + 0.7], showgrid=False, title_text="")
     figure.update_xaxes(title_text="layer (its heads side by side)", row=2)
     figure.update_yaxes(rangemode="tozero")
-    about = [*plot.origin(classes.provenance), "grey ticks: 99th percentile of the head's null", _criterion(classes)]
+    about = [
+        *plot.origin(classes.provenance),
+        "grey ticks: 99th percentile of the head's random baseline",
+        _criterion(classes),
+    ]
     size = {"width": 960, "height": 680, "margin": {"t": 110, "b": 110}, "legend": plot.below(0.14)}
     return plot.titled(figure, title or "Classes of heads", about, **size)
 
@@ -106,11 +110,12 @@ def ablation_figure(ablations: Mapping[str, HeadAblation], title: str | None = N
     Every random set is a dot; both means have their 95% interval over facts, and p is the share of sets that cost as much.
 
     Raises:
-        MethodError: no ablations, or of several metrics.
+        MethodError: ablations of several metrics.
     """
+    title = title or "What the model loses without the heads"
     metrics = sorted({ablation.metric for ablation in ablations.values()})
     if not metrics:
-        raise MethodError("there are no ablations to show")
+        return plot.empty("no class has heads: there is nothing to ablate", title)
     if len(metrics) > 1:
         raise MethodError(f"ablations by {', '.join(metrics)} have no common axis")
     figure, ticks = go.Figure(), []
@@ -139,7 +144,7 @@ def ablation_figure(ablations: Mapping[str, HeadAblation], title: str | None = N
     height = ROW * len(ticks) + 60
     about = [f"whiskers: {plot.OVER_FACTS}", "small dots: random sets of as many heads of the same layers"]
     size = {"width": 960, "height": 200 + height, "margin": {"r": 215, "b": 110}, "legend": plot.below(70 / height)}
-    return plot.titled(figure, title or "What the model loses without the heads", about, **size)
+    return plot.titled(figure, title, about, **size)
 
 
 def head_score_grid(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
@@ -148,11 +153,11 @@ def head_score_grid(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
     ``frame`` is ``GeneralHeadScores.to_frame()``. Colours run from 0 to the panel's largest score: what counts as high
     differs between scores, so each panel's subtitle gives its threshold.
 
-    Raises:
-        MethodError: no scores.
+    Example:
+        >>> kc.head_score_grid(kc.head_scores(model).to_frame())
     """
     if frame.empty:
-        raise MethodError("there are no head scores to show: none is defined for the model")
+        return plot.empty("no head score is asked for, or none is defined for the model", title or "General head scores")
     by_name = {str(name): rows for name, rows in frame.groupby("name", sort=False)}
     n_rows = -(-len(by_name) // COLUMNS)
     texts = [
@@ -178,14 +183,10 @@ def head_score_grid(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
 
 
 def recurrence_figure(classes: Mapping[str, Sequence[tuple[int, int]]], title: str | None = None) -> go.Figure:
-    """Which heads are of a class in which relations: heads (by how often, then layer) over relations.
-
-    Raises:
-        MethodError: no relation, or no head in any.
-    """
+    """Which heads are of a class in which relations: heads (by how often, then layer) over relations."""
     heads = sorted({head for of_class in classes.values() for head in of_class})
     if not heads:
-        raise MethodError("no relation has a head of the class: there is nothing to show")
+        return plot.empty("no relation has a head of the class", title or "Heads over relations")
     member = np.array([[head in of_class for head in heads] for of_class in classes.values()])
     order = np.argsort(-member.sum(0), kind="stable")
     names = [f"a{heads[i][0]}.h{heads[i][1]}" for i in order]
@@ -208,7 +209,7 @@ def _criterion(classes: HeadClasses) -> str:
 def _head_hover(head: plot.Row, score: str) -> str:
     return (
         f"<b>a{head['layer']}.h{head['head']}</b> {head['class'] or 'no class'}"
-        f"<br>{SCORES[score]} {head[f'{score}_score']:.4f} (null's 99%: {head[f'{score}_null_99']:.4f})"
+        f"<br>{SCORES[score]} {head[f'{score}_score']:.4f} (random baseline's 99%: {head[f'{score}_null_99']:.4f})"
         f"<br>corrected p {head[f'{score}_p']:.2g}"
         f"<br>attention: subject {head['subject']:.2f}, relation {head['relation_tokens']:.2f}"
         f"<br>adds {head['contribution']:+.2f} logits to the answer"

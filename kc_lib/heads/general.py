@@ -1,85 +1,47 @@
-"""All general head scores of a model at once: one table, one folder, and why a score is not defined where it is not."""
+"""All general head scores of a model; and previous-token, duplicate-token and induction heads, by attention.
+
+The other scores have files of their own: ``copying.py``, ``suppression.py``, ``inhibition.py``, ``successor.py``.
+
+The three of this file come from sequences of n random tokens and the same n again. In the second half, a previous-token head
+attends one position back, a duplicate-token head to the token's first occurrence (n back) and an induction head to the token
+after it (n - 1 back): the score is the mean attention there (Olsson et al. 2022, arXiv:2209.11895; Tigges et al. 2024,
+arXiv:2407.10827).
+
+Published code takes whole diagonals. Ours are those of the second half, so that the query of an induction score has been
+seen before, and the three scores are means over the same queries. Tokens are drawn from the whole vocabulary but for the
+special tokens, without repetition inside a half; published code draws ids 100 to 20,000. TransformerLens's ``detect_head``
+cannot serve: it takes text, which random tokens do not survive, and divides by all attention of the sequence.
+
+None of the three was published with a criterion. Ours: more than half of the attention. Beside it stands what heads give
+to arbitrary offsets: the 99th percentile over all heads and all other offsets.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from kc_lib.components.head_runs import mean_pattern_by_offset
 from kc_lib.errors import KnowledgeCircuitsError, MethodError
 from kc_lib.heads.copying import copy_scores
-from kc_lib.heads.head_scores import HeadScores
+from kc_lib.heads.head_scores import NULL_LEVEL, GeneralHeadScores, HeadScores
 from kc_lib.heads.inhibition import s_inhibition_scores
-from kc_lib.heads.repeats import repeat_scores
+from kc_lib.heads.options import COPIES, REPEATS, SCORES, HeadScoreOptions
 from kc_lib.heads.successor import successor_scores
 from kc_lib.heads.suppression import copy_suppression_scores
 from kc_lib.models.model import Model
+from kc_lib.tasks.tokens import tokenizer_of
 
-REPEATS = ("previous_token", "duplicate_token", "induction")
-COPIES = ("name_mover", "negative_name_mover")
-SCORES = (*REPEATS, *COPIES, "copy_suppression", "s_inhibition", "successor")
-
-
-@dataclass(frozen=True)
-class GeneralHeadScores:
-    """Head scores by name, and for every score that is not defined for the model, why."""
-
-    scores: Mapping[str, HeadScores]
-    undefined: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> HeadScores:
-        return self.scores[name]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per score and head: name, layer, head, score, passes, threshold, null (NaN where there is none)."""
-        columns = ["name", "layer", "head", "score", "passes", "threshold", "null"]
-        frames = [
-            found.to_frame().assign(name=name, threshold=found.threshold, null=found.null)[columns]
-            for name, found in self.scores.items()
-        ]
-        return pd.concat(frames, ignore_index=True).astype({"null": float}) if frames else pd.DataFrame(columns=columns)
-
-    def passing(self) -> pd.DataFrame:
-        """The rows of ``to_frame`` that pass, highest score first within each name."""
-        frame = self.to_frame()
-        kept = frame[frame["passes"].astype(bool)].drop(columns="passes")
-        order = {name: i for i, name in enumerate(self.scores)}
-        kept = kept.sort_values("score", ascending=False).sort_values(
-            "name", key=lambda names: names.map(order), kind="stable"
-        )
-        return kept.reset_index(drop=True)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write every score to ``<name>.parquet`` in the folder, and the undefined ones to ``undefined.json``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, found in self.scores.items():
-            found.save(folder / f"{name}.parquet")
-        (folder / "undefined.json").write_text(json.dumps(dict(self.undefined), indent=1))
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> GeneralHeadScores:
-        """Read what ``save`` wrote.
-
-        Raises:
-            MethodError: a folder that holds no head scores.
-        """
-        folder = Path(folder)
-        if not (folder / "undefined.json").exists():
-            raise MethodError(f"{folder} holds no head scores: give a folder that GeneralHeadScores.save wrote")
-        found = {
-            name: HeadScores.load(folder / f"{name}.parquet") for name in SCORES if (folder / f"{name}.parquet").exists()
-        }
-        return cls(found, json.loads((folder / "undefined.json").read_text()))
+THRESHOLD = 0.5
 
 
-def general_head_scores(
+def head_scores(
     model: Model,
-    which: Sequence[str] | None = None,
+    scores: str | Sequence[str] = "all",
     *,
     text: str | Path | None = None,
     seed: int = 0,
@@ -88,50 +50,98 @@ def general_head_scores(
     """The general head scores of a model, with every score's own defaults.
 
     Args:
-        which: some of ``SCORES``; None computes all of them.
+        scores: names of ``SCORES``, "all" or "none".
         text: natural text, or a file of it, for copy suppression; None takes the project's.
-        keep_undefined: keep the reason of a score that the model has no definition for, instead of raising; None does so
-            where no scores are named. Over a training it is True: what is undefined early may be defined later.
+        keep_undefined: keep the reason of a score that the model has no definition for, instead of raising. None does so
+            where all scores are asked for. Over a training it is True: what is undefined early may be defined later.
+
+    Example:
+        >>> found = kc.head_scores(model, "induction name_mover")
+        >>> found["induction"].heads()
 
     Raises:
         MethodError: an unknown score.
         KnowledgeCircuitsError: a score that is not defined for the model, and whose reason is not to be kept.
     """
-    keep = which is None if keep_undefined is None else keep_undefined
-    check_scores(which)
-    wanted = SCORES if which is None else tuple(which)
-    if not wanted:
-        raise MethodError(f"no head score is asked for: name some of {', '.join(SCORES)}, or None for all")
+    asked = HeadScoreOptions(scores=scores, seed=seed).scores  # type: ignore[arg-type]  # a text or any sequence is taken
+    keep = "all" in asked if keep_undefined is None else keep_undefined
+    wanted = [name for name in SCORES if name in asked or "all" in asked]
     _ = model.residual  # a model that is no decoder has none of the scores
     found: dict[str, HeadScores] = {}
     undefined: dict[str, str] = {}
-
-    def attempt(names: Sequence[str], compute: Callable[[], Mapping[str, HeadScores]]) -> None:
-        asked = [name for name in names if name in wanted]
-        if not asked:
-            return
+    families: dict[tuple[str, ...], Callable[[], Iterable[HeadScores]]] = {
+        REPEATS: lambda: repeat_scores(model, seed=seed).values(),
+        COPIES: lambda: copy_scores(model, seed=seed).values(),
+        ("copy_suppression",): lambda: [copy_suppression_scores(model, text, seed=seed)],
+        ("s_inhibition",): lambda: [s_inhibition_scores(model, copies=found.get("name_mover"), seed=seed)],
+        ("successor",): lambda: [successor_scores(model, seed=seed)],
+    }
+    for family, compute in families.items():
+        names = [name for name in family if name in wanted]
         try:
-            found.update({name: scores for name, scores in compute().items() if name in asked})
+            found |= {one.name: one for one in compute() if one.name in names} if names else {}
         except KnowledgeCircuitsError as error:
             if not keep:
                 raise
-            undefined.update(dict.fromkeys(asked, str(error)))
-
-    attempt(REPEATS, lambda: repeat_scores(model, seed=seed))
-    attempt(COPIES, lambda: copy_scores(model, seed=seed))
-    attempt(["copy_suppression"], lambda: {"copy_suppression": copy_suppression_scores(model, text, seed=seed)})
-    copies = found.get("name_mover")
-    attempt(["s_inhibition"], lambda: {"s_inhibition": s_inhibition_scores(model, copies=copies, seed=seed)})
-    attempt(["successor"], lambda: {"successor": successor_scores(model, seed=seed)})
-    return GeneralHeadScores({name: found[name] for name in SCORES if name in found}, undefined)
+            undefined |= dict.fromkeys(names, str(error))
+    return GeneralHeadScores(found, undefined)
 
 
-def check_scores(which: Sequence[str] | None) -> None:
-    """Refuse what ``general_head_scores`` would refuse, before a model is loaded.
+def repeat_scores(
+    model: Model, *, n_tokens: int = 100, n_sequences: int = 4, batch_size: int = 4, seed: int = 0
+) -> dict[str, HeadScores]:
+    """Previous-token, duplicate-token and induction scores by name, from one run; see the head of this file.
+
+    Args:
+        n_tokens: length of a half; a sequence has twice as many, and BOS where the model wants it.
 
     Raises:
-        MethodError: an unknown score.
+        MethodError: the model's context or vocabulary is too small for that many tokens.
+        ModelError: a model that is no decoder.
     """
-    unknown = [name for name in which or () if name not in SCORES]
-    if unknown:
-        raise MethodError(f"unknown head score {unknown[0]!r}: use some of {', '.join(SCORES)}")
+    decoder = model.residual
+    tokens = repeated_tokens(model, n_tokens, n_sequences, seed).to(decoder.device)
+    first_query = tokens.shape[1] - n_tokens
+    parts = [
+        mean_pattern_by_offset(decoder, batch, first_query) * len(batch) / len(tokens) for batch in tokens.split(batch_size)
+    ]
+    by_offset = torch.stack(parts).sum(0)
+    offsets = dict(zip(REPEATS, (1, n_tokens, n_tokens - 1), strict=True))
+    others = [offset for offset in range(1, first_query) if offset not in offsets.values()]
+    null = float(by_offset[:, :, others].double().quantile(NULL_LEVEL)) if others else None
+    provenance = {
+        "model": model.name,
+        "n_tokens": n_tokens,
+        "n_sequences": n_sequences,
+        "seed": seed,
+        "criterion": "more than half of the attention (ours)",
+        "null": "99th percentile over heads and offsets that mean nothing",
+    }
+    return {
+        name: HeadScores.of(name, by_offset[:, :, offset], THRESHOLD, null, provenance=provenance)
+        for name, offset in offsets.items()
+    }
+
+
+def repeated_tokens(model: Model, n_tokens: int, n_sequences: int, seed: int) -> Int[Tensor, "sequence pos"]:
+    """Random tokens twice over, after BOS where the model's tokenizer puts one."""
+    tokenizer = tokenizer_of(model)
+    bos = tokenizer.encode("")
+    n_context = int(model.cfg.n_ctx)
+    if n_tokens < 2 or n_sequences < 1:
+        raise MethodError(f"{n_tokens} tokens in {n_sequences} sequences are too few: use at least 2 tokens, 1 sequence")
+    if 2 * n_tokens + len(bos) > n_context:
+        raise MethodError(
+            f"a sequence of 2 x {n_tokens} random tokens does not fit into the model's context of {n_context}: use "
+            f"n_tokens={(n_context - len(bos)) // 2} or less"
+        )
+    n_words = min(int(model.cfg.d_vocab), len(tokenizer.inner))
+    special = set(tokenizer.inner.all_special_ids)
+    body = torch.tensor([token for token in range(n_words) if token not in special])
+    if len(body) < n_tokens:
+        raise MethodError(f"the vocabulary has {len(body)} tokens that are not special, fewer than n_tokens={n_tokens}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = [body[torch.randperm(len(body), generator=generator)[:n_tokens]] for _ in range(n_sequences)]
+    half = torch.stack(rows)
+    start = torch.tensor(bos, dtype=half.dtype).expand(n_sequences, len(bos))
+    return torch.cat([start, half, half], 1)

@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kc_lib.components.attention import Head, check_heads
 from kc_lib.components.head_runs import run_layers
 from kc_lib.errors import MethodError
-from kc_lib.heads.copying import name_mover_scores
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
-from kc_lib.heads.path_patching import Head, patch_queries
+from kc_lib.heads.copying import copy_scores
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
+from kc_lib.heads.path_patching import Paths, patch_queries
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.files import PairText
@@ -71,44 +72,42 @@ def s_inhibition_scores(
     """
     decoder = model.residual
     receivers = list(_default_name_movers(model, copies, n_prompts, seed) if name_movers is None else name_movers)
-    _check_heads(decoder, receivers)
+    if not receivers:
+        raise MethodError("name_movers is empty: give at least one (layer, head)")
+    check_heads(decoder, receivers)
     top = max(layer for layer, _ in receivers)
     senders = [(layer, head) for layer in range(top) for head in range(decoder.n_heads)]
     if not senders:
         raise MethodError("the name movers are in the first layer: no head is below them, so none can inhibit")
+    paths = Paths(senders, receivers)
     groups = ioi_prompts(model, n_prompts, seed)
     n = sum(map(len, groups))
     total, control, clean = torch.zeros(3, len(senders)), torch.zeros(len(senders)), torch.zeros(3)
     for group in groups:
-        unpatched = _effects(decoder, group, group.clean, senders[:1], receivers)
-        clean += unpatched[:, 0] * len(group) / n
-        total += (_effects(decoder, group, group.exchanged, senders, receivers) - unpatched) * len(group) / n
-        control += (_effects(decoder, group, group.other_thing, senders, receivers) - unpatched)[0] * len(group) / n
+        weight = len(group) / n
+        unpatched = _effects(decoder, group, group.clean, Paths(senders[:1], receivers))
+        clean += unpatched[:, 0] * weight
+        total += (_effects(decoder, group, group.exchanged, paths) - unpatched) * weight
+        control += (_effects(decoder, group, group.other_thing, paths) - unpatched)[0] * weight
     if clean[0] <= 0:
         raise MethodError(
             f"the model's mean logit difference on IOI is {clean[0]:.2f}: it prefers the subject and has nothing to lose"
         )
     lost, io, s1 = (_per_head(decoder, values) for values in (-total[0] / clean[0], total[1], total[2]))
-    provenance = provenance_of(
-        model,
-        name_movers=[list(head) for head in receivers],
-        n_prompts=n,
-        seed=seed,
-        logit_difference=float(clean[0]),
-        io_attention=float(clean[1]),
-        s1_attention=float(clean[2]),
-        criterion="all three effects have their sign (Tigges et al. 2024), and the null (ours)",
-        null="99th percentile over heads for prompts that differ in the thing given",
-    )
-    return head_scores(
-        "s_inhibition",
-        lost,
-        0.0,
-        float((-control / clean[0]).double().quantile(NULL_LEVEL)),
-        also=(io < 0) & (s1 > 0),
-        detail={"io_attention": io, "s1_attention": s1},
-        provenance=provenance,
-    )
+    provenance = {
+        "model": model.name,
+        "name_movers": [list(head) for head in receivers],
+        "n_prompts": n,
+        "seed": seed,
+        "logit_difference": float(clean[0]),
+        "io_attention": float(clean[1]),
+        "s1_attention": float(clean[2]),
+        "criterion": "all three effects have their sign (Tigges et al. 2024), and the null (ours)",
+        "null": "99th percentile over heads for prompts that differ in the thing given",
+    }
+    null = float((-control / clean[0]).double().quantile(NULL_LEVEL))
+    detail = {"io_attention": io, "s1_attention": s1}
+    return HeadScores.of("s_inhibition", lost, 0.0, null, also=(io < 0) & (s1 > 0), detail=detail, provenance=provenance)
 
 
 def name_movers(model: Model, *, copies: HeadScores | None = None, n_prompts: int = 32, seed: int = 0) -> list[Head]:
@@ -118,7 +117,7 @@ def name_movers(model: Model, *, copies: HeadScores | None = None, n_prompts: in
     S2. Highest attention to IO first. ``copies``: name-mover scores that are known already.
     """
     decoder = model.residual
-    copies = name_mover_scores(model, n_prompts=n_prompts, seed=seed) if copies is None else copies
+    copies = copy_scores(model, n_prompts=n_prompts, seed=seed)["name_mover"] if copies is None else copies
     groups = ioi_prompts(model, n_prompts, seed)
     attention = torch.zeros(3, decoder.n_layers, decoder.n_heads)
     for group in groups:
@@ -177,16 +176,12 @@ def _with_other_thing(tokenizer: Tokenizer, prompt: str, length: int) -> tuple[i
 
 
 def _effects(
-    decoder: Decoder,
-    group: IoiPrompts,
-    other: Int[Tensor, "batch pos"],
-    senders: Sequence[Head],
-    receivers: Sequence[Head],
+    decoder: Decoder, group: IoiPrompts, other: Int[Tensor, "batch pos"], paths: Paths
 ) -> Float[Tensor, "effect sender"]:
     """Mean logit difference, and the receivers' mean attention to IO and to S1, with each sender patched at the end."""
     tokens, places = group.names.unique(return_inverse=True)
-    patched = patch_queries(decoder, group.clean, other, senders, receivers, tokens, start=group.clean.shape[1] - 1)
-    logits = patched.logits.cpu().gather(2, places.expand(len(senders), -1, -1))
+    patched = patch_queries(decoder, group.clean, other, replace(paths, start=group.clean.shape[1] - 1), tokens)
+    logits = patched.logits.cpu().gather(2, places.expand(len(paths.senders), -1, -1))
     attention = patched.attention.cpu().mean(1)
     rows = torch.arange(len(group))
     return torch.stack(
@@ -213,14 +208,3 @@ def _default_name_movers(model: Model, copies: HeadScores | None, n_prompts: int
             "it; name the receivers yourself with name_movers=[(layer, head)]"
         )
     return found
-
-
-def _check_heads(decoder: Decoder, heads: Sequence[Head]) -> None:
-    if not heads:
-        raise MethodError("name_movers is empty: give at least one (layer, head)")
-    for layer, head in heads:
-        if not (0 <= layer < decoder.n_layers and 0 <= head < decoder.n_heads):
-            raise MethodError(
-                f"the model has no head ({layer}, {head}): layers are 0 to {decoder.n_layers - 1}, heads 0 to "
-                f"{decoder.n_heads - 1}"
-            )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kc_lib.components.head_runs import copied
 from kc_lib.errors import TaskError
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
@@ -87,14 +87,10 @@ def successor_scores(model: Model, *, seed: int = 0) -> HeadScores:
         targets.append(target)
     scores = torch.cat(right, -1).float().mean(-1)
     by_list = {f"{name} ({len(lists[name])})": part.float().mean(-1) for name, part in zip(lists, right, strict=True)}
-    provenance = provenance_of(
-        model,
-        n_pairs=n_pairs,
-        seed=seed,
-        criterion="more than half of the pairs (ours)",
-        null="successors shuffled within their list",
-    )
-    return head_scores("successor", scores, THRESHOLD, _null(chosen, targets, seed), detail=by_list, provenance=provenance)
+    provenance = {"model": model.name, "n_pairs": n_pairs, "seed": seed}
+    provenance |= {"criterion": "more than half of the pairs (ours)", "null": "successors shuffled within their list"}
+    null = _null(chosen, targets, seed)
+    return HeadScores.of("successor", scores, THRESHOLD, null, detail=by_list, provenance=provenance)
 
 
 def successor_pairs(tokenizer: Tokenizer) -> dict[str, list[tuple[int, int]]]:

@@ -26,8 +26,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kc_lib.errors import MethodError, TaskError
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, head_scores, provenance_of
+from kc_lib.errors import MethodError, TaskError, check_counts
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
@@ -77,8 +77,7 @@ def copy_suppression_scores(
         MethodError: windows that do not fit into the model's context, or a share outside (0, 1].
         ModelError: a model that is no decoder.
     """
-    if n_windows < 1:
-        raise MethodError(f"n_windows is {n_windows}; copy suppression needs at least 1")
+    check_counts(1, n_windows=n_windows)
     if not 0 < share <= 1:
         raise MethodError(f"share is {share}; it must be above 0 and at most 1")
     decoder = model.residual
@@ -87,23 +86,23 @@ def copy_suppression_scores(
     scored = windows[torch.randperm(len(windows), generator=generator)[:n_windows].sort().values]
     means = mean_head_outputs(decoder, windows.split(batch_size))
     sources = content_tokens(model).to(decoder.device)
-    found = suppression_divergences(decoder, scored, means, sources, share, generator)
-    ablated, preserved, random = (part.cpu() for part in (found.ablated, found.preserved, found.chance))
+    divergences = suppression_divergences(decoder, scored, means, sources, share, generator)
+    ablated, preserved, random = (part.cpu() for part in (divergences.ablated, divergences.preserved, divergences.chance))
     acts = ablated.mean(-1) > LEAST_DIVERGENCE
     scores = torch.where(acts, 1 - preserved.mean(-1) / ablated.mean(-1), 0.0)
     chance = torch.where(acts, 1 - random.mean(-1) / ablated.mean(-1), 0.0)
     low, high = _interval(ablated, preserved, seed)
-    provenance = provenance_of(
-        model,
-        text="the project's" if text is None else "given",
-        n_tokens=windows.numel(),
-        n_destinations=scored[:, 1:].numel(),
-        share=share,
-        seed=seed,
-        criterion="above 0.10 (Tigges et al. 2024)",
-        null="99th percentile over heads with random source tokens kept",
-    )
-    return head_scores(
+    provenance = {
+        "model": model.name,
+        "text": "the project's" if text is None else "given",
+        "n_tokens": windows.numel(),
+        "n_destinations": scored[:, 1:].numel(),
+        "share": share,
+        "seed": seed,
+        "criterion": "above 0.10 (Tigges et al. 2024)",
+        "null": "99th percentile over heads with random source tokens kept",
+    }
+    return HeadScores.of(
         "copy_suppression",
         scores,
         THRESHOLD,
@@ -134,11 +133,11 @@ def content_tokens(model: Model) -> Bool[Tensor, " d_vocab"]:
     """Which tokens can be sources: they have a letter, and are neither special nor English function words."""
     tokenizer = tokenizer_of(model).inner
     special = set(tokenizer.all_special_ids)
-    found = torch.zeros(int(model.cfg.d_vocab), dtype=torch.bool)
-    for token in range(min(len(found), len(tokenizer))):
+    content = torch.zeros(int(model.cfg.d_vocab), dtype=torch.bool)
+    for token in range(min(len(content), len(tokenizer))):
         word = str(tokenizer.decode([token])).strip().lower()
-        found[token] = token not in special and word not in FUNCTION_WORDS and any(map(str.isalpha, word))
-    return found
+        content[token] = token not in special and word not in FUNCTION_WORDS and any(map(str.isalpha, word))
+    return content
 
 
 def text_windows(model: Model, text: str, window: int) -> Int[Tensor, "window pos"]:

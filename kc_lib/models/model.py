@@ -30,10 +30,16 @@ class Model:
         >>> model.residual.graph().n_edges
     """
 
-    def __init__(self, bridge: TransformerBridge, name: str | None = None) -> None:
-        """Wrap a bridge, which is put into evaluation mode; ``name`` is by default what TransformerLens calls it."""
+    def __init__(self, bridge: TransformerBridge, name: str | None = None, source: str = "memory") -> None:
+        """Wrap a bridge, which is put into evaluation mode.
+
+        Args:
+            name: by default what TransformerLens calls it.
+            source: where it comes from: "embedded", "folder", "hub" or "memory".
+        """
         self.bridge = bridge.eval()
         self.name = name or str(getattr(bridge.cfg, "model_name", "model"))
+        self.source = source
         self._kept: dict[str, tuple[int, Any]] = {}
 
     @classmethod

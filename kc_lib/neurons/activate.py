@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kc_lib.errors import MethodError
+from kc_lib.errors import MethodError, check_counts
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.cloze_batches import batches_by_length
-from kc_lib.neurons.controls import check_numbers, n_empty, sets_of_facts
+from kc_lib.neurons.cloze import ClozeFact, ClozeTask, batches_by_length
+from kc_lib.neurons.effects import KINDS, OfFacts, by_relation, ends, figure, means_with_draws
 from kc_lib.neurons.integrate import neuron_values
-from kc_lib.neurons.of_facts import OfFacts
-from kc_lib.neurons.refine import Neuron, NeuronSets
-from kc_lib.neurons.sentences import ReadSentence, SentenceTask, read_sentences
-from kc_lib.neurons.value_vectors import check_neurons
-from kc_lib.results import load_table, save_table
+from kc_lib.neurons.options import ReadOptions, SentenceOptions
+from kc_lib.neurons.sentences import ReadSentence, SentenceTask, read_corpus, read_sentences
+from kc_lib.neurons.sets import Neuron, NeuronSets, n_empty, neurons_per_layer, sets_of_facts
+from kc_lib.neurons.values import check_neurons
+from kc_lib.results import Result
+from kc_lib.stats import with_interval
 
 SENTENCES = ("T1", "T2", "T3")  # subject and answer; subject alone; neither
-COLUMNS = ("kind", "draw", "fact", "sentences", "sentence", "activation", "n_neurons")
+CONTRASTS = {"T1 - T2": ("T1", "T2"), "T1 - T3": ("T1", "T3")}
 PLACES = ("read", "largest")
 
 
@@ -41,17 +41,31 @@ class NeuronActivations(OfFacts):
     ``provenance`` counts both.
     """
 
-    columns = COLUMNS
-    holds = "activations of neurons; give neuron_activations.parquet"
+    columns = ("kind", "draw", "fact", "sentences", "sentence", "activation", "n_neurons")
+
+    frame: pd.DataFrame
+    facts: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def summary(self, seed: int = 0) -> pd.DataFrame:
+        """Mean activations, per relation and pooled: ``activation_means``."""
+        return activation_means(self, seed)
+
+    def headline(self, seed: int = 0) -> dict[str, str]:
+        """Mean activation of knowledge neurons on each kind of sentences."""
+        pooled = activation_means(self, seed).query("relation == 'all' and kind == 'knowledge' and sentences in @SENTENCES")
+        return {f"activation on {row['sentences']}": figure(row, "activation", ".3f") for row in pooled.to_dict("records")}
 
 
 @dataclass(frozen=True)
-class TriggerSentences:
+class TriggerSentences(Result):
     """Sentences by the summed activation of some neurons, largest first.
 
     ``frame``: text, activation, and the position and token where it was read. ``provenance["at"]`` says which position
     that is: "read", the sentence's own, or "largest", that of the largest sum.
     """
+
+    columns = ("text", "activation", "position", "token")
 
     frame: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -64,24 +78,10 @@ class TriggerSentences:
         """The sentences that activate the neurons least, the least first."""
         return self.frame.iloc[::-1].head(n)
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame
-
-    def save(self, path: str | Path) -> Path:
-        """Write ``frame`` as parquet; the rest goes into the file's metadata."""
-        return save_table(self.frame, path, {"provenance": dict(self.provenance)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> TriggerSentences:
-        """Read what ``save`` wrote.
-
-        Raises:
-            MethodError: the file is not there, or holds no trigger sentences.
-        """
-        frame, about = load_table(path)
-        if "provenance" not in about or not {"text", "activation", "position", "token"} <= set(frame):
-            raise MethodError(f"{path}: holds no trigger sentences; give trigger_sentences.parquet of a run")
-        return cls(frame, about["provenance"])
+    def summary(self, n: int = 8) -> pd.DataFrame:
+        """The sentences that activate the neurons most, and half as many that do least: activation, token, text."""
+        both = pd.concat([self.top(n), self.bottom(n // 2)], keys=["most", "least"], names=["activate"])
+        return both.reset_index("activate")[["activate", "activation", "token", "text"]]
 
 
 def sentences_of_facts(
@@ -89,75 +89,92 @@ def sentences_of_facts(
 ) -> dict[int, dict[str, tuple[ReadSentence, ...]]]:
     """The task's sentences as the model reads them, by number of the fact and kind; facts without any are left out."""
     known = {(fact.subject, fact.answer): fact for fact in task.facts}
-    found = {}
+    sentences = {}
     for number, fact in enumerate(facts):
-        own = known.get((fact.subject, fact.answer))
-        if own is not None:
-            found[number] = {
-                "T1": read_sentences(model, own.head_and_tail, subject=own.subject, answer=own.answer, seed=seed),
-                "T2": read_sentences(model, own.head_only, subject=own.subject, seed=seed),
-                "T3": read_sentences(model, own.random, seed=seed),
+        texts = known.get((fact.subject, fact.answer))
+        if texts is not None:
+            sentences[number] = {
+                "T1": read_sentences(model, texts.head_and_tail, subject=texts.subject, answer=texts.answer, seed=seed),
+                "T2": read_sentences(model, texts.head_only, subject=texts.subject, seed=seed),
+                "T3": read_sentences(model, texts.random, seed=seed),
             }
-    return found
+    return sentences
 
 
 def activating_prompts(
     model: Model,
     sets: NeuronSets,
     sentences: Mapping[int, Mapping[str, Sequence[ReadSentence]]],
-    *,
-    n_random: int = 3,
-    batch_size: int = 32,
-    seed: int = 0,
+    **options: Any,
 ) -> NeuronActivations:
     """Mean activation of every fact's neurons where each of its sentences is read.
 
     Args:
         sentences: by number of the fact, and T1, T2 or T3; from ``sentences_of_facts``.
-        n_random: draws of random neurons of the same layers.
-        batch_size: sentences run at once; changes no result.
+        options: fields of ``ReadOptions``.
 
     Raises:
         MethodError: sentences of a fact that the sets do not have, of another kind, or a number out of range.
         ModelError: as ``Model.mlp_residual``.
     """
-    check_numbers(n_random=n_random, batch_size=batch_size)
+    asked = ReadOptions.of(options)
     unknown: list[Any] = [fact for fact in sentences if fact not in set(sets.facts["fact"])]
-    unknown += [kind for own in sentences.values() for kind in own if kind not in SENTENCES]
+    unknown += [kind for by_kind in sentences.values() for kind in by_kind if kind not in SENTENCES]
     if unknown:
         raise MethodError(f"sentences of {unknown[0]!r}: give them by number of the fact, and {', '.join(SENTENCES)}")
     residual = model.mlp_residual
-    found = sets_of_facts(sets, residual.parts(0).W_out.shape[0], n_random, seed)
-    chosen = dict(zip(sets.facts["fact"], found, strict=True))
-    asked = [
+    of_facts = sets_of_facts(sets, neurons_per_layer(residual), asked.n_random, asked.seed)
+    neurons_of = dict(zip(sets.facts["fact"], of_facts, strict=True))
+    to_read = [
         (fact, kind, number, sentence)
-        for fact, own in sentences.items()
-        if chosen[fact]
-        for kind, some in own.items()
+        for fact, by_kind in sentences.items()
+        if neurons_of[fact]
+        for kind, some in by_kind.items()
         for number, sentence in enumerate(some)
     ]
     rows: list[tuple[Any, ...]] = []
-    for members, tokens, positions in batches_by_length([sentence for *_, sentence in asked], batch_size):
-        distinct = sorted({n for i in members for own in chosen[asked[i][0]].values() for n in own})
+    for members, tokens, positions in batches_by_length([sentence for *_, sentence in to_read], asked.batch_size):
+        distinct = sorted({n for i in members for neurons in neurons_of[to_read[i][0]].values() for n in neurons})
         place = {neuron: i for i, neuron in enumerate(distinct)}
         check_neurons(residual, distinct)
         values = neuron_values(residual, tokens, distinct)[torch.arange(len(members)), positions].cpu()
         for i, of_sentence in zip(members, values, strict=True):
-            fact, kind, number, _ = asked[i]
-            for variant, neurons in chosen[fact].items():
+            fact, kind, number, _ = to_read[i]
+            for variant, neurons in neurons_of[fact].items():
                 mean = float(of_sentence[[place[neuron] for neuron in neurons]].mean())
                 rows.append((*variant, fact, kind, number, mean, len(neurons)))
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame = pd.DataFrame(rows, columns=list(NeuronActivations.columns))
     frame = frame.sort_values(["fact", "sentences", "sentence", "kind", "draw"], ignore_index=True)
     provenance = {
         "model": model.name,
-        "n_random": n_random,
-        "seed": seed,
+        "n_random": asked.n_random,
+        "seed": asked.seed,
         "n_facts": len(sets.facts),
-        "empty": n_empty(found),
+        "empty": n_empty(of_facts),
         "without_sentences": sum(not any(sentences.get(int(fact), {}).values()) for fact in sets.facts["fact"]),
     }
     return NeuronActivations(frame, sets.facts.reset_index(drop=True), provenance)
+
+
+def activation_means(activations: NeuronActivations, seed: int = 0) -> pd.DataFrame:
+    """Mean activation of facts' neurons on T1, T2 and T3 sentences, per relation and pooled, and the differences of these.
+
+    Columns: relation, kind, sentences ("T1", "T2", "T3", "T1 - T2", "T1 - T3"), n (facts), activation with its interval.
+    """
+    by_fact = activations.frame.groupby(["kind", "fact", "sentences"])["activation"].mean().unstack("sentences")
+    by_fact = by_fact.reindex(columns=list(SENTENCES))
+    for name, (one, other) in CONTRASTS.items():
+        by_fact[name] = by_fact[one] - by_fact[other]
+    long = by_fact.reset_index().melt(["kind", "fact"], var_name="sentences", value_name="activation").dropna()
+    long = long.set_index(["kind", "fact", "sentences"]).sort_index()
+
+    def measure(group: pd.DataFrame) -> dict[str, float]:
+        means = means_with_draws(group.to_numpy(), seed)[:, 0]
+        return with_interval("activation", means[0], means[1:])
+
+    levels = {"kind": KINDS, "sentences": (*SENTENCES, *CONTRASTS)}
+    columns = ["relation", *levels, "n", *ends("activation")]
+    return pd.DataFrame(by_relation(long, activations.facts, levels, measure), columns=columns)
 
 
 def trigger_sentences(
@@ -179,7 +196,7 @@ def trigger_sentences(
         MethodError: no neurons, no sentences, a neuron the model does not have, or an unknown ``at``.
         ModelError: as ``Model.mlp_residual``.
     """
-    check_numbers(batch_size=batch_size)
+    check_counts(1, batch_size=batch_size)
     if at not in PLACES:
         raise MethodError(f"at is {at!r}; it must be one of {', '.join(PLACES)}")
     if not neurons or not sentences:
@@ -188,20 +205,42 @@ def trigger_sentences(
     check_neurons(residual, neurons)
     tokenizer = model.tokenizer
     special = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}), dtype=torch.long)
-    rows: list[dict[str, Any]] = [{} for _ in sentences]
+    rows: list[tuple[Any, ...]] = [()] * len(sentences)
     for members, tokens, positions in batches_by_length(sentences, batch_size):
         sums = neuron_values(residual, tokens, neurons).sum(-1).cpu()
         where = positions if at == "read" else _largest(sums, torch.isin(tokens, special))
-        for i, own, position in zip(members, sums, where.tolist(), strict=True):
+        for i, of_sentence, position in zip(members, sums, where.tolist(), strict=True):
             token = tokenizer.decode([sentences[i].tokens[position]])
-            about = {"text": sentences[i].text, "activation": float(own[position])}
-            rows[i] = about | {"position": position, "token": token}
-    frame = pd.DataFrame(rows).sort_values("activation", ascending=False, kind="stable", ignore_index=True)
+            rows[i] = (sentences[i].text, float(of_sentence[position]), position, token)
+    frame = pd.DataFrame(rows, columns=list(TriggerSentences.columns))
+    frame = frame.sort_values("activation", ascending=False, kind="stable", ignore_index=True)
     provenance = {"model": model.name, "at": at, "neurons": [list(neuron) for neuron in neurons]}
     return TriggerSentences(frame, provenance)
 
 
-def _largest(sums: Tensor, left_out: Tensor) -> Tensor:
+def triggers_of_fact(
+    model: Model, sets: NeuronSets, fact: int, task: ClozeTask, texts: SentenceTask, **options: Any
+) -> TriggerSentences:
+    """The sentences of all facts and of a corpus by the largest activation of one fact's knowledge neurons.
+
+    Args:
+        texts: of the task's facts, from ``sentences_for``; those without the answer's subject (T3) are left out.
+        options: fields of ``SentenceOptions``, as given to ``sentences_for``.
+
+    Without neurons there are no rows.
+    """
+    asked = SentenceOptions.of(options)
+    neurons = sets.of("knowledge", fact)
+    if not neurons:
+        nothing = pd.DataFrame(columns=list(TriggerSentences.columns))
+        return TriggerSentences(nothing, {"model": model.name, "at": "largest", "neurons": []})
+    of_facts = [sentence for of_fact in texts.facts for sentence in (*of_fact.head_and_tail, *of_fact.head_only)]
+    pool = list(dict.fromkeys([*of_facts, *read_corpus(asked.corpus)]))
+    sentences = read_sentences(model, pool, prepend_bos=task.prepend_bos, seed=asked.seed)
+    return trigger_sentences(model, neurons, sentences, at="largest")
+
+
+def _largest(sums: Float[Tensor, "sentence pos"], left_out: Bool[Tensor, "sentence pos"]) -> Int[Tensor, " sentence"]:
     """Position of the largest sum; the first token, and those left out, count only in a row that has no other."""
     left_out = left_out.clone()
     left_out[:, 0] = True

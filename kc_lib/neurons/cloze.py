@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from kc_lib.errors import TaskError
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kc_lib.errors import MethodError, TaskError
 from kc_lib.models.model import Model
+from kc_lib.neurons.options import ClozeOptions
+from kc_lib.options import names_in
+from kc_lib.reading import read_json
 from kc_lib.results import hash_of
-from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.known import ranks_at
 from kc_lib.tasks.pararel import ANSWER, MASK, SUBJECT, FactText, fact_texts, parse_pararel, read_patterns
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, parse_relation, relation_files
@@ -55,6 +64,16 @@ class ClozeFact:
     prompts: tuple[ClozePrompt, ...]
     held_out: tuple[ClozePrompt, ...]
 
+    @property
+    def all_prompts(self) -> tuple[ClozePrompt, ...]:
+        """The paraphrases its neurons are found with, then those held out: a prompt's number counts in these."""
+        return (*self.prompts, *self.held_out)
+
+    @property
+    def first_token(self) -> int:
+        """The first token of the answer."""
+        return self.prompts[0].clozes[0].target
+
 
 @dataclass(frozen=True)
 class ClozeTask:
@@ -73,77 +92,85 @@ class ClozeTask:
     @property
     def hash(self) -> str:
         """Hash of every fact: what a result depends on."""
-        rows = [asdict(fact) for fact in self.facts]
-        return hash_of(rows)
+        return hash_of([asdict(fact) for fact in self.facts])
+
+    def prompts_of(self, number: int) -> pd.DataFrame:
+        """How a fact is asked: text, held_out.
+
+        Raises:
+            MethodError: no fact has the number.
+        """
+        check_fact(self.facts, number)
+        fact = self.facts[number]
+        rows = [(prompt.text, i >= len(fact.prompts)) for i, prompt in enumerate(fact.all_prompts)]
+        return pd.DataFrame(rows, columns=["text", "held_out"])
 
 
-def load_cloze(
-    name_or_path: str,
-    model: Model,
-    *,
-    relation: str | None = None,
-    patterns: str | Path | None = None,
-    n_prompts: int | None = None,
-    n_held_out: int = 0,
-    known_only: bool = True,
-    known_rank: int = 1,
-    max_facts: int | None = None,
-    prepend_bos: bool | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> ClozeTask:
+def check_fact(facts: Sequence[ClozeFact], number: int) -> None:
+    """Raise MethodError for a number that is no fact's."""
+    if not 0 <= number < len(facts):
+        raise MethodError(f"there is no fact {number}: the task has facts 0 to {len(facts) - 1}")
+
+
+def load_clozes(relations: str, model: Model, **options: Any) -> ClozeTask:
+    """Facts in paraphrases of one relation or several, as ``load_cloze`` takes them, separated by spaces or commas.
+
+    Example:
+        >>> task = load_clozes("country_capital country_language", model, n_prompts=5, n_held_out=3, max_facts=5)
+        >>> task.prompts_of(0)
+
+    Args:
+        options: fields of ``ClozeOptions``.
+
+    Raises:
+        TaskError: as ``load_cloze``; or no relation, or one that is there twice.
+    """
+    return joined_clozes([load_cloze(name, model, **options) for name in names_in(relations)])
+
+
+def load_cloze(name_or_path: str, model: Model, *, relation: str | None = None, **options: Any) -> ClozeTask:
     """Facts in paraphrases, from a relation of the project's, a relation file (LRE format), or ParaRel's ``data_1-1.json``.
 
     Args:
         relation: of a ParaRel file, the relation wanted ("P36"); all of them for None.
-        patterns: a ParaRel pattern file, whose sentences replace the relation's own.
-        n_prompts: paraphrases to find neurons with, the first of the source's order; None takes all that are not held out.
-        n_held_out: paraphrases held out, the next in that order.
-        known_only: keep facts whose answer (every token) ranks within ``known_rank`` under at least half of ``prompts``.
-        max_facts: keep at most so many facts, drawn by ``seed``, in the source's order; no more are asked than it takes.
-        prepend_bos: of causal models, as in ``load_task``. A masked LM reads its [CLS] and [SEP] always.
+        options: fields of ``ClozeOptions``. Paraphrases are taken in the source's order, those held out last. A fact is
+            known whose answer (every token) ranks within ``known_rank`` under at least half of ``prompts``; no more facts
+            are asked than ``max_facts`` takes. A masked LM reads its [CLS] and [SEP] always.
 
     Raises:
         TaskError: an unknown source, relation or malformed row; an answer outside the vocabulary; fewer paraphrases than
             asked for; or no known fact.
     """
-    least: tuple[tuple[str, int | None, int], ...] = (
-        ("n_prompts", n_prompts, 1),
-        ("n_held_out", n_held_out, 0),
-        ("known_rank", known_rank, 1),
-        ("max_facts", max_facts, 1),
-        ("batch_size", batch_size, 1),
-    )
-    for what, value, smallest in least:
-        if value is not None and (not isinstance(value, int) or value < smallest):
-            raise TaskError(f"{what} is {value!r}; it must be a whole number, at least {smallest}")
-    tokenizer = tokenizer_of(model, prepend_bos)
-    if tokenizer.mask is None and getattr(model.cfg, "attention_dir", "causal") != "causal":
+    asked = ClozeOptions.of(options)
+    tokenizer = tokenizer_of(model, asked.prepend_bos)
+    if tokenizer.mask is None and not model.is_causal:
         raise TaskError(
             "the model attends in both directions, but its tokenizer has no mask token: nothing can be left out for it; "
             "give it the tokenizer it was trained with"
         )
-    if tokenizer.mask is not None and prepend_bos is False:
+    if tokenizer.mask is not None and asked.prepend_bos is False:
         raise TaskError("prepend_bos is of causal models; a masked LM reads its [CLS] and [SEP] always: leave it out")
-    name, sources = _sources(name_or_path, relation, patterns)
+    name, sources = _sources(name_or_path, relation, asked.patterns)
     facts: list[ClozeFact] = []
     report = dict.fromkeys(("rows", "facts", "used", "unknown_words", "prompts", "prompts_dropped"), 0)
     for relation_name, texts in sources.items():
-        found, counts = cloze_facts(relation_name, texts, tokenizer, n_prompts=n_prompts, n_held_out=n_held_out)
-        facts += found
+        of_relation, counts = cloze_facts(
+            relation_name, texts, tokenizer, n_prompts=asked.n_prompts, n_held_out=asked.n_held_out
+        )
+        facts += of_relation
         report |= {key: report[key] + count for key, count in counts.items()}
-    n_wanted = len(facts) if max_facts is None else min(max_facts, len(facts))
+    n_wanted = len(facts) if asked.max_facts is None else min(asked.max_facts, len(facts))
     order = list(range(len(facts)))
-    if max_facts is not None:
-        random.Random(seed).shuffle(order)
-    if known_only:
-        asked = list(_known(model, facts, order, n_wanted, known_rank, batch_size))
-        order = [i for i, known in asked if known]
-        report |= {"asked": len(asked), "known": len(order)}
+    if asked.max_facts is not None:
+        random.Random(asked.seed).shuffle(order)
+    if asked.known_only:
+        known = dict(_known(model, facts, order, n_wanted, asked))
+        order = [i for i in known if known[i]]
+        report |= {"asked": len(known), "known": len(order)}
         if not order:
             raise TaskError(
-                f"no known fact left: the model ranks none of the {len(asked)} answers of {name!r} within the first "
-                f"{known_rank} under half of its paraphrases; use another relation, known_rank or known_only=False"
+                f"no known fact left: the model ranks none of the {len(known)} answers of {name!r} within the first "
+                f"{asked.known_rank} under half of its paraphrases; use another relation, known_rank or known_only=False"
             )
     used = tuple(facts[i] for i in sorted(order[:n_wanted]))
     report |= {"used": len(used), "unknown_words": sum(_has_unknown(fact, tokenizer) for fact in used)}
@@ -234,18 +261,18 @@ def cloze_prompt(tokenizer: Tokenizer, sentence: str, answer: str, where: str = 
 
 def _sources(name_or_path: str, relation: str | None, patterns: str | Path | None) -> tuple[str, dict[str, list[FactText]]]:
     """The task's name, and facts with their sentences by relation."""
-    own = name_or_path in relation_files()
-    if not own and Path(name_or_path).suffix != ".json":
+    is_ours = name_or_path in relation_files()
+    if not is_ours and Path(name_or_path).suffix != ".json":
         raise TaskError(
             f"unknown relation {name_or_path!r}: give one of {', '.join(relation_files())}, a .json relation, or ParaRel's "
             "data_1-1.json"
         )
-    document = None if own else read_json(Path(name_or_path))
+    document = None if is_ours else read_json(Path(name_or_path))
     wording = None if patterns is None else read_patterns(patterns)
     if not isinstance(document, list):
         if relation is not None:
             raise TaskError(f"{name_or_path!r} is one relation, so relation={relation!r} does not apply to it; leave it out")
-        loaded = load_relation(name_or_path) if own else parse_relation(document, name_or_path)
+        loaded = load_relation(name_or_path) if is_ours else parse_relation(document, name_or_path)
         rows = [(fact.subject, fact.object) for fact in loaded.facts]
         return loaded.name, {loaded.name: fact_texts(rows, wording or relation_patterns(loaded), loaded.name)}
     by_relation = parse_pararel(document, name_or_path, relation)
@@ -297,12 +324,7 @@ def _check_enough(relation: str, text: FactText, n_serve: int, n_prompts: int, n
 
 
 def _known(
-    model: Model,
-    facts: Sequence[ClozeFact],
-    order: Sequence[int],
-    n_wanted: int,
-    known_rank: int,
-    batch_size: int,
+    model: Model, facts: Sequence[ClozeFact], order: Sequence[int], n_wanted: int, asked: ClozeOptions
 ) -> Iterator[tuple[int, bool]]:
     """Facts in their order and whether the model knows them, until ``n_wanted`` known ones are found."""
     n_known, n_at_once = 0, 2 * n_wanted
@@ -310,9 +332,9 @@ def _known(
         chunk = order[start : start + n_at_once]
         clozes = [cloze for i in chunk for prompt in facts[i].prompts for cloze in prompt.clozes]
         tokens, positions, targets = ([getattr(c, key) for c in clozes] for key in ("tokens", "position", "target"))
-        ranks = iter(ranks_at(model, tokens, positions, targets, batch_size))
+        ranks = iter(ranks_at(model, tokens, positions, targets, asked.batch_size))
         for i in chunk:
-            right = [all([next(ranks) <= known_rank for _ in prompt.clozes]) for prompt in facts[i].prompts]
+            right = [all([next(ranks) <= asked.known_rank for _ in prompt.clozes]) for prompt in facts[i].prompts]
             is_known = 2 * sum(right) >= len(right)
             n_known += is_known
             yield i, is_known
@@ -323,3 +345,32 @@ def _known(
 def _has_unknown(fact: ClozeFact, tokenizer: Tokenizer) -> bool:
     unknown = tokenizer.inner.unk_token_id
     return any(unknown in cloze.tokens for prompt in fact.prompts for cloze in prompt.clozes)
+
+
+# ------------------------------------------------------------------------------------------------ batches of one length
+
+
+class Read(Protocol):
+    """Tokens, and the index of the one at which something is read: a ``Cloze`` or a ``ReadSentence``."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def position(self) -> int: ...
+
+
+def batches_by_length(
+    items: Sequence[Read], batch_size: int
+) -> Iterator[tuple[list[int], Int[Tensor, "batch pos"], Int[Tensor, " batch"]]]:
+    """Indices into ``items``, tokens and positions of batches of one length; equal prompts are next to each other.
+
+    What is read at one position of each needs no padding then.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i in sorted(range(len(items)), key=lambda i: (items[i].tokens, items[i].position)):
+        by_length[len(items[i].tokens)].append(i)
+    for group in by_length.values():
+        for start in range(0, len(group), batch_size):
+            rows = group[start : start + batch_size]
+            yield rows, torch.tensor([items[i].tokens for i in rows]), torch.tensor([items[i].position for i in rows])

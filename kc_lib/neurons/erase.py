@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,17 +12,16 @@ import torch
 
 from kc_lib.errors import MethodError
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.controls import check_numbers, check_sets, with_random
-from kc_lib.neurons.refine import Neuron, NeuronSets
-from kc_lib.neurons.value_vectors import Answers, edited_answers, value_vectors
-from kc_lib.results import load_table, save_table
-
-COLUMNS = ("kind", "draw", "fact", "relation", "prompt", "held_out", "right_before", "right", "nll_before", "nll")
+from kc_lib.neurons.cloze import ClozeFact, ClozePrompt
+from kc_lib.neurons.effects import KINDS, METHODS, PERPLEXITIES, ends, figure, perplexities, rate
+from kc_lib.neurons.options import EraseOptions
+from kc_lib.neurons.sets import NeuronSets, check_sets, neurons_per_layer, with_random
+from kc_lib.neurons.values import Answers, edited_answers, value_vectors
+from kc_lib.results import Result
 
 
 @dataclass(frozen=True)
-class RelationErasure:
+class RelationErasure(Result):
     """What zeroing a relation's neurons does to its facts and to those of every other relation.
 
     ``frame`` has one row per kind of neurons, draw, fact and prompt: right (every token of the answer has rank 1) and nll
@@ -31,42 +29,34 @@ class RelationErasure:
     ``neurons`` are those zeroed: kind, draw, layer, neuron. ``provenance`` names the relation.
     """
 
+    columns = ("kind", "draw", "fact", "relation", "prompt", "held_out", "right_before", "right", "nll_before", "nll")
+
     frame: pd.DataFrame
     neurons: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame
+    def summary(self, seed: int = 0) -> pd.DataFrame:
+        """What becomes of the relation and of others: ``erasure_effects``."""
+        return erasure_effects([self], seed)
 
-    def save(self, path: str | Path) -> Path:
-        """Write ``frame`` as parquet; the rest goes into the file's metadata."""
-        about = {"neurons": self.neurons.to_dict("list"), "provenance": dict(self.provenance)}
-        return save_table(self.frame, path, about)
+    def headline(self, seed: int = 0) -> dict[str, str]:
+        """The change of perplexity of the relation and of all others."""
+        effects = erasure_effects([self], seed).query("kind == 'knowledge' and on != 'other'").to_dict("records")
+        return {f"erasing {row['erased']}: {row['on']}": f"perplexity {figure(row, 'ratio', '+.1%')}" for row in effects}
 
-    @classmethod
-    def load(cls, path: str | Path) -> RelationErasure:
-        """Read what ``save`` wrote.
 
-        Raises:
-            MethodError: the file is not there, or holds no erased relation.
-        """
-        frame, about = load_table(path)
-        if not {"neurons", "provenance"} <= about.keys() or not set(COLUMNS) <= set(frame):
-            raise MethodError(f"{path}: holds no erased relation; give relation_erasure.parquet of a run")
-        return cls(frame, pd.DataFrame(about["neurons"]), about["provenance"])
+@dataclass(frozen=True)
+class _Seen:
+    """A prompt that an erasure is seen on: whose it is, and its number among all its prompts."""
+
+    fact: int
+    number: int
+    prompt: ClozePrompt
+    held_out: bool
 
 
 def erase_relation(
-    model: Model,
-    facts: Sequence[ClozeFact],
-    sets: NeuronSets,
-    relation: str,
-    *,
-    n_neurons: int = 20,
-    n_other: int = 100,
-    n_random: int = 3,
-    batch_size: int = 32,
-    seed: int = 0,
+    model: Model, facts: Sequence[ClozeFact], sets: NeuronSets, relation: str, **options: Any
 ) -> RelationErasure:
     """Zero the value vectors of a relation's most frequent neurons, and see what the model then answers.
 
@@ -74,87 +64,113 @@ def erase_relation(
     any, there are no rows, and ``neurons`` is empty. The model's weights are what they were afterwards.
 
     Args:
-        sets: of these facts, from ``refine``.
-        n_neurons: neurons zeroed, at most.
-        n_other: prompts of every other relation, drawn by seed, at most; of the relation itself all are asked.
-        n_random: draws of random neurons.
+        sets: of these facts, from ``refine_neurons``.
+        options: fields of ``EraseOptions``; of the relation itself all prompts are asked.
 
     Raises:
         MethodError: an unknown relation, sets of other facts or of another model, or a number out of range.
         ModelError: as ``Model.mlp_residual``; or weights that cannot be written in place.
     """
-    check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
+    asked = EraseOptions.of(options)
     residual = model.mlp_residual
     check_sets(facts, sets, residual)
-    check_erasing(facts, relation, n_neurons)
-    relations = list(dict.fromkeys(fact.relation for fact in facts))
-    knowledge, base = (sets.of_relation(method, relation)[:n_neurons] for method in ("knowledge", "base"))
-    chosen = with_random(knowledge, base, residual.parts(0).W_out.shape[0], n_random, seed)
-    prompts = _asked(facts, relation, relations, n_other, seed)
-    clozes = [(i, cloze) for i, (_, _, prompt, _) in enumerate(prompts) for cloze in prompt.clozes]
-    tokens = torch.tensor([[cloze.target] for _, cloze in clozes])
-    edits = [{}, *(_zeros(value_vectors(residual, neurons), neurons) for neurons in chosen.values())]
-    found = (
-        edited_answers(residual, [cloze for _, cloze in clozes], tokens, edits, batch_size) if chosen else []
-    )  # nothing to erase, nothing to ask
-    places: list[list[int]] = [[] for _ in prompts]
-    for place, (i, _) in enumerate(clozes):
-        places[i].append(place)
-    rows = []
-    for variant, after in zip(chosen, found[1:], strict=True):
-        for (fact, number, _, held_out), own in zip(prompts, places, strict=True):
-            (right_before, nll_before), (right, nll) = _told(found[0], own), _told(after, own)
-            about = (*variant, fact, facts[fact].relation, number, held_out)
-            rows.append((*about, right_before, right, nll_before, nll))
-    zeroed = [(*variant, *neuron) for variant, neurons in chosen.items() for neuron in neurons]
+    relations_to_erase(facts, [relation])
+    knowledge, base = (sets.of_relation(method, relation)[: asked.n_neurons] for method in METHODS)
+    to_zero = with_random(knowledge, base, neurons_per_layer(residual), asked.n_random, asked.seed)
+    prompts = _seen_on(facts, relation, asked)
+    clozes = [cloze for seen in prompts for cloze in seen.prompt.clozes]
+    tokens = torch.tensor([[cloze.target] for cloze in clozes])
+    edits = [dict(zip(n, torch.zeros_like(value_vectors(residual, n)), strict=True)) for n in to_zero.values()]
+    rows: list[tuple[Any, ...]] = []
+    if to_zero:
+        unedited, *edited = edited_answers(residual, clozes, tokens, [{}, *edits], asked.batch_size)
+        before = _right_and_nll(unedited, prompts)
+        for variant, answers in zip(to_zero, edited, strict=True):
+            after = _right_and_nll(answers, prompts)
+            for seen, (right_before, nll_before), (right, nll) in zip(prompts, before, after, strict=True):
+                named = (*variant, seen.fact, facts[seen.fact].relation, seen.number, seen.held_out)
+                rows.append((*named, right_before, right, nll_before, nll))
+    zeroed = [(*variant, *neuron) for variant, neurons in to_zero.items() for neuron in neurons]
     provenance = {
         "model": model.name,
         "relation": relation,
-        "n_neurons": n_neurons,
-        "n_other": n_other,
-        "n_random": n_random,
-        "seed": seed,
+        "n_neurons": asked.n_neurons,
+        "n_other": asked.n_other,
+        "n_random": asked.n_random,
+        "seed": asked.seed,
         "n_found": {"knowledge": len(knowledge), "base": len(base)},
     }
     return RelationErasure(
-        pd.DataFrame(rows, columns=list(COLUMNS)),
+        pd.DataFrame(rows, columns=list(RelationErasure.columns)),
         pd.DataFrame(zeroed, columns=["kind", "draw", "layer", "neuron"]),
         provenance,
     )
 
 
-def check_erasing(facts: Sequence[ClozeFact], relation: str, n_neurons: int = 20) -> None:
-    """Raise MethodError for a relation or a number that ``erase_relation`` cannot use."""
-    check_numbers(neurons=n_neurons)
+def relations_to_erase(facts: Sequence[ClozeFact], given: Sequence[str] | None = None) -> list[str]:
+    """The relations given, or all that the facts are of.
+
+    Raises:
+        MethodError: no fact of a relation.
+    """
     relations = list(dict.fromkeys(fact.relation for fact in facts))
-    if relation not in relations:
-        raise MethodError(f"no fact of the relation {relation!r}: the facts are of {', '.join(relations)}")
+    for relation in given or ():
+        if relation not in relations:
+            raise MethodError(f"no fact of the relation {relation!r}: the facts are of {', '.join(relations)}")
+    return relations if given is None else list(given)
 
 
-def _asked(
-    facts: Sequence[ClozeFact], relation: str, relations: Sequence[str], n_other: int, seed: int
-) -> list[tuple[int, int, Any, bool]]:
-    """Fact, number, prompt, and whether it is held out."""
-    chosen = []
-    for name in relations:
-        own = [
-            (i, number, prompt, number >= len(fact.prompts))
+def erasure_effects(erasures: Sequence[RelationErasure], seed: int = 0) -> pd.DataFrame:
+    """What erasing each relation does to it, to all others together ("others"), and to every other one.
+
+    Columns: erased, on ("erased", "others", "other"), relation, kind, n_neurons, n (facts), right_before and right (with
+    Wilson intervals), perplexity_before, perplexity, and ratio, their quotient less 1, with its interval.
+    """
+    numbers = ["right_before", "right", "nll_before", "nll"]
+    rows: list[dict[str, Any]] = []
+    for erasure in erasures:
+        erased = str(erasure.provenance["relation"])
+        sizes = erasure.neurons.groupby(["kind", "draw"]).size().groupby("kind").first()
+        frame = erasure.frame.astype(dict.fromkeys(numbers, float))
+        by_fact = frame.groupby(["kind", "relation", "fact"], sort=False, as_index=False)[numbers].mean()
+        for kind in KINDS:
+            of_kind = by_fact[by_fact["kind"] == kind]
+            others = of_kind[of_kind["relation"] != erased]
+            groups = [("erased", erased, of_kind[of_kind["relation"] == erased]), ("others", "others", others)]
+            groups += [("other", str(name), of_other) for name, of_other in others.groupby("relation", sort=False)]
+            for on, relation, group in groups:
+                if len(group):
+                    named = {"erased": erased, "on": on, "relation": relation, "kind": kind}
+                    counts = {"n_neurons": int(sizes[kind]), "n": len(group)}
+                    rates = rate("right_before", group["right_before"]) | rate("right", group["right"])
+                    rows.append(named | counts | rates | perplexities(group, seed))
+    columns = ["erased", "on", "relation", "kind", "n_neurons", "n", *ends("right_before", "right"), *PERPLEXITIES]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _seen_on(facts: Sequence[ClozeFact], relation: str, asked: EraseOptions) -> list[_Seen]:
+    """All prompts of the relation, and drawn ones of every other."""
+    prompts: list[_Seen] = []
+    for name in relations_to_erase(facts):
+        of_relation = [
+            _Seen(i, number, prompt, number >= len(fact.prompts))
             for i, fact in enumerate(facts)
             if fact.relation == name
-            for number, prompt in enumerate((*fact.prompts, *fact.held_out))
+            for number, prompt in enumerate(fact.all_prompts)
         ]
         if name != relation:
-            drawn = random.Random(f"{seed}: {name}").sample(range(len(own)), min(n_other, len(own)))
-            own = [own[i] for i in sorted(drawn)]
-        chosen += own
-    return chosen
+            n_drawn = min(asked.n_other, len(of_relation))
+            drawn = random.Random(f"{asked.seed}: {name}").sample(range(len(of_relation)), n_drawn)
+            of_relation = [of_relation[i] for i in sorted(drawn)]
+        prompts += of_relation
+    return prompts
 
 
-def _zeros(values: torch.Tensor, neurons: Sequence[Neuron]) -> dict[Neuron, torch.Tensor]:
-    return dict(zip(neurons, torch.zeros_like(values), strict=True))
-
-
-def _told(answers: Answers, places: Sequence[int]) -> tuple[bool, float]:
-    """Whether all tokens of an answer have rank 1, and their mean -log p."""
-    rows = list(places)
-    return bool((answers.rank[rows, 0] == 1).all()), -float(answers.log_p[rows, 0].double().mean())
+def _right_and_nll(answers: Answers, prompts: Sequence[_Seen]) -> list[tuple[bool, float]]:
+    """Of every prompt whether all tokens of its answer have rank 1, and their mean -log p."""
+    by_prompt, start = [], 0
+    for seen in prompts:
+        rows = slice(start, start + len(seen.prompt.clozes))
+        by_prompt.append((bool((answers.rank[rows, 0] == 1).all()), -float(answers.log_p[rows, 0].double().mean())))
+        start = rows.stop
+    return by_prompt

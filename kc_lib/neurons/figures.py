@@ -1,6 +1,7 @@
 """Knowledge neurons drawn: where they are, what facts share, and what changing and editing them does, beside controls.
 
 Knowledge neurons are blue, those of the base method orange, random ones of the same layers grey; whiskers are 95% intervals.
+A figure that has nothing to show says why in its panel.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import plotly.graph_objects as go
 
 from kc_lib import plotting as plot
 from kc_lib.errors import MethodError
-from kc_lib.neurons.activate import SENTENCES, NeuronActivations
+from kc_lib.neurons.activate import SENTENCES, NeuronActivations, activation_means
 from kc_lib.neurons.attribute import NeuronAttributions
-from kc_lib.neurons.controls import KINDS
-from kc_lib.neurons.effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
-from kc_lib.neurons.erase import RelationErasure
-from kc_lib.neurons.refine import THRESHOLDS, NeuronSets, coarse_neurons
-from kc_lib.neurons.sets import ALL, METHODS, layer_shares, neurons_per_fact, overlaps, set_sizes
-from kc_lib.neurons.suppress import NeuronChanges
-from kc_lib.neurons.update import FactUpdates
+from kc_lib.neurons.effects import ALL, KINDS, METHODS
+from kc_lib.neurons.erase import RelationErasure, erasure_effects
+from kc_lib.neurons.options import RefineOptions
+from kc_lib.neurons.refine import coarse_neurons
+from kc_lib.neurons.sets import NeuronSets, layer_shares, neurons_per_fact, overlaps, set_sizes
+from kc_lib.neurons.suppress import NeuronChanges, change_ratios
+from kc_lib.neurons.update import FactUpdates, side_effects, update_rates
 
 COLOURS = {"knowledge": plot.POSITIVE, "base": "#E69F00", "random": plot.NEUTRAL}
 SENTENCE_LOOKS = {
@@ -49,11 +50,10 @@ def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     """Share of the facts' neurons by layer, knowledge neurons beside the base method; dotted, neurons of the whole model.
 
     Random neurons of the same layers, which the other figures compare with, would have the knowledge neurons' bars.
-
-    Raises:
-        MethodError: no fact has neurons.
     """
-    _check_rows(sets.frame, NOTHING)
+    title = "Neurons by layer"
+    if sets.frame.empty:
+        return plot.empty(NOTHING, title)
     table = layer_shares(sets, seed)
     figure = go.Figure()
     for method in METHODS:
@@ -70,7 +70,7 @@ def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     plot.layer_axis(figure, n_layers, range=[-0.5, n_layers - 0.5])
     figure.update_yaxes(title_text="share of all facts' neurons", tickformat=".0%", rangemode="tozero")
     about = [*_about(sets), plot.OVER_FACTS]
-    return plot.titled(figure, "Neurons by layer", about, width=900, height=450, barmode="group", legend=plot.below(0.2))
+    return plot.titled(figure, title, about, width=900, height=450, barmode="group", legend=plot.below(0.2))
 
 
 def neurons_per_fact_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
@@ -91,15 +91,12 @@ def neurons_per_fact_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
 
 
 def neuron_overlap_figure(sets: NeuronSets, n_random: int = 10, seed: int = 0) -> go.Figure:
-    """How many neurons two facts share, of one relation and of two, for every kind of neurons.
-
-    Raises:
-        MethodError: no fact has neurons, or there is but one fact.
-    """
-    _check_rows(sets.frame, NOTHING)
+    """How many neurons two facts share, of one relation and of two, for every kind of neurons."""
+    title = "Neurons that two facts share"
     table = overlaps(sets, n_random, seed)
     table = table[table["pairs"].isin(list(PAIRS)) & table["shared"].notna()]
-    _check_rows(table, "there is one fact: it shares its neurons with no other")
+    if sets.frame.empty or table.empty:
+        return plot.empty(NOTHING if sets.frame.empty else "there is one fact: it shares its neurons with no other", title)
     table = table.assign(pair=table["pairs"].map(PAIRS))
     figure = go.Figure()
     for kind in KINDS:
@@ -112,7 +109,7 @@ def neuron_overlap_figure(sets: NeuronSets, n_random: int = 10, seed: int = 0) -
     figure.update_yaxes(title_text="shared neurons, mean over pairs", rangemode="tozero")
     about = [*_about(sets), plot.OVER_FACTS, "random: same layers"]
     size = {"width": 720, "height": 450, "barmode": "group", "legend": plot.below(0.2)}
-    return plot.titled(figure, "Neurons that two facts share", about, **size)
+    return plot.titled(figure, title, about, **size)
 
 
 def attribution_figure(
@@ -124,12 +121,18 @@ def attribution_figure(
         threshold: share of a prompt's largest score; by default the method's own.
 
     Raises:
-        MethodError: no such fact, or no neuron of it has a positive score.
+        MethodError: no such fact.
     """
-    rows = coarse_neurons(attributions, method, THRESHOLDS[method] if threshold is None else threshold)
+    if fact not in set(attributions.facts["fact"]):
+        raise MethodError(f"there is no fact {fact}: facts are 0 to {len(attributions.facts) - 1}")
+    if threshold is None:
+        threshold = RefineOptions.threshold if method == "knowledge" else RefineOptions.base_threshold
+    rows = coarse_neurons(attributions, method, threshold)
     rows = rows[rows["fact"] == fact]
-    _check_rows(rows, f"fact {fact} has no neurons to show; facts are 0 to {len(attributions.facts) - 1}")
     about = attributions.facts[attributions.facts["fact"] == fact].iloc[0]
+    title = f"Neurons of {about['subject']}: {about['answer']}"
+    if rows.empty:
+        return plot.empty("no neuron has a positive score: there is nothing to show", title)
     n_prompts, n_layers = int(about["n_prompts"]), int(attributions.provenance["n_layers"])
     n_passed: pd.Series = rows.groupby(["layer", "neuron"])["prompt"].transform("size")
     figure, width = go.Figure(), 0.6
@@ -143,8 +146,8 @@ def attribution_figure(
         plot.points(figure, x, some["value"], colour, hover, customdata=some[["layer", "neuron", "prompt"]], **look)
     plot.layer_axis(figure, n_layers, range=[-0.7, n_layers - 0.3])
     figure.update_yaxes(title_text="value" if method == "base" else "attribution", rangemode="tozero")
-    title, words = f"Neurons of {about['subject']}: {about['answer']}", [*plot.origin(attributions.provenance)]
-    return plot.titled(figure, title, [*words, f"{n_prompts} paraphrases"], width=900, height=430, legend=plot.below(0.2))
+    words = [*plot.origin(attributions.provenance), f"{n_prompts} paraphrases"]
+    return plot.titled(figure, title, words, width=900, height=430, legend=plot.below(0.2))
 
 
 def change_ratio_figure(changes: NeuronChanges, on: str = "own", seed: int = 0) -> go.Figure:
@@ -152,46 +155,40 @@ def change_ratio_figure(changes: NeuronChanges, on: str = "own", seed: int = 0) 
 
     Args:
         on: "own" prompts, or prompts of "other" relations.
-
-    Raises:
-        MethodError: nothing was changed on such prompts.
     """
     table = change_ratios(changes, seed)
     table = table[table["on"] == on]
-    _check_rows(table, f"no neurons were changed on {on} prompts: there is nothing to show")
+    title = "What becomes of the answer without its neurons, and with twice as much"
+    if table.empty:
+        return plot.empty(f"no neurons were changed on {PROMPTS[on]}: there is nothing to show", title)
     table = table.sort_values("factor", kind="stable")
     names = {factor: FACTORS.get(factor, f"times {factor:g}") for factor in table["factor"]}
     figure = _by_relation(table.assign(panel=table["factor"].map(names)), "ratio", KIND_LOOKS)
     figure.update_xaxes(title_text="change of p(answer), share of p", tickformat="+.0%")
     about = [*_model(changes.provenance, table), PROMPTS[on], plot.OVER_FACTS]
-    title = "What becomes of the answer without its neurons, and with twice as much"
     return plot.titled(figure, title, about, width=520 + 260 * len(names))
 
 
 def activating_figure(activations: NeuronActivations, kind: str = "knowledge", seed: int = 0) -> go.Figure:
-    """Mean activation of facts' neurons on T1, T2 and T3 sentences, per relation and pooled.
-
-    Raises:
-        MethodError: nothing was read of that kind of neurons.
-    """
+    """Mean activation of facts' neurons on T1, T2 and T3 sentences, per relation and pooled."""
     table = activation_means(activations, seed)
     table = table[(table["kind"] == kind) & table["sentences"].isin(SENTENCES)]
-    _check_rows(table, f"no {kind} neurons were read on sentences: there is nothing to show")
+    title = f"Which sentences activate {kind} neurons"
+    if table.empty:
+        return plot.empty(f"no {kind} neurons were read on sentences: there is nothing to show", title)
     figure = _by_relation(table.assign(panel="", kind=table["sentences"]), "activation", SENTENCE_LOOKS)
     figure.update_xaxes(title_text=f"mean activation of {kind} neurons")
     about = [*_model(activations.provenance, table), plot.OVER_FACTS]
-    return plot.titled(figure, f"Which sentences activate {kind} neurons", about, width=820)
+    return plot.titled(figure, title, about, width=820)
 
 
 def update_figure(updates: FactUpdates) -> go.Figure:
-    """How often an updated fact's answer changes, and to the new one, on own prompts and on held-out paraphrases.
-
-    Raises:
-        MethodError: no fact was updated.
-    """
+    """How often an updated fact's answer changes, and to the new one, on own prompts and on held-out paraphrases."""
     table = update_rates(updates)
     table = table[table["relation"] == ALL]
-    _check_rows(table, "no fact was updated: there is nothing to show")
+    title = "Facts given another answer by their neurons"
+    if table.empty:
+        return plot.empty("no fact has neurons of its own: nothing was updated, there is nothing to show", title)
     shown = [on for on in ("own", "held_out") if on in set(table["on"])]
     figure = plot.panels([PROMPTS[on] for on in shown], size=16, shared_yaxes=True)
     for column, on in enumerate(shown, start=1):
@@ -210,20 +207,19 @@ def update_figure(updates: FactUpdates) -> go.Figure:
     about = [*_model(settings, table), f"l1 = {settings['l1']:g}, l2 = {settings['l2']:g}"]
     about += ["" if settings.get("orient", True) else "not oriented", "whiskers: 95% Wilson intervals over facts"]
     size = {"width": 420 + 280 * len(shown), "height": 470, "margin": {"t": 115}, "legend": plot.below(0.24)}
-    return plot.titled(figure, "Facts given another answer by their neurons", about, barmode="group", **size)
+    return plot.titled(figure, title, about, barmode="group", **size)
 
 
 def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
     """How many times as large updating a fact makes the perplexity of other facts, of its relation and of others.
 
     On a logarithmic axis: an edit that is too large for a model multiplies perplexities by thousands.
-
-    Raises:
-        MethodError: no fact was updated, or there are no others.
     """
     table = side_effects(updates, seed)
     table = table[table["relation"] == ALL]
-    _check_rows(table, "no fact was updated, or there are no other facts: there is nothing to show")
+    title = "What updates do to other facts"
+    if table.empty:
+        return plot.empty("no fact was updated, or there are no other facts: there is nothing to show", title)
     times = table.assign(others=table["on"].map(OTHERS), **{f"times{end}": 1 + table[f"ratio{end}"] for end in plot.ENDS})
     figure = go.Figure()
     for kind in KINDS:
@@ -241,24 +237,21 @@ def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
     figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     about = [*_model(updates.provenance, table), plot.OVER_FACTS]
     size = {"width": 680, "height": 450, "scattermode": "group", "scattergap": 0.6, "legend": plot.below(0.2)}
-    return plot.titled(figure, "What updates do to other facts", about, **size)
+    return plot.titled(figure, title, about, **size)
 
 
 def erase_figure(erasures: Sequence[RelationErasure], seed: int = 0) -> go.Figure:
-    """What erasing each relation does to its perplexity and to that of all others, for every kind of neurons.
-
-    Raises:
-        MethodError: nothing was erased.
-    """
+    """What erasing each relation does to its perplexity and to that of all others, for every kind of neurons."""
     table = erasure_effects(erasures, seed)
     table = table[table["on"].isin(list(ERASED))]
-    _check_rows(table, "no relation had neurons to erase: there is nothing to show")
+    title = "Relations erased by their most frequent neurons"
+    if table.empty:
+        return plot.empty("no relation had neurons to erase: there is nothing to show", title)
     panels = table["on"].map(ERASED)
     table = table.assign(relation=table["erased"], panel=panels).sort_values("on", kind="stable")  # erased, others
     figure = _by_relation(table, "ratio", KIND_LOOKS)
     figure.update_xaxes(title_text="change of perplexity", tickformat="+.0%", matches="x")
     about = [str(erasures[0].provenance.get("model", "")), f"at most {int(table['n_neurons'].max())} neurons"]
-    title = "Relations erased by their most frequent neurons"
     return plot.titled(figure, title, [*about, plot.OVER_FACTS], width=520 + 260 * panels.nunique())
 
 
@@ -302,8 +295,3 @@ def _about(sets: NeuronSets) -> list[str]:
 def _model(provenance: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
     """The model, and how many facts the table has of all relations together."""
     return [str(provenance.get("model", "")), f"n = {int(table.loc[table['relation'] == ALL, 'n'].max())} facts"]
-
-
-def _check_rows(table: pd.DataFrame, otherwise: str) -> None:
-    if table.empty:
-        raise MethodError(otherwise)

@@ -22,10 +22,10 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from kc_lib.errors import MethodError, checked
+from kc_lib.neurons.options import RULES
 from kc_lib.residual.decoder import frozen
 from kc_lib.residual.encoder import Residual
 
-RULES = ("right", "left", "trapezoid")
 GAUSS_POINTS = 6
 PARTS, CUTS = 4, 6  # down to a 4096th: where a norm follows the MLP, as in Gemma, nearly all happens close to zero
 
@@ -116,44 +116,110 @@ def quadrature(m: int, rule: str) -> tuple[list[float], list[float]]:
     return [(k + first) / m for k in range(m)], [1.0 / m] * m
 
 
-@checked
-def integrated_gradients(
-    residual: Residual,
-    states: AnswerStates,
-    targets: Int[Tensor, " batch"],
-    steps: int = 20,
-    rule: str = "trapezoid",
-    log_probability: bool = False,
-    max_rows: int = 512,
-) -> Float[Tensor, "layer batch d_mlp"]:
-    """Integrated gradients of the target's probability from zero to the observed neurons, of every layer by itself.
+class Paths:
+    """The targets' probabilities, and their gradients at the layers' outputs, along the paths from zero to the neurons.
 
-    score_i = w_i * integral over a in [0, 1] of d p(target | neurons of the layer = a w) / d neuron_i (Dai et al. 2022,
-    eq. 4), summed by ``quadrature``. A layer's scores sum to p(w) - p(0) as ``steps`` grows. At most ``max_rows`` runs
-    (a prompt, a layer, a point) are made at once, which changes memory and not the result.
+    A path is a prompt and a layer, numbered layer * batch + prompt. The runs of all layers climb together: those that
+    start at a layer join the ones from below it, so the weights of a layer are read once for all. At most ``max_rows``
+    runs (a prompt, a layer, a point) are made at once, which changes memory and not the result.
 
     Args:
         log_probability: of log p instead, which adds up over the tokens of an answer.
+    """
+
+    def __init__(
+        self,
+        residual: Residual,
+        states: AnswerStates,
+        targets: Int[Tensor, " batch"],
+        log_probability: bool = False,
+        max_rows: int = 512,
+    ) -> None:
+        self.residual, self.states = residual, states
+        self.targets, self.log_probability, self.max_rows = targets.to(residual.device), log_probability, max_rows
+        self.batch = len(targets)
+        self.n = residual.n_layers * self.batch
+        log_p = states.logits.log_softmax(-1)[torch.arange(self.batch, device=residual.device), self.targets]
+        self.observed = (log_p if log_probability else log_p.exp()).repeat(residual.n_layers)  # at point 1, of every layer
+        # the output is linear in the point: one product serves all
+        outputs = [states.neurons[layer] @ residual.parts(layer).W_out for layer in range(residual.n_layers)]
+        self.of_neurons = torch.cat(outputs).detach()
+        self.biases = torch.stack([residual.parts(layer).b_out for layer in range(residual.n_layers)])
+
+    def __call__(
+        self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
+        """Values and gradients, in float32, of paths each at a point."""
+        values, gradients = [], []
+        for order, some, at in self._pieces(paths, points):
+            with frozen(self.residual.bridge), torch.enable_grad():
+                writes = self._writes(some, at).requires_grad_(True)
+                value = self._values(some, writes)
+                (gradient,) = torch.autograd.grad(value.sum(), [writes])
+            values.append(value.detach()[order])
+            gradients.append(gradient.float()[order])
+        return torch.cat(values), torch.cat(gradients)
+
+    @torch.no_grad()
+    def values(self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Values alone."""
+        pieces = self._pieces(paths, points)
+        return torch.cat([self._values(some, self._writes(some, at))[order] for order, some, at in pieces])
+
+    def scores(self, at_output: Float[Tensor, "path d_model"]) -> Float[Tensor, "layer batch d_mlp"]:
+        """Scores of the neurons from the integrals of the gradients at their layers' outputs."""
+        by_layer = rearrange(at_output, "(layer b) d -> layer b d", b=self.batch)
+        at_neurons = [at_layer @ self.residual.parts(i).W_out.float().T for i, at_layer in enumerate(by_layer)]
+        return torch.stack(at_neurons) * self.states.neurons.float()
+
+    def _pieces(self, paths: Tensor, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """At most ``max_rows`` at once, each piece in the order of its layers, and the order that takes it back."""
+        for some, at in zip(paths.split(self.max_rows), points.split(self.max_rows), strict=True):
+            order = some.argsort(stable=True)
+            yield order.argsort(), some[order], at[order]
+
+    def _writes(self, paths: Tensor, points: Tensor) -> Tensor:
+        scaled = points[:, None].to(self.of_neurons.dtype) * self.of_neurons[paths]
+        return scaled + self.biases[paths // self.batch]
+
+    def _values(self, paths: Tensor, writes: Tensor) -> Tensor:
+        residual, states = self.residual, self.states
+        prompts, layers = paths % self.batch, paths // self.batch
+        starting = torch.bincount(layers, minlength=residual.n_layers).tolist()
+        resid, n = states.after_attention[0][:0], 0
+        for layer, joining in enumerate(starting):
+            if n:
+                past = (states.past[layer][0][prompts[:n]], states.past[layer][1][prompts[:n]]) if states.past else None
+                resid = residual.run_block(layer, resid, past)
+            if joining:
+                new = slice(n, n + joining)
+                after = states.after_attention[layer][prompts[new]]
+                joined = residual.after_mlp(layer, after, _placed(states, layer, writes[new], prompts[new]))
+                resid = torch.cat([resid, joined])
+                n += joining
+        each = torch.arange(n, device=paths.device)
+        log_p = residual.unembed(resid[each, states.at[prompts]]).float().log_softmax(-1)[each, self.targets[prompts]]
+        return log_p if self.log_probability else log_p.exp()
+
+
+@checked
+def integrated_gradients(paths: Paths, steps: int = 20, rule: str = "trapezoid") -> Float[Tensor, "layer batch d_mlp"]:
+    """Integrated gradients of the target's probability from zero to the observed neurons, of every layer by itself.
+
+    score_i = w_i * integral over a in [0, 1] of d p(target | neurons of the layer = a w) / d neuron_i (Dai et al. 2022,
+    eq. 4), summed by ``quadrature``. A layer's scores sum to p(w) - p(0) as ``steps`` grows.
 
     Raises:
         MethodError: as ``quadrature``.
     """
-    points, weights = (states.neurons.new_tensor(numbers) for numbers in quadrature(steps, rule))
-    paths = _Paths(residual, states, targets, log_probability, max_rows)
-    every = torch.arange(paths.n, device=residual.device)
+    points, weights = (paths.states.neurons.new_tensor(numbers) for numbers in quadrature(steps, rule))
+    every = torch.arange(paths.n, device=points.device)
     _, gradients = paths(every.repeat_interleave(len(points)), points.repeat(paths.n))
     return paths.scores(torch.einsum("k,nkd->nd", weights.float(), rearrange(gradients, "(n k) d -> n k d", n=paths.n)))
 
 
 @checked
-def adaptive_gradients(
-    residual: Residual,
-    states: AnswerStates,
-    targets: Int[Tensor, " batch"],
-    tolerance: float = 1e-2,
-    log_probability: bool = False,
-    max_rows: int = 512,
-) -> Float[Tensor, "layer batch d_mlp"]:
+def adaptive_gradients(paths: Paths, tolerance: float = 1e-2) -> Float[Tensor, "layer batch d_mlp"]:
     """``integrated_gradients`` to a tolerance, with as many points as each prompt and layer asks for.
 
     An interval is summed at ``GAUSS_POINTS`` Gauss-Legendre points. What its scores must add up to is known exactly,
@@ -161,15 +227,15 @@ def adaptive_gradients(
     path if that is more; of log p at least so many nats), the interval is cut in ``PARTS``, at most ``CUTS`` times. Where p
     is smooth along the path, as in most layers, the first look is enough, and more exact than twenty points of any rule.
     """
-    paths, device = _Paths(residual, states, targets, log_probability, max_rows), residual.device
+    device = paths.residual.device
     nodes, weights = (torch.tensor(x, dtype=torch.float32, device=device) for x in leggauss(GAUSS_POINTS))
     nodes, weights = (nodes + 1) / 2, weights / 2
     which, start = torch.arange(paths.n, device=device), torch.zeros(paths.n, device=device)
     end = torch.ones_like(start)
     p_start, p_end = paths.values(which, start), paths.observed.clone()
-    least = torch.ones_like(p_end) if log_probability else p_end
+    least = torch.ones_like(p_end) if paths.log_probability else p_end
     allowed = None
-    at_output = torch.zeros(paths.n, residual.W_U.shape[0], device=device)
+    at_output = torch.zeros(paths.n, paths.residual.W_U.shape[0], device=device)
     for cut in range(CUTS + 1):
         points = start[:, None] + (end - start)[:, None] * nodes
         _, gradients = paths(which.repeat_interleave(len(nodes)), points.flatten())
@@ -236,83 +302,6 @@ def neuron_values(
         values[..., places] = post[..., [neurons[place][1] for place in places]].float()
         resid = residual.after_mlp(layer, after, residual.parts(layer).write(post))
     return values
-
-
-class _Paths:
-    """The targets' probabilities, and their gradients at the layers' outputs, along the paths from zero to the neurons.
-
-    A path is a prompt and a layer, numbered layer * batch + prompt. The runs of all layers climb together: those that
-    start at a layer join the ones from below it, so the weights of a layer are read once for all.
-    """
-
-    def __init__(
-        self, residual: Residual, states: AnswerStates, targets: Tensor, log_probability: bool, max_rows: int
-    ) -> None:
-        self.residual, self.states = residual, states
-        self.targets, self.log_probability, self.max_rows = targets.to(residual.device), log_probability, max_rows
-        self.batch = len(targets)
-        self.n = residual.n_layers * self.batch
-        log_p = states.logits.log_softmax(-1)[torch.arange(self.batch, device=residual.device), self.targets]
-        self.observed = (log_p if log_probability else log_p.exp()).repeat(residual.n_layers)  # at point 1, of every layer
-        # the output is linear in the point: one product serves all
-        outputs = [states.neurons[layer] @ residual.parts(layer).W_out for layer in range(residual.n_layers)]
-        self.of_neurons = torch.cat(outputs).detach()
-        self.biases = torch.stack([residual.parts(layer).b_out for layer in range(residual.n_layers)])
-
-    def __call__(
-        self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
-        """Values and gradients, in float32, of paths each at a point."""
-        values, gradients = [], []
-        for order, some, at in self._pieces(paths, points):
-            with frozen(self.residual.bridge), torch.enable_grad():
-                writes = self._writes(some, at).requires_grad_(True)
-                value = self._values(some, writes)
-                (gradient,) = torch.autograd.grad(value.sum(), [writes])
-            values.append(value.detach()[order])
-            gradients.append(gradient.float()[order])
-        return torch.cat(values), torch.cat(gradients)
-
-    @torch.no_grad()
-    def values(self, paths: Int[Tensor, " n"], points: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Values alone."""
-        pieces = self._pieces(paths, points)
-        return torch.cat([self._values(some, self._writes(some, at))[order] for order, some, at in pieces])
-
-    def scores(self, at_output: Float[Tensor, "path d_model"]) -> Float[Tensor, "layer batch d_mlp"]:
-        """Scores of the neurons from the integrals of the gradients at their layers' outputs."""
-        by_layer = rearrange(at_output, "(layer b) d -> layer b d", b=self.batch)
-        vectors = (self.residual.parts(layer).W_out.float().T for layer in range(self.residual.n_layers))
-        return torch.stack([own @ W for own, W in zip(by_layer, vectors, strict=True)]) * self.states.neurons.float()
-
-    def _pieces(self, paths: Tensor, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """At most ``max_rows`` at once, each piece in the order of its layers, and the order that takes it back."""
-        for some, at in zip(paths.split(self.max_rows), points.split(self.max_rows), strict=True):
-            order = some.argsort(stable=True)
-            yield order.argsort(), some[order], at[order]
-
-    def _writes(self, paths: Tensor, points: Tensor) -> Tensor:
-        scaled = points[:, None].to(self.of_neurons.dtype) * self.of_neurons[paths]
-        return scaled + self.biases[paths // self.batch]
-
-    def _values(self, paths: Tensor, writes: Tensor) -> Tensor:
-        residual, states = self.residual, self.states
-        prompts, layers = paths % self.batch, paths // self.batch
-        starting = torch.bincount(layers, minlength=residual.n_layers).tolist()
-        resid, n = states.after_attention[0][:0], 0
-        for layer, joining in enumerate(starting):
-            if n:
-                past = (states.past[layer][0][prompts[:n]], states.past[layer][1][prompts[:n]]) if states.past else None
-                resid = residual.run_block(layer, resid, past)
-            if joining:
-                new = slice(n, n + joining)
-                after = states.after_attention[layer][prompts[new]]
-                joined = residual.after_mlp(layer, after, _placed(states, layer, writes[new], prompts[new]))
-                resid = torch.cat([resid, joined])
-                n += joining
-        each = torch.arange(n, device=paths.device)
-        log_p = residual.unembed(resid[each, states.at[prompts]]).float().log_softmax(-1)[each, self.targets[prompts]]
-        return log_p if self.log_probability else log_p.exp()
 
 
 def _placed(

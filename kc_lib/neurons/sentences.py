@@ -14,12 +14,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeTask
+from kc_lib.neurons.options import SentenceOptions
+from kc_lib.reading import read_json
 from kc_lib.results import hash_of
-from kc_lib.tasks.facts import read_json
 from kc_lib.tasks.files import load_text
 from kc_lib.tasks.relations import SLOT, Relation, load_relation, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
@@ -52,8 +54,7 @@ class SentenceTask:
     @property
     def hash(self) -> str:
         """Hash of every sentence: what a result depends on."""
-        rows = [asdict(fact) for fact in self.facts]
-        return hash_of(rows)
+        return hash_of([asdict(fact) for fact in self.facts])
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,22 @@ class ReadSentence:
     text: str
     tokens: tuple[int, ...]
     position: int
+
+
+def sentences_for(task: ClozeTask, model: Model, **options: Any) -> SentenceTask:
+    """Sentences of a task's facts: of a distant-supervision file, or else the project's own.
+
+    Args:
+        options: fields of ``SentenceOptions``.
+
+    Raises:
+        TaskError: as ``distant_sentences`` and ``own_sentences``.
+    """
+    asked = SentenceOptions.of(options)
+    if asked.sentences is None:
+        return own_sentences(task, read_corpus(asked.corpus), model=model, seed=asked.seed)
+    facts = [(fact.subject, fact.answer) for fact in task.facts]
+    return distant_sentences(asked.sentences, facts, seed=asked.seed)
 
 
 def distant_sentences(
@@ -83,23 +100,23 @@ def distant_sentences(
         TaskError: no such file, another format, or no bag that belongs to a fact.
     """
     bags = _read_bags(Path(path))
-    found: dict[tuple[str, str], list[int]] = {}
+    bags_of: dict[tuple[str, str], list[int]] = {}
     report = {"bags": len(bags), "unmatched": 0, "ambiguous": 0}
     for i, (both, head) in enumerate(bags):
         matching = [fact for fact in dict.fromkeys(facts) if head and _all_hold(head, fact[0]) and _all_hold(both, fact[1])]
         longest = max((len(subject) for subject, _ in matching), default=0)
         best = [fact for fact in matching if len(fact[0]) == longest]
         if len(best) == 1:
-            found.setdefault(best[0], []).append(i)
+            bags_of.setdefault(best[0], []).append(i)
         else:
             report["ambiguous" if best else "unmatched"] += 1
-    if not found:
+    if not bags_of:
         raise TaskError(
             f"{path}: none of its {len(bags)} bags belongs to a fact given ({len(facts)}); give facts of its relation"
         )
     pool = [sentence for both, head in bags for sentence in (*both, *head)]
     sentences = []
-    for (subject, answer), places in found.items():
+    for (subject, answer), places in bags_of.items():
         both_bags = [sentence for i in places for sentence in bags[i][0] if holds(sentence, subject)]
         head_bags = [sentence for i in places for sentence in bags[i][1]]
         sentences.append(_sorted_out(subject, answer, both_bags, head_bags, pool, n_random, seed))
@@ -134,11 +151,11 @@ def own_sentences(
     sentences = []
     for fact in task.facts:
         others = [relation for relation in relations if relation.name != fact.relation]
-        own = _known_words(tokenizer, [*_about(fact.subject, others)])
-        about = [*own, *(sentence for sentence in corpus if holds(sentence, fact.subject))]
+        of_subject = _known_words(tokenizer, [*_statements_of(fact.subject, others)])
+        of_subject += [sentence for sentence in corpus if holds(sentence, fact.subject)]
         pool = corpus or [sentence for relation in others for sentence in statements[relation.name]]
         filled = [prompt.filled(fact.answer) for prompt in fact.held_out]
-        sentences.append(_sorted_out(fact.subject, fact.answer, filled, about, pool, n_random, seed))
+        sentences.append(_sorted_out(fact.subject, fact.answer, filled, of_subject, pool, n_random, seed))
     return SentenceTask(task.name, tuple(sentences), _counts(sentences))
 
 
@@ -165,8 +182,8 @@ def read_sentences(
         raise TaskError(f"max_tokens is {max_tokens}; it must be at least 4, for two special tokens, a mask and a word")
     tokenizer = tokenizer_of(model, prepend_bos)
     n_tokens = min(max_tokens, int(model.cfg.n_ctx))
-    found = (_read(tokenizer, sentence, subject, answer, n_tokens, seed) for sentence in sentences)
-    return tuple(read for read in found if read is not None)
+    as_read = (_read(tokenizer, sentence, subject, answer, n_tokens, seed) for sentence in sentences)
+    return tuple(read for read in as_read if read is not None)
 
 
 def read_corpus(path: str | Path | None = None) -> list[str]:
@@ -251,11 +268,11 @@ def _window(tokens: tuple[int, ...], position: int, n_tokens: int, tokenizer: To
 
 
 def _sorted_out(
-    subject: str, answer: str, both: Sequence[str], about: Sequence[str], pool: Sequence[str], n_random: int, seed: int
+    subject: str, answer: str, both: Sequence[str], of_subject: Sequence[str], pool: Sequence[str], n_random: int, seed: int
 ) -> FactSentences:
     neither = [s for s in dict.fromkeys(pool) if not holds(s, subject) and not holds(s, answer)]
     drawn = random.Random(f"{seed}: {subject}: {answer}").sample(neither, min(n_random, len(neither)))
-    head_only = tuple(dict.fromkeys(s for s in about if not holds(s, answer)))
+    head_only = tuple(dict.fromkeys(s for s in of_subject if not holds(s, answer)))
     return FactSentences(subject, answer, tuple(dict.fromkeys(both)), head_only, tuple(drawn))
 
 
@@ -275,7 +292,7 @@ def _known_words(tokenizer: Tokenizer | None, sentences: Sequence[str]) -> list[
     return [sentence for sentence, row in zip(sentences, rows, strict=True) if unknown not in row]
 
 
-def _about(subject: str, relations: Sequence[Relation]) -> Iterator[str]:
+def _statements_of(subject: str, relations: Sequence[Relation]) -> Iterator[str]:
     for relation in relations:
         for fact in relation.facts:
             if fact.subject == subject:

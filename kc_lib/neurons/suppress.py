@@ -11,24 +11,27 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kc_lib.errors import MethodError
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.cloze_batches import batches_by_length
-from kc_lib.neurons.controls import Variant, check_numbers, check_sets, n_empty, sets_of_facts, variants
+from kc_lib.neurons.cloze import ClozeFact, batches_by_length
+from kc_lib.neurons.effects import KINDS, OfFacts, by_relation, ends, figure, means_with_draws, relative_change
 from kc_lib.neurons.integrate import AnswerStates, answer_states, changed_logits
-from kc_lib.neurons.of_facts import OfFacts
-from kc_lib.neurons.refine import Neuron, NeuronSets
+from kc_lib.neurons.options import ChangeOptions
+from kc_lib.neurons.sets import Neuron, NeuronSets, Variant, check_sets, n_empty, neurons_per_layer, sets_of_facts, variants
 from kc_lib.residual.encoder import Residual
+from kc_lib.stats import with_interval
 
-COLUMNS = ("kind", "draw", "factor", "fact", "on", "of_fact", "prompt", "p", "p_changed", "n_neurons")
+FACTORS = {0.0: "suppressed", 2.0: "amplified"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,21 @@ class NeuronChanges(OfFacts):
     counts such facts, by method.
     """
 
-    columns = COLUMNS
-    holds = "changes of neurons; give neuron_changes.parquet"
+    columns = ("kind", "draw", "factor", "fact", "on", "of_fact", "prompt", "p", "p_changed", "n_neurons")
+
+    frame: pd.DataFrame
+    facts: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def summary(self, seed: int = 0) -> pd.DataFrame:
+        """What becomes of the answer, per relation and pooled: ``change_ratios``."""
+        return change_ratios(self, seed)
+
+    def headline(self, seed: int = 0) -> dict[str, str]:
+        """The change of the answer's probability on own prompts."""
+        pooled = change_ratios(self, seed).query("relation == 'all' and on == 'own'").to_dict("records")
+        named = [(FACTORS.get(row["factor"], f"times {row['factor']:g}"), row) for row in pooled]
+        return {f"{name}, {row['kind']}": figure(row, "ratio", "+.1%") for name, row in named}
 
 
 @dataclass(frozen=True)
@@ -50,91 +66,114 @@ class _Row:
     """One token of an answer, to be predicted with the neurons of a fact changed."""
 
     fact: int
-    asked: int  # index of the fact and prompt
+    prompt: int  # index of the fact and prompt among all that are run
     tokens: tuple[int, ...]
     position: int
     target: int
 
 
 def change_neurons(
-    model: Model,
-    facts: Sequence[ClozeFact],
-    sets: NeuronSets,
-    *,
-    factors: Sequence[float] = (0.0, 2.0),
-    n_other: int = 20,
-    n_random: int = 3,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = False,
+    model: Model, facts: Sequence[ClozeFact], sets: NeuronSets, *, progress: bool = False, **options: Any
 ) -> NeuronChanges:
     """Multiply the neurons of every fact, and see what becomes of the answers of its own and of other relations' prompts.
 
     Args:
-        sets: of these facts, from ``refine``.
-        factors: 0 suppresses, 2 amplifies.
-        n_other: prompts of other relations' facts per fact, drawn by seed, at most; none where there is one relation.
-        n_random: draws of random neurons.
-        batch_size: prompts run at once; changes no result.
+        sets: of these facts, from ``refine_neurons``.
+        options: fields of ``ChangeOptions``. Where there is one relation there are no other prompts.
 
     Raises:
         MethodError: sets of other facts or of another model, a number out of range, or a layer without enough other
             neurons to draw from.
         ModelError: as ``Model.mlp_residual``.
     """
-    check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
-    if not factors:
+    asked = ChangeOptions.of(options)
+    if not asked.factors:
         raise MethodError("no factors to multiply neurons by: give 0 to suppress, 2 to amplify")
     residual = model.mlp_residual
     check_sets(facts, sets, residual)
-    chosen = sets_of_facts(sets, residual.parts(0).W_out.shape[0], n_random, seed)
-    asked = [
-        (fact, *prompt) for fact, own in enumerate(chosen) if own for prompt in _prompts_for(facts, fact, n_other, seed)
+    of_facts = sets_of_facts(sets, neurons_per_layer(residual), asked.n_random, asked.seed)
+    prompts = [
+        (fact, *prompt)
+        for fact, neurons in enumerate(of_facts)
+        if neurons
+        for prompt in _prompts_for(facts, fact, asked.n_other, asked.seed)
     ]
     rows = [
         _Row(fact, i, cloze.tokens, cloze.position, cloze.target)
-        for i, (fact, _, of_fact, prompt) in enumerate(asked)
-        for cloze in facts[of_fact].prompts[prompt].clozes
+        for i, (fact, _, of_fact, number) in enumerate(prompts)
+        for cloze in facts[of_fact].prompts[number].clozes
     ]
-    log_p: dict[tuple[int, Variant | None, float], float] = defaultdict(float)
+    # by prompt, of the model itself and of every variant and factor: the sum over the answer's tokens
+    log_p_before = np.zeros(len(prompts))
+    log_p: dict[tuple[Variant, float], Float[np.ndarray, " prompt"]] = defaultdict(lambda: np.zeros(len(prompts)))
     with tqdm(total=len(rows), desc="interventions", unit="prompt", disable=not progress) as bar:
-        for members, _, _ in batches_by_length(rows, batch_size):
+        for members, _, _ in batches_by_length(rows, asked.batch_size):
             batch = [rows[i] for i in members]
             states = _states(residual, batch)
-            _add(log_p, batch, states.logits, None, 1.0)
-            for variant in variants(n_random):
-                neurons = [chosen[row.fact].get(variant, ()) for row in batch]
-                if not any(neurons):
-                    continue
-                for factor in factors:
-                    _add(log_p, batch, _multiplied(residual, states, neurons, factor), variant, factor)
+            _add(log_p_before, batch, states.logits)
+            for variant in variants(asked.n_random):
+                neurons = [of_facts[row.fact].get(variant, ()) for row in batch]
+                if any(neurons):
+                    for factor in asked.factors:
+                        _add(log_p[variant, factor], batch, _multiplied(residual, states, neurons, factor))
             bar.update(len(batch))
-    found = [
-        (*variant, factor, fact, on, of_fact, prompt, *_probabilities(log_p, i, variant, factor), len(neurons))
-        for i, (fact, on, of_fact, prompt) in enumerate(asked)
-        for variant, neurons in chosen[fact].items()
-        for factor in factors
+    table = [
+        (*variant, factor, fact, on, of_fact, number, log_p_before[i], log_p[variant, factor][i], len(neurons))
+        for i, (fact, on, of_fact, number) in enumerate(prompts)
+        for variant, neurons in of_facts[fact].items()
+        for factor in asked.factors
     ]
+    frame = pd.DataFrame(table, columns=list(NeuronChanges.columns))
+    frame[["p", "p_changed"]] = np.exp(frame[["p", "p_changed"]].astype(float))
     provenance = {
         "model": model.name,
-        "factors": list(factors),
-        "n_other": n_other,
-        "n_random": n_random,
-        "seed": seed,
+        "factors": list(asked.factors),
+        "n_other": asked.n_other,
+        "n_random": asked.n_random,
+        "seed": asked.seed,
         "n_facts": len(facts),
-        "empty": n_empty(chosen),
+        "empty": n_empty(of_facts),
     }
-    return NeuronChanges(pd.DataFrame(found, columns=list(COLUMNS)), sets.facts.reset_index(drop=True), provenance)
+    return NeuronChanges(frame, sets.facts.reset_index(drop=True), provenance)
+
+
+def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
+    """(mean p_changed - mean p) / mean p of the gold answer, per relation and pooled, factor, prompts and kind.
+
+    Columns: relation ("all" pooled), factor, on, kind, n (facts), p, p_changed, ratio, and ``more``, the ratio less that of
+    random neurons on the same facts; ratio and more with their intervals. Facts without neurons are in none.
+    """
+    p = ["p", "p_changed"]
+    levels = {"factor": sorted(changes.frame["factor"].unique()), "on": ("other", "own"), "kind": KINDS}
+    columns = ["relation", *levels, "n", *p, *ends("ratio", "more")]
+    if changes.frame.empty:
+        return pd.DataFrame(columns=columns)
+    prompts = changes.frame.groupby(["factor", "on", "kind", "fact", "of_fact", "prompt"])[p].mean()
+    by_fact = prompts.groupby(["factor", "on", "kind", "fact"]).mean()
+    is_random = by_fact.index.get_level_values("kind") == "random"
+    by_random = by_fact[is_random].droplevel("kind").add_suffix("_random")
+    by_fact = by_fact.join(by_random, on=["factor", "on", "fact"])
+    by_fact.loc[is_random, list(by_random.columns)] = np.nan  # compared with themselves they say nothing
+
+    def measure(group: pd.DataFrame) -> dict[str, float]:
+        means = means_with_draws(group[p].to_numpy(), seed)
+        both = means_with_draws(group.dropna().to_numpy(), seed)
+        ratio = relative_change(means[:, 0], means[:, 1])
+        more = relative_change(both[:, 0], both[:, 1]) - relative_change(both[:, 2], both[:, 3])
+        intervals = with_interval("ratio", ratio[0], ratio[1:]) | with_interval("more", more[0], more[1:])
+        return {"p": means[0, 0], "p_changed": means[0, 1]} | intervals
+
+    return pd.DataFrame(by_relation(by_fact, changes.facts, levels, measure), columns=columns)
 
 
 def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int) -> list[tuple[str, int, int]]:
     """Own prompts, and drawn ones of other relations: own or other, whose, its number."""
     own = [("own", fact, prompt) for prompt in range(len(facts[fact].prompts))]
     others = [
-        ("other", other, prompt)
-        for other, about in enumerate(facts)
-        if about.relation != facts[fact].relation
-        for prompt in range(len(about.prompts))
+        ("other", i, prompt)
+        for i, other in enumerate(facts)
+        if other.relation != facts[fact].relation
+        for prompt in range(len(other.prompts))
     ]
     generator = random.Random(seed * len(facts) + fact)
     return own + sorted(generator.sample(others, min(n_other, len(others))))
@@ -152,8 +191,8 @@ def _states(residual: Residual, batch: Sequence[_Row]) -> AnswerStates:
 def _multiplied(residual: Residual, states: AnswerStates, neurons: Sequence[Sequence[Neuron]], factor: float) -> Tensor:
     """Logits when in every row its own neurons are multiplied."""
     of_layer: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for row, own in enumerate(neurons):
-        for layer, neuron in own:
+    for row, of_row in enumerate(neurons):
+        for layer, neuron in of_row:
             of_layer[layer][0].append(row)
             of_layer[layer][1].append(neuron)
 
@@ -167,20 +206,7 @@ def _multiplied(residual: Residual, states: AnswerStates, neurons: Sequence[Sequ
     return changed_logits(residual, states, change, min(of_layer))
 
 
-def _add(
-    log_p: dict[tuple[int, Variant | None, float], float],
-    batch: Sequence[_Row],
-    logits: Tensor,
-    variant: Variant | None,
-    factor: float,
-) -> None:
-    found = logits.log_softmax(-1)[torch.arange(len(batch)), torch.tensor([row.target for row in batch])].tolist()
-    for row, value in zip(batch, found, strict=True):
-        log_p[row.asked, variant, factor] += value
-
-
-def _probabilities(
-    log_p: Mapping[tuple[int, Variant | None, float], float], asked: int, variant: Variant, factor: float
-) -> tuple[float, float]:
-    before, after = torch.tensor([log_p[asked, None, 1.0], log_p[asked, variant, factor]], dtype=torch.double).exp().tolist()
-    return before, after
+def _add(log_p: Float[np.ndarray, " prompt"], batch: Sequence[_Row], logits: Float[Tensor, "row vocab"]) -> None:
+    """Add each row's log probability of its target to that of its prompt."""
+    of_targets = logits.log_softmax(-1)[torch.arange(len(batch)), torch.tensor([row.target for row in batch])]
+    np.add.at(log_p, [row.prompt for row in batch], of_targets.cpu().double().numpy())

@@ -14,35 +14,28 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kc_lib.errors import MethodError
+from kc_lib.errors import check_counts
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import Cloze, ClozeFact, ClozePrompt
-from kc_lib.neurons.controls import Variant, check_numbers, check_sets, sets_of_facts
+from kc_lib.neurons.cloze import ClozeFact, check_fact
+from kc_lib.neurons.effects import KINDS, METHODS, PERPLEXITIES, OfFacts, by_relation, ends, figure, perplexities, rate
 from kc_lib.neurons.integrate import answer_states
-from kc_lib.neurons.refine import Neuron, NeuronSets
-from kc_lib.neurons.value_vectors import Answers, Values, edited_answers, edited_values
-from kc_lib.neurons.values import check_update, mean_activations, updated_values
+from kc_lib.neurons.options import EditOptions, UpdateOptions
+from kc_lib.neurons.sets import Neuron, NeuronSets, check_sets, neurons_per_layer, sets_of_facts
+from kc_lib.neurons.values import Answers, Values, edited_answers, edited_values, mean_activations, updated_values
 from kc_lib.residual.encoder import Residual
-from kc_lib.results import load_table, save_table
 
-__all__ = ["FactUpdates", "update_answers", "update_facts"]
-
-COLUMNS = (
-    *("kind", "draw", "fact", "on", "prompt", "changed", "rank_before", "rank", "p_before", "p"),
-    *("p_gold_before", "p_gold", "n_neurons"),
-)
+RATES = ("changed", "success_1", "success_5")
 SIDE_COLUMNS = ("kind", "draw", "fact", "on", "n_prompts", "nll_before", "nll")
 
 
 @dataclass(frozen=True)
-class FactUpdates:
+class FactUpdates(OfFacts):
     """What updating every fact does to it and to others.
 
     ``frame`` has one row per fact, prompt, kind of neurons and draw: ``on`` is "own" (a prompt that found the neurons) or
@@ -52,121 +45,128 @@ class FactUpdates:
     before and after. ``facts`` has the new answer of every updated fact; ``provenance`` counts those left out, by reason.
     """
 
+    columns = (
+        *("kind", "draw", "fact", "on", "prompt", "changed", "rank_before", "rank", "p_before", "p"),
+        *("p_gold_before", "p_gold", "n_neurons"),
+    )
+
     frame: pd.DataFrame
     others: pd.DataFrame
     facts: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_frame(self) -> pd.DataFrame:
-        """``frame`` with relation, subject, old and new answer of every fact."""
-        return self.frame.merge(self.facts[["fact", "relation", "subject", "answer", "new_answer"]], on="fact")
+    @property
+    def first(self) -> int:
+        """The first fact that was updated by knowledge neurons of its own; 0 where none was."""
+        return int(self.frame.loc[self.frame["kind"] == "knowledge", "fact"].min()) if self.n_updated else 0
 
-    def save(self, path: str | Path) -> Path:
-        """Write ``frame`` as parquet; the rest goes into the file's metadata."""
-        about = {"others": self.others.to_dict("list"), "facts": self.facts.to_dict("list")}
-        return save_table(self.frame, path, about | {"provenance": dict(self.provenance)})
+    @property
+    def n_updated(self) -> int:
+        """How many facts were updated by knowledge neurons of their own."""
+        return self.frame.loc[self.frame["kind"] == "knowledge", "fact"].nunique()
 
-    @classmethod
-    def load(cls, path: str | Path) -> FactUpdates:
-        """Read what ``save`` wrote.
+    def summary(self) -> pd.DataFrame:
+        """How often updates take, per relation and pooled: ``update_rates``."""
+        return update_rates(self)
 
-        Raises:
-            MethodError: the file is not there, or holds no updates of facts.
-        """
-        frame, about = load_table(path)
-        if not {"others", "facts", "provenance"} <= about.keys() or not set(COLUMNS) <= set(frame):
-            raise MethodError(f"{path}: holds no updates of facts; give fact_updates.parquet of a run")
-        return cls(frame, pd.DataFrame(about["others"]), pd.DataFrame(about["facts"]), about["provenance"])
+    def headline(self, seed: int = 0) -> dict[str, str]:
+        """How often the new answer has rank 1, by knowledge neurons and by random ones."""
+        pooled = update_rates(self).query("relation == 'all' and kind != 'base'").to_dict("records")
+        return {
+            f"update success, {row['kind']}, {row['on'].replace('_', '-')} prompts": figure(row, "success_1", ".1%")
+            for row in pooled
+        }
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A prompt that an update is seen on: own, held_out, intra or inter; whose it is; its number among all its prompts."""
+
+    on: str
+    fact: int
+    number: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a model says to one prompt: the token of rank 1, p and rank of a new answer, p of the old one, mean -log p."""
+
+    predicted: int
+    p: float
+    rank: int
+    p_gold: float
+    nll: float
 
 
 def update_facts(
-    model: Model,
-    facts: Sequence[ClozeFact],
-    sets: NeuronSets,
-    *,
-    l1: float = 1.0,
-    l2: float = 8.0,
-    scale: str = "code",
-    embedding: str = "output",
-    orient: bool = True,
-    n_other: int = 20,
-    n_random: int = 3,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = False,
+    model: Model, facts: Sequence[ClozeFact], sets: NeuronSets, *, progress: bool = False, **options: Any
 ) -> FactUpdates:
     """Give every fact, one at a time, another answer of its relation, and see what the model then answers.
 
     Facts whose answer is of several tokens are left out, and those whose relation has no other answer of one token; they
     stay among the others. The model's weights are what they were after every fact.
 
+    Example:
+        >>> sets = kc.refine_neurons(kc.knowledge_neurons(model, task.facts))
+        >>> updates = kc.update_facts(model, task.facts, sets, l1=0.5, l2=1.0)
+        >>> updates.summary()
+
     Args:
-        sets: of these facts, from ``refine``; neurons that more than a tenth of a relation's facts have are not changed.
-        l1, l2, scale, embedding, orient: see ``updated_values``; the activations are means over the fact's own prompts.
-        n_other: prompts of other facts per fact, drawn by seed, at most: as many of the relation and of other relations.
-        n_random: draws of random neurons of the same layers.
+        sets: of these facts, from ``refine_neurons``; neurons that more than a tenth of a relation's facts have are not
+            changed.
+        options: fields of ``UpdateOptions``; the activations are means over the fact's own prompts.
 
     Raises:
         MethodError: sets of other facts or of another model, or a parameter out of range.
         ModelError: as ``Model.mlp_residual``; or weights that cannot be written in place.
     """
-    check_numbers(n_other=n_other, n_random=n_random, batch_size=batch_size)
-    check_update(l1, l2, scale, embedding)
+    asked = UpdateOptions.of(options)
     residual = model.mlp_residual
     check_sets(facts, sets, residual)
-    chosen = sets_of_facts(sets, residual.parts(0).W_out.shape[0], n_random, seed, common=False)
-    targets, left_out = _targets(facts, seed)
-    before = _unedited(residual, facts, targets, batch_size)
-    how: dict[str, Any] = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
-    frames, sides, rows = [], [], []
+    of_facts = sets_of_facts(sets, neurons_per_layer(residual), asked.n_random, asked.seed, common=False)
+    targets, left_out = _targets(facts, asked.seed)
+    before = _unedited(residual, facts, targets, asked.batch_size)
+    rows: list[dict[str, Any]] = []
+    sides: list[dict[str, Any]] = []
     for fact, target in tqdm(targets.items(), desc="updates", unit="fact", disable=not progress):
-        about, new = facts[fact], _token(facts[target])
-        rows.append(
-            {"fact": fact, "relation": about.relation, "subject": about.subject, "answer": about.answer}
-            | {"new_answer": facts[target].answer, "new_answer_of": facts[target].subject}
-        )
-        prompts = _prompts_for(facts, fact, n_other, seed)
-        asked = [(i, cloze) for i, (_, of, number) in enumerate(prompts) for cloze in _all(facts[of])[number].clozes]
-        tokens = torch.tensor([[cloze.target, new] for _, cloze in asked])
-        edits = [_edit(residual, about, neurons, new, how, batch_size) for neurons in chosen[fact].values()]
-        after = edited_answers(residual, [cloze for _, cloze in asked], tokens, edits, batch_size)
-        unedited = [before[of, number] for _, of, number in prompts]
-        for (variant, neurons), answers in zip(chosen[fact].items(), after, strict=True):
-            frame, side = _compared(variant, fact, prompts, [i for i, _ in asked], unedited, answers)
-            frames.append(frame.assign(n_neurons=len(neurons))[list(COLUMNS)])
-            sides.append(side)
-    reported = sets.facts[sets.facts["fact"].isin(targets)]
-    empty = {
-        method: sum((method, 0) not in chosen[int(fact)] for fact in reported["fact"]) for method in ("knowledge", "base")
-    }
+        prompts, new = _seen_on(facts, fact, asked), facts[target].first_token
+        clozes = [cloze for seen in prompts for cloze in facts[seen.fact].all_prompts[seen.number].clozes]
+        n_clozes = [len(facts[seen.fact].all_prompts[seen.number].clozes) for seen in prompts]
+        tokens = torch.tensor([[cloze.target, new] for cloze in clozes])
+        edits = [_edit(residual, facts[fact], neurons, new, asked) for neurons in of_facts[fact].values()]
+        of_edits = edited_answers(residual, clozes, tokens, edits, asked.batch_size)
+        unedited = [before[seen.fact, seen.number] for seen in prompts]
+        for ((kind, draw), neurons), answers in zip(of_facts[fact].items(), of_edits, strict=True):
+            named = {"kind": kind, "draw": draw, "fact": fact}
+            compared = list(zip(prompts, unedited, _by_prompt(answers, n_clozes), strict=True))
+            rows += [named | row | {"n_neurons": len(neurons)} for row in _own_rows(compared)]
+            sides += [named | row for row in _side_rows(compared)]
+    empty = {method: sum((method, 0) not in of_facts[fact] for fact in targets) for method in METHODS}
     provenance = {
         "model": model.name,
-        **how,
-        "n_other": n_other,
-        "n_random": n_random,
-        "seed": seed,
+        **{name: asked[name] for name in EditOptions.declared()},
+        "n_other": asked.n_other,
+        "n_random": asked.n_random,
+        "seed": asked.seed,
         "n_facts": len(facts),
         "n_updated": len(targets),
         "left_out": left_out,
         "empty": empty,
     }
-    names = ["fact", "relation", "subject", "answer", "new_answer", "new_answer_of"]
-    return FactUpdates(_joined(frames, COLUMNS), _joined(sides, SIDE_COLUMNS), pd.DataFrame(rows, columns=names), provenance)
+    updated = [
+        (fact, facts[fact].relation, facts[fact].subject, facts[fact].answer, facts[target].answer, facts[target].subject)
+        for fact, target in targets.items()
+    ]
+    return FactUpdates(
+        pd.DataFrame(rows, columns=list(FactUpdates.columns)),
+        pd.DataFrame(sides, columns=list(SIDE_COLUMNS)),
+        pd.DataFrame(updated, columns=["fact", "relation", "subject", "answer", "new_answer", "new_answer_of"]),
+        provenance,
+    )
 
 
 def update_answers(
-    model: Model,
-    facts: Sequence[ClozeFact],
-    sets: NeuronSets,
-    fact: int,
-    *,
-    l1: float = 1.0,
-    l2: float = 8.0,
-    scale: str = "code",
-    embedding: str = "output",
-    orient: bool = True,
-    n_answers: int = 5,
-    seed: int = 0,
+    model: Model, facts: Sequence[ClozeFact], sets: NeuronSets, fact: int, *, n_answers: int = 5, **options: Any
 ) -> pd.DataFrame:
     """One of the updates of ``update_facts`` in detail: what the model answers to each of the fact's prompts.
 
@@ -176,60 +176,85 @@ def update_answers(
     Raises:
         MethodError, ModelError: as ``update_facts``; MethodError also for a fact that is not there.
     """
-    check_numbers(answers=n_answers)
-    check_update(l1, l2, scale, embedding)
+    check_counts(1, n_answers=n_answers)
+    asked = UpdateOptions.of(options)
     residual = model.mlp_residual
     check_sets(facts, sets, residual)
     check_fact(facts, fact)
-    targets, _ = _targets(facts, seed)
-    rows: list[dict[str, Any]] = []
+    targets, _ = _targets(facts, asked.seed)
     neurons = sets.without_common("knowledge", fact)
+    rows: list[tuple[Any, ...]] = []
     if fact in targets:
-        how = {"l1": float(l1), "l2": float(l2), "scale": scale, "embedding": embedding, "orient": orient}
-        new = _token(facts[targets[fact]])
         rows += _top_answers(residual, facts[fact], {}, n_answers)
         if neurons:
-            rows += _top_answers(residual, facts[fact], _edit(residual, facts[fact], neurons, new, how), n_answers)
+            edit = _edit(residual, facts[fact], neurons, facts[targets[fact]].first_token, asked)
+            rows += _top_answers(residual, facts[fact], edit, n_answers)
     return pd.DataFrame(rows, columns=["on", "prompt", "text", "edited", "rank", "token", "p"])
 
 
-def check_fact(facts: Sequence[ClozeFact], fact: int) -> None:
-    """Raise MethodError for a number that is no fact's."""
-    if not 0 <= fact < len(facts):
-        raise MethodError(f"there is no fact {fact}: the task has facts 0 to {len(facts) - 1}")
+def answers_side_by_side(answers: pd.DataFrame, n_answers: int = 3) -> pd.DataFrame:
+    """What ``update_answers`` gives, a row for each prompt: the most probable tokens with their p, before and after."""
+    top = answers[answers["rank"] <= n_answers]
+    words = top["token"].str.strip() + top["p"].map(" {:.0%}".format)
+    top = top.assign(answers=words, when=top["edited"].map({False: "before", True: "after"}))
+    return top.pivot_table(index=["on", "text"], columns="when", values="answers", aggfunc=", ".join, sort=False)
 
 
-def _edit(
-    residual: Residual,
-    fact: ClozeFact,
-    neurons: Sequence[Neuron],
-    new: int,
-    how: Mapping[str, Any],
-    batch_size: int = 32,
-) -> Values:
+def update_rates(updates: FactUpdates) -> pd.DataFrame:
+    """How often an update takes: per relation and pooled, kind, and own or held-out prompts.
+
+    Columns: relation, on, kind, n (facts), changed (another token has rank 1), success_1 and success_5 (the new answer has
+    rank 1, or at most 5) with Wilson intervals; p_before, p, rank_before and rank of the new answer (ranks are medians).
+    """
+    frame = updates.frame.assign(success_1=updates.frame["rank"] == 1, success_5=updates.frame["rank"] <= 5)
+    numbers = ["p_before", "p", "rank_before", "rank"]
+    frame = frame.astype(dict.fromkeys([*RATES, *numbers], float))
+    by_fact = frame.groupby(["on", "kind", "fact"])[[*RATES, *numbers]].mean()
+
+    def measure(group: pd.DataFrame) -> dict[str, float]:
+        rates = {column: value for name in RATES for column, value in rate(name, group[name]).items()}
+        means = {name: group[name].mean() for name in ("p_before", "p")}
+        return rates | means | {name: group[name].median() for name in ("rank_before", "rank")}
+
+    levels = {"on": ("own", "held_out"), "kind": KINDS}
+    columns = ["relation", *levels, "n", *ends(*RATES), *numbers]
+    return pd.DataFrame(by_relation(by_fact, updates.facts, levels, measure), columns=columns)
+
+
+def side_effects(updates: FactUpdates, seed: int = 0) -> pd.DataFrame:
+    """Perplexity of other facts' gold answers before and after updates, per relation of the updated fact and pooled.
+
+    Columns: relation, on ("intra", "inter"), kind, n (updated facts), perplexity_before, perplexity, and ratio, their
+    quotient less 1, with its interval.
+    """
+    by_fact = updates.others.groupby(["on", "kind", "fact"])[["nll_before", "nll"]].mean()
+    levels = {"on": ("intra", "inter"), "kind": KINDS}
+    rows = by_relation(by_fact, updates.facts, levels, lambda group: perplexities(group, seed))
+    return pd.DataFrame(rows, columns=["relation", *levels, "n", *PERPLEXITIES])
+
+
+def _edit(residual: Residual, fact: ClozeFact, neurons: Sequence[Neuron], new: int, asked: UpdateOptions) -> Values:
     clozes = [prompt.clozes[0] for prompt in fact.prompts]
-    activations = mean_activations(residual, clozes, neurons, batch_size)
-    return updated_values(residual, neurons, _token(fact), new, activations=activations, **how)
+    activations = mean_activations(residual, clozes, neurons, asked.batch_size)
+    return updated_values(residual, neurons, fact.first_token, new, activations, asked)
 
 
-def _top_answers(residual: Residual, fact: ClozeFact, edit: Values, n_answers: int) -> list[dict[str, Any]]:
+def _top_answers(residual: Residual, fact: ClozeFact, edit: Values, n_answers: int) -> list[tuple[Any, ...]]:
     rows = []
     with edited_values(residual, edit):
-        for number, prompt in enumerate(_all(fact)):
-            cloze = prompt.clozes[0]
+        for number, prompt in enumerate(fact.all_prompts):
+            cloze, on = prompt.clozes[0], "own" if number < len(fact.prompts) else "held_out"
             states = answer_states(residual, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
             p_all = states.logits[0].softmax(-1)
             top = p_all.topk(min(n_answers, len(p_all)))
-            about = {"on": "own" if number < len(fact.prompts) else "held_out", "prompt": number, "text": prompt.text}
             for rank, (p, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
-                word = residual.bridge.tokenizer.decode([token])
-                rows.append(about | {"edited": bool(edit), "rank": rank, "token": word, "p": p})
+                rows.append((on, number, prompt.text, bool(edit), rank, residual.bridge.tokenizer.decode([token]), p))
     return rows
 
 
 def _targets(facts: Sequence[ClozeFact], seed: int) -> tuple[dict[int, int], dict[str, int]]:
     """Of every fact that can be updated the fact whose answer it is to have; and why others are left out."""
-    single = [all(len(prompt.clozes) == 1 for prompt in _all(fact)) for fact in facts]
+    single = [all(len(prompt.clozes) == 1 for prompt in fact.all_prompts) for fact in facts]
     targets: dict[int, int] = {}
     reasons: Counter[str] = Counter()
     for i, fact in enumerate(facts):
@@ -238,9 +263,9 @@ def _targets(facts: Sequence[ClozeFact], seed: int) -> tuple[dict[int, int], dic
             continue
         # one fact for every other answer, so that a frequent answer is drawn no more often than a rare one
         others = {
-            _token(other): j
+            other.first_token: j
             for j, other in enumerate(facts)
-            if single[j] and other.relation == fact.relation and _token(other) != _token(fact)
+            if single[j] and other.relation == fact.relation and other.first_token != fact.first_token
         }
         if others:
             targets[i] = random.Random(seed * len(facts) + i).choice(sorted(others.values()))
@@ -249,74 +274,52 @@ def _targets(facts: Sequence[ClozeFact], seed: int) -> tuple[dict[int, int], dic
     return targets, dict(reasons)
 
 
-def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int) -> list[tuple[str, int, int]]:
-    """(own, held_out, intra or inter; whose; number among all its prompts) of the prompts an update is seen on."""
-    about = facts[fact]
-    n_own = len(about.prompts)
-    prompts = [("own" if i < n_own else "held_out", fact, i) for i in range(len(_all(about)))]
-    generator = random.Random(seed * len(facts) + fact)
+def _seen_on(facts: Sequence[ClozeFact], fact: int, asked: UpdateOptions) -> list[_Seen]:
+    """All prompts of the fact, and drawn ones of other facts of its relation and of other relations."""
+    n_own = len(facts[fact].prompts)
+    prompts = [_Seen("own" if i < n_own else "held_out", fact, i) for i in range(len(facts[fact].all_prompts))]
+    generator = random.Random(asked.seed * len(facts) + fact)
     for on in ("intra", "inter"):
         others = [
-            (on, i, number)
+            (i, number)
             for i, other in enumerate(facts)
-            if i != fact and (other.relation == about.relation) == (on == "intra")
+            if i != fact and (other.relation == facts[fact].relation) == (on == "intra")
             for number in range(len(other.prompts))
         ]
-        prompts += sorted(generator.sample(others, min(n_other, len(others))))
+        prompts += [_Seen(on, *other) for other in sorted(generator.sample(others, min(asked.n_other, len(others))))]
     return prompts
-
-
-@dataclass(frozen=True)
-class _Unedited:
-    """Of one prompt: the token of rank 1, p and rank of the fact's new answer, p of the old one, and the mean -log p."""
-
-    predicted: int
-    p: float
-    rank: int
-    p_gold: float
-    nll: float
 
 
 def _unedited(
     residual: Residual, facts: Sequence[ClozeFact], targets: Mapping[int, int], batch_size: int
-) -> dict[tuple[int, int], _Unedited]:
+) -> dict[tuple[int, int], _Answer]:
     """What the model itself answers to every prompt of every fact."""
-    keys = [(i, number) for i, fact in enumerate(facts) for number in range(len(_all(fact)))]
-    asked = [(key, cloze) for key in keys for cloze in _all(facts[key[0]])[key[1]].clozes]
-    new = {i: _token(facts[target]) for i, target in targets.items()}
-    tokens = torch.tensor([[cloze.target, new.get(i, cloze.target)] for (i, _), cloze in asked])
-    (answers,) = edited_answers(residual, [cloze for _, cloze in asked], tokens, [{}], batch_size)
-    places: dict[tuple[int, int], list[int]] = {key: [] for key in keys}
-    for place, (key, _) in enumerate(asked):
-        places[key].append(place)
-    return {key: _summary(answers, own) for key, own in places.items()}
+    prompts = {(i, number): prompt for i, fact in enumerate(facts) for number, prompt in enumerate(fact.all_prompts)}
+    clozes = [(i, cloze) for (i, _), prompt in prompts.items() for cloze in prompt.clozes]
+    new = {i: facts[target].first_token for i, target in targets.items()}
+    tokens = torch.tensor([[cloze.target, new.get(i, cloze.target)] for i, cloze in clozes])
+    (answers,) = edited_answers(residual, [cloze for _, cloze in clozes], tokens, [{}], batch_size)
+    by_prompt = _by_prompt(answers, [len(prompt.clozes) for prompt in prompts.values()])
+    return dict(zip(prompts, by_prompt, strict=True))
 
 
-def _summary(answers: Answers, places: Sequence[int]) -> _Unedited:
-    """One prompt's answers, from the places of its clozes; tokens are the gold one and the fact's new one."""
-    first = places[0]
-    p_gold, p = answers.log_p[first].double().exp().tolist()
-    nll = -float(answers.log_p[list(places), 0].double().mean())
-    return _Unedited(int(answers.predicted[first]), p, int(answers.rank[first, 1]), p_gold, nll)
+def _by_prompt(answers: Answers, n_clozes: Sequence[int]) -> list[_Answer]:
+    """The answers to prompts that have so many clozes; tokens are the gold one and the fact's new one."""
+    by_prompt, start = [], 0
+    for n in n_clozes:
+        p_gold, p = answers.log_p[start].double().exp().tolist()
+        nll = -float(answers.log_p[start : start + n, 0].double().mean())
+        by_prompt.append(_Answer(int(answers.predicted[start]), p, int(answers.rank[start, 1]), p_gold, nll))
+        start += n
+    return by_prompt
 
 
-def _compared(
-    variant: Variant,
-    fact: int,
-    prompts: Sequence[tuple[str, int, int]],
-    prompt_of: Sequence[int],
-    unedited: Sequence[_Unedited],
-    answers: Answers,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of ``frame`` and of ``others`` for one fact and edit."""
-    places: list[list[int]] = [[] for _ in prompts]
-    for place, i in enumerate(prompt_of):
-        places[i].append(place)
-    edited = [_summary(answers, own) for own in places]
-    rows = [
+def _own_rows(compared: Sequence[tuple[_Seen, _Answer, _Answer]]) -> list[dict[str, Any]]:
+    """Rows of ``frame`` for one edit, without what names it."""
+    return [
         {
-            "on": on,
-            "prompt": number,
+            "on": seen.on,
+            "prompt": seen.number,
             "changed": before.predicted != after.predicted,
             "rank_before": before.rank,
             "rank": after.rank,
@@ -325,34 +328,17 @@ def _compared(
             "p_gold_before": before.p_gold,
             "p_gold": after.p_gold,
         }
-        for (on, _, number), before, after in zip(prompts, unedited, edited, strict=True)
-        if on in ("own", "held_out")
+        for seen, before, after in compared
+        if seen.on in ("own", "held_out")
     ]
-    sides = []
+
+
+def _side_rows(compared: Sequence[tuple[_Seen, _Answer, _Answer]]) -> list[dict[str, Any]]:
+    """Rows of ``others`` for one edit, without what names it."""
+    rows = []
     for on in ("intra", "inter"):
-        pairs = [
-            (before.nll, after.nll) for (o, _, _), before, after in zip(prompts, unedited, edited, strict=True) if o == on
-        ]
-        if pairs:
-            before_and_after = pd.DataFrame(pairs).mean()
-            numbers = {"n_prompts": len(pairs), "nll_before": before_and_after[0], "nll": before_and_after[1]}
-            sides.append({"on": on} | numbers)
-    of_sides = pd.DataFrame(sides, columns=list(SIDE_COLUMNS))
-    kind, draw = variant
-    return pd.DataFrame(rows).assign(kind=kind, draw=draw, fact=fact), of_sides.assign(kind=kind, draw=draw, fact=fact)
-
-
-def _all(fact: ClozeFact) -> tuple[ClozePrompt, ...]:
-    return (*fact.prompts, *fact.held_out)
-
-
-def _token(fact: ClozeFact) -> int:
-    """The first token of the answer."""
-    first: Cloze = fact.prompts[0].clozes[0]
-    return first.target
-
-
-def _joined(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """One table of those that have rows; without any, an empty one."""
-    filled = [frame for frame in frames if len(frame)]
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
+        nlls = pd.DataFrame([(before.nll, after.nll) for seen, before, after in compared if seen.on == on])
+        if len(nlls):
+            nll_before, nll = nlls.mean()
+            rows.append({"on": on, "n_prompts": len(nlls), "nll_before": nll_before, "nll": nll})
+    return rows

@@ -1,4 +1,4 @@
-"""Restarting a run: change what a single reader sees, or what some writers write, and recompute only what lies above."""
+"""Patching a run: change what a single reader sees, or what some writers write, and recompute only what lies above."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from kc_lib.tasks.batches import Batch
 
 @dataclass(frozen=True)
 class CleanRun:
-    """A plain run's writer outputs and the stream before each block, last the final one."""
+    """A plain run of a batch: its writer outputs, and the stream before each block, last the final one."""
 
+    batch: Batch
     outputs: Float[Tensor, "writer batch pos d_model"]
     streams: Float[Tensor, "layer batch pos d_model"]
     context: Context
@@ -35,7 +36,7 @@ def clean_run(decoder: Decoder, graph: Graph, batch: Batch, context: Context = E
     streams = [
         outputs[: graph.writers_before(layer)].sum(0) + decoder.bias_before[layer] for layer in range(graph.n_layers + 1)
     ]
-    return CleanRun(outputs, torch.stack(streams), context)
+    return CleanRun(batch, outputs, torch.stack(streams), context)
 
 
 @torch.no_grad()
@@ -43,7 +44,6 @@ def clean_run(decoder: Decoder, graph: Graph, batch: Batch, context: Context = E
 def patch_edges(
     decoder: Decoder,
     graph: Graph,
-    batch: Batch,
     run: CleanRun,
     ablation: Ablation,
     reader: Reader,
@@ -55,8 +55,8 @@ def patch_edges(
     """
     rows = list(writers)
     change = ablation.outputs[rows] - run.outputs[rows]
-    n_edges, n_examples = len(rows), len(batch)
-    positions = (batch.answer_positions - run.context.start).repeat(n_edges, 1)
+    n_edges, n_examples = len(rows), len(run.batch)
+    positions = (run.batch.answer_positions - run.context.start).repeat(n_edges, 1)
     index = torch.arange(n_edges * n_examples, device=positions.device)[:, None]
 
     def flat(x: Tensor) -> Tensor:

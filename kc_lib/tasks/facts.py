@@ -14,20 +14,14 @@ from typing import Any
 
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
+from kc_lib.reading import read_json
 from kc_lib.results import hash_of
-from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
+from kc_lib.tasks.files import SUFFIXES, PairText, is_pair_file, read_pairs
 from kc_lib.tasks.generated import GENERATED, generated_pairs
-from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, read_json, relation_files
+from kc_lib.tasks.options import POSITION_CLASSES
+from kc_lib.tasks.relations import SLOT, load_relation, parse_relation, relation_files
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
-POSITION_CLASSES = (
-    "first subject token",
-    "middle subject tokens",
-    "last subject token",
-    "first token after",
-    "further tokens",
-    "last token",
-)
 KNOWN_KEYS = ("subject", "attribute", "prompt")  # of a row of known_1000.json; its other keys are not needed
 
 
@@ -110,7 +104,7 @@ def load_facts(
     """
     tokenizer = tokenizer_of(model, prepend_bos)
     path = Path(name_or_path)
-    document = None if name_or_path in relation_files() or path.suffix != ".json" else read_json(path)
+    document = None if name_or_path in relation_files() or path.suffix.lower() != ".json" else read_json(path)
     if isinstance(document, list):
         name, rows = path.stem, _known_rows(document, str(path))
     elif name_or_path in relation_files() or document is not None:
@@ -123,14 +117,14 @@ def load_facts(
         name, rows = relation.name, _relation_rows(relation.templates[template], relation.facts)
     elif name_or_path in GENERATED:
         name, rows = name_or_path, _pair_rows(generated_pairs(name_or_path, tokenizer, seed=seed))
-    elif path.suffix in SUFFIXES:
+    elif is_pair_file(name_or_path):
         name, rows = path.stem, _pair_rows(read_pairs(path))
     else:
         raise TaskError(
             f"unknown task {name_or_path!r}: give one of {', '.join([*GENERATED, *relation_files()])}, a .json relation, "
             f"known_1000.json, or a file of pairs ({', '.join(SUFFIXES)})"
         )
-    if (reverse or template) and (isinstance(document, list) or name in GENERATED or path.suffix in SUFFIXES):
+    if (reverse or template) and (isinstance(document, list) or name in GENERATED or is_pair_file(name_or_path)):
         raise TaskError(f"task {name_or_path!r} is no relation: template and reverse do not apply to it")
     facts: dict[tuple[tuple[int, ...], int], FactPrompt] = {}
     n_rows = 0

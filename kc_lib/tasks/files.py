@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kc_lib.errors import TaskError
+from kc_lib.reading import read_json_lines, read_text
 from kc_lib.resources import DATA
 
 REQUIRED = ("clean", "corrupted", "answer")
 OPTIONAL = ("distractor", "subject", "relation")
 SUFFIXES = (".csv", ".jsonl")
+SEPARATORS = (",", ";", "\t")
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ class PairText:
 def read_pairs(path: str | Path) -> list[PairText]:
     """The pairs of a file, checked row by row.
 
+    A CSV may be what Excel, LibreOffice or pandas write: separated by commas, semicolons or tabs, in UTF-8, UTF-16 or the
+    Western code page of Windows, with an index column or empty columns at the end, which are left out.
+
     Raises:
-        TaskError: no such file, another format, missing or unknown columns, or a row that cannot be a pair.
+        TaskError: no such file, another format, missing, unknown or doubled columns, or a row that cannot be a pair.
     """
     path = Path(path)
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
+    rows = _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
     if not rows:
         raise TaskError(f"{path}: holds no rows; give at least one row with {', '.join(REQUIRED)}")
     pairs = [_pair(row, f"{path}: row {number}") for number, row in rows]
@@ -57,54 +62,58 @@ def read_pairs(path: str | Path) -> list[PairText]:
     return pairs
 
 
+def is_pair_file(name_or_path: str) -> bool:
+    """Whether a task's name is that of a file of pairs, by its suffix in capitals or not."""
+    return Path(name_or_path).suffix.lower() in SUFFIXES
+
+
 def _read_csv(path: Path) -> Sequence[tuple[int, Mapping[Any, Any]]]:
+    text = read_text(path, fallback="cp1252")
+    if not text.strip():
+        raise TaskError(f"{path}: cannot be read as CSV (the file is empty)")
+    first = text.lstrip("\n\r").split("\n", 1)[0]
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(SEPARATORS, key=first.count))
     rows: list[tuple[int, Mapping[Any, Any]]] = []
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            if not path.stat().st_size:
-                raise TaskError(f"{path}: cannot be read as CSV (the file is empty)")
-            header = [column.strip() for column in next(reader, [])]
-            _check_columns(header, f"{path}: the header")
-            last = reader.line_num
-            for fields in reader:
-                number, last = last + 1, reader.line_num  # the line a row starts on, as an editor counts
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise TaskError(
-                        f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; put a text with a comma "
-                        "in double quotes"
-                    )
-                rows.append((number, dict(zip(header, fields, strict=True))))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        header = [column.strip() for column in next(reader, [])]
+        columns = [i for i, name in enumerate(header) if not _is_index(name, i, len(header))]
+        _check_columns([header[i] for i in columns], f"{path}: the header")
+        last = reader.line_num
+        for values in reader:
+            number, last = last + 1, reader.line_num  # the line a row starts on, as an editor counts
+            if not any(value.strip() for value in values):
+                continue
+            if len(values) != len(header):
+                raise TaskError(
+                    f"{path}: row {number} has {len(values)} fields, the header {len(header)}; put a text with a comma "
+                    "in double quotes"
+                )
+            rows.append((number, {header[i]: values[i] for i in columns}))
+    except csv.Error as error:
         raise TaskError(f"{path}: cannot be read as CSV ({error})") from error
     return rows
 
 
+def _is_index(name: str, place: int, n_columns: int) -> bool:
+    """Whether a column is pandas's index (the first, without a name) or an empty one at the end."""
+    return (place == 0 and name in ("", "Unnamed: 0")) or (name == "" and place == n_columns - 1)
+
+
 def _read_jsonl(path: Path) -> Sequence[tuple[int, Mapping[Any, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{path}: row {number} is not JSON ({error})") from error
+    rows = read_json_lines(path)
+    for number, row in rows:
         if not isinstance(row, dict):
             raise TaskError(f"{path}: row {number} is no JSON object with the keys {', '.join(REQUIRED)}")
         _check_columns(list(row), f"{path}: row {number}")
-        rows.append((number, row))
     return rows
 
 
 def _check_columns(columns: list[str], where: str) -> None:
     missing = [column for column in REQUIRED if column not in columns]
     unknown = [column for column in columns if column not in REQUIRED + OPTIONAL]
+    doubled = [column for i, column in enumerate(columns) if column in columns[:i]]
+    if doubled:
+        raise TaskError(f"{where} has the column {doubled[0]!r} twice; keep the one that is meant")
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has the unknown column {unknown[0]!r}"
         raise TaskError(f"{where} {what}; columns are {', '.join(REQUIRED)} and optionally {', '.join(OPTIONAL)}")
@@ -144,13 +153,8 @@ def load_text(text: str | Path | None = None) -> str:
         TaskError: the file cannot be read, or there is no text in it.
     """
     path = DEFAULT_TEXT if text is None else text
-    if isinstance(path, str) and ("\n" in path or not path.endswith(".txt")):
-        found = path
-    else:
-        try:
-            found = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TaskError(f"the text {path} cannot be read ({error}): give a UTF-8 file or the text itself") from error
+    is_text = isinstance(path, str) and ("\n" in path or not path.lower().endswith(".txt"))
+    found = str(path) if is_text else read_text(path)
     if not found.strip():
         raise TaskError("the text is empty: give some running text")
     return found

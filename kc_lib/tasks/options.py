@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from kc_lib.errors import TaskError
 from kc_lib.options import Options, option
 
+POSITION_CLASSES = (  # of a fact's tokens, from its subject on
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first token after",
+    "further tokens",
+    "last token",
+)
+
 
 @dataclass(frozen=True)
 class TaskOptions(Options):
@@ -24,3 +33,15 @@ class TaskOptions(Options):
     prepend_bos: bool | None = option(None, "none: TransformerLens's default for the model, as a rule true")
     seed: int = option(0, "of the draw, the split and the partners")
     batch_size: int = option(16, "prompts at once", least=1, determines=False)
+
+
+@dataclass(frozen=True)
+class FactOptions(Options):
+    """Keywords of ``load_facts``."""
+
+    error = TaskError
+
+    template: int = option(0, "which of a relation's sentences", least=0)
+    reverse: bool = option(False, "ask a relation from its objects")
+    prepend_bos: bool | None = option(None, "none: TransformerLens's default for the model, as a rule true")
+    seed: int = option(0, "of generated tasks")

@@ -6,7 +6,6 @@ list of ``[sentence with [MASK], answer, "P36(capital)"]``. Of a pattern file ea
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kc_lib.errors import TaskError
+from kc_lib.reading import read_json_lines
 
 MASK, SUBJECT, ANSWER = "[MASK]", "[X]", "[Y]"
 FORM = '[sentence with [MASK], answer, "P36(capital)"]'
@@ -46,18 +46,8 @@ def read_patterns(path: str | Path) -> tuple[str, ...]:
     Raises:
         TaskError: no such file, or a row that is no pattern with one ``[X]`` and one ``[Y]``.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"the pattern file {path} cannot be read ({error}); give a .jsonl of ParaRel's form") from error
     patterns: dict[str, None] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{path}: row {number} is not JSON ({error})") from error
+    for number, row in read_json_lines(path):
         pattern = row.get("pattern") if isinstance(row, dict) else None
         if not isinstance(pattern, str) or pattern.count(SUBJECT) != 1 or pattern.count(ANSWER) != 1:
             raise TaskError(

@@ -8,13 +8,13 @@ serves as well.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kc_lib.errors import TaskError
+from kc_lib.reading import read_json
 from kc_lib.resources import DATA
 
 SLOT = "{}"
@@ -43,6 +43,7 @@ class Relation:
     facts: tuple[Fact, ...]
     path: str = field(default="", compare=False)
     paraphrase_templates: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)  # rows of the file by reason
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -69,7 +70,9 @@ class Relation:
         for fact in self.facts:  # an object of several subjects has no single answer
             seen[fact.object] = Fact(fact.object, fact.subject) if fact.object not in seen else Fact("", "")
         facts = tuple(fact for fact in seen.values() if fact.subject)
-        return Relation(f"{self.name}_reversed", self.reverse_templates, (), (), self.properties, facts, self.path)
+        return Relation(
+            f"{self.name}_reversed", self.reverse_templates, (), (), self.properties, facts, self.path, (), self.dropped
+        )
 
 
 def relation_files() -> dict[str, Path]:
@@ -79,7 +82,7 @@ def relation_files() -> dict[str, Path]:
 
 def relation_templates(name_or_path: str) -> tuple[str, ...]:
     """The sentences of a relation in the order of ``load_task``'s ``template``; none for a task that is no relation."""
-    is_relation = name_or_path in relation_files() or Path(name_or_path).suffix == ".json"
+    is_relation = name_or_path in relation_files() or Path(name_or_path).suffix.lower() == ".json"
     return load_relation(name_or_path).templates if is_relation else ()
 
 
@@ -90,19 +93,10 @@ def load_relation(name_or_path: str | Path) -> Relation:
         TaskError: no such relation, or a file that is malformed; the message names the file and the row.
     """
     path = relation_files().get(str(name_or_path), Path(name_or_path))
+    if not path.exists():
+        names = ", ".join(relation_files()) or "none"
+        raise TaskError(f"no file {str(name_or_path)[:200]!r}; relations that come with the project: {names}")
     return parse_relation(read_json(path), str(path))
-
-
-def read_json(path: Path) -> Any:
-    """A parsed JSON file; a missing or broken one is a ``TaskError``."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TaskError(
-            f"no file {str(path)!r}; relations that come with the project: {', '.join(relation_files())}"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TaskError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def parse_relation(document: Any, source: str) -> Relation:
@@ -117,15 +111,17 @@ def parse_relation(document: Any, source: str) -> Relation:
     if not isinstance(document.get("properties", {}), dict):
         raise TaskError(f"{source}: properties is {document['properties']!r}; it must be an object such as {{}}")
     name = str(document.get("name") or Path(source).stem)
+    facts, dropped = _facts(document["samples"], source)
     relation = Relation(
         name=name,
         prompt_templates=_templates(document, "prompt_templates", source),
         prompt_templates_zs=_templates(document, "prompt_templates_zs", source),
         reverse_templates=_templates(document, "reverse_templates", source),
         properties=document.get("properties", {}),
-        facts=_facts(document["samples"], source),
+        facts=facts,
         path=source,
         paraphrase_templates=_templates(document, "paraphrase_templates", source),
+        dropped=dropped,
     )
     if not relation.prompt_templates:
         raise TaskError(f"{source}: prompt_templates is empty; give at least one sentence with one {SLOT}")
@@ -142,10 +138,12 @@ def _templates(document: Mapping[str, Any], key: str, source: str) -> tuple[str,
     return tuple(template.rstrip() for template in templates)
 
 
-def _facts(samples: Any, source: str) -> tuple[Fact, ...]:
+def _facts(samples: Any, source: str) -> tuple[tuple[Fact, ...], dict[str, int]]:
+    """The facts, and how many rows were dropped: those whose subject was there before, and those that leak their answer."""
     if not isinstance(samples, list) or not samples:
         raise TaskError(f"{source}: samples must be a list of facts with subject and object, and not empty")
     facts: dict[str, Fact] = {}
+    dropped = {"repeated subjects": 0, "object is subject": 0}
     for row, sample in enumerate(samples):
         where = f"{source}: samples[{row}]"
         if not isinstance(sample, dict) or set(sample) != FACT_KEYS:
@@ -155,8 +153,11 @@ def _facts(samples: Any, source: str) -> tuple[Fact, ...]:
             raise TaskError(f"{where} has an empty subject or object: {sample!r}; fill it in or remove the row")
         subject, answer = subject.strip(), answer.strip()
         if subject == answer:
-            raise TaskError(f"{where}: subject and object are both {subject!r}, which leaks the answer; remove the row")
-        if subject in facts:
-            raise TaskError(f"{where}: the subject {subject!r} is there twice; keep one of the two facts")
-        facts[subject] = Fact(subject, answer)
-    return tuple(facts.values())
+            dropped["object is subject"] += 1
+        elif subject in facts:
+            dropped["repeated subjects"] += 1
+        else:
+            facts[subject] = Fact(subject, answer)
+    if not facts:
+        raise TaskError(f"{source}: in every sample the object is the subject, which leaks the answer; give other facts")
+    return tuple(facts.values()), {reason: count for reason, count in dropped.items() if count}

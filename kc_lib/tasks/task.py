@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
+
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.results import hash_of
 from kc_lib.tasks.batches import TokenPair
-from kc_lib.tasks.files import SUFFIXES, PairText, read_pairs
+from kc_lib.tasks.files import SUFFIXES, PairText, is_pair_file, read_pairs
 from kc_lib.tasks.generated import DEFAULT_GENERATED, GENERATED, generated_pairs
 from kc_lib.tasks.known import answer_ranks, best_ranks, last_logits
 from kc_lib.tasks.options import TaskOptions
@@ -39,6 +41,15 @@ class Task:
         """Hash of every token pair and its split: what a result depends on."""
         rows = [[_row(pair) for pair in split] for split in (self.discovery, self.validation, self.test)]
         return hash_of(rows)
+
+    @property
+    def splits(self) -> dict[str, tuple[TokenPair, ...]]:
+        """What circuits are evaluated on: "discovery", and "held_out" where pairs are held out for the test."""
+        return {"discovery": self.discovery} | ({"held_out": self.test} if self.test else {})
+
+    def summary(self, n: int = 6) -> pd.DataFrame:
+        """The first pairs in words: clean and corrupted prompt, answer and distractor."""
+        return pd.DataFrame([pair.text for pair in self.discovery[:n]])[["clean", "corrupted", "answer", "distractor"]]
 
 
 def _row(pair: TokenPair) -> dict[str, Any]:
@@ -74,7 +85,7 @@ def load_task(name_or_path: str, model: Model, **options: Any) -> Task:
     path = Path(name_or_path)
     splitting = _Splitting(asked.test_fraction, asked.validation_fraction, asked.seed, asked.max_facts)
     known = _Known(model, asked.known_only, asked.known_rank, asked.batch_size)
-    if name_or_path in relation_files() or path.suffix == ".json":
+    if name_or_path in relation_files() or path.suffix.lower() == ".json":
         relation = load_relation(name_or_path)
         relation = relation.reversed() if asked.reverse else relation
         return _relation_task(relation, asked.template, tokenizer, splitting, known)
@@ -83,7 +94,7 @@ def load_task(name_or_path: str, model: Model, **options: Any) -> Task:
     if name_or_path in GENERATED:
         pairs = generated_pairs(name_or_path, tokenizer, asked.max_facts or DEFAULT_GENERATED, asked.seed)
         return _pair_task(name_or_path, pairs, tokenizer, splitting, known)
-    if path.suffix in SUFFIXES:
+    if is_pair_file(name_or_path):
         return _pair_task(path.stem, read_pairs(path), tokenizer, splitting, known)
     raise TaskError(
         f"unknown task {name_or_path!r}: give one of {', '.join([*GENERATED, *relation_files()])}, a relation file "
@@ -159,7 +170,7 @@ def _relation_task(
             f"{relation.name!r}: no two of the {len(facts)} kept facts of a split have subjects of equal token length and "
             "different answers; use more facts, another template or known_only=False"
         )
-    report = {"facts": len(is_known), "known": len(facts), "used": sum(map(len, paired.values()))}
+    report = {"facts": len(is_known), "known": len(facts), "used": sum(map(len, paired.values())), **relation.dropped}
     return Task(
         relation.name,
         tuple(paired["discovery"]),

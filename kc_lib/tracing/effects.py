@@ -1,4 +1,4 @@
-"""Causal tracing over facts: average total and indirect effects, where they peak, and what severing costs.
+"""What was traced: total and indirect effects of facts, their averages, where they peak, and what severing costs.
 
 Positions of one class are averaged within a fact before facts are averaged, so that a long subject counts as one fact. Of
 every average the interval is a bootstrap over facts; facts are drawn once for all layers and mediators, so that peaks,
@@ -7,18 +7,59 @@ differences and ratios keep what these share. Facts without a position of a clas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kc_lib.errors import MethodError
+from kc_lib.results import Result
 from kc_lib.stats import MINIMAL_EFFECT, resampled_means, with_interval
-from kc_lib.tasks.facts import POSITION_CLASSES
-from kc_lib.tracing.trace import TracingResult
+from kc_lib.tasks.options import POSITION_CLASSES
 
 SUBJECT, LAST = "last subject token", "last token"
 SEVERED = ("attention_severed", "mlp_severed")
+COLUMNS = ("fact", "mediator", "layer", "position", "token", "position_class", "p", "std", "p_clean", "p_corrupted")
+NO_EFFECT = "the corruption changes nothing: there is no effect to restore, use more noise"
+
+
+@dataclass(frozen=True)
+class TracingResult(Result):
+    """What every restoration gives on every fact.
+
+    ``frame`` has one row per fact, mediator, layer and position: the token, its class (``FactPrompt.position_class``), p
+    (the mean over noise samples of the answer's probability), std (over samples, NaN for a single one), and the fact's
+    p_clean and p_corrupted. ``facts`` has one row per fact: prompt, subject, answer, n_samples, p_clean, p_corrupted and
+    total_effect. ``provenance`` says with what it was computed, how many facts were dropped, and why.
+
+    Example:
+        >>> result = kc.trace(model, facts.facts, max_facts=5)
+        >>> result.summary()
+    """
+
+    columns = COLUMNS
+    frame: pd.DataFrame
+    facts: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def indirect_effects(self) -> pd.DataFrame:
+        """``frame`` with the indirect effect of every row."""
+        return self.frame.assign(indirect_effect=self.frame["p"] - self.frame["p_corrupted"])
+
+    def summary(self, seed: int = 0) -> pd.DataFrame:
+        """Where each mediator's AIE peaks at the last subject token and at the last token, beside the total effect.
+
+        Columns: those of ``peaks``; kept and peak_kept of ``severing``, where attention or MLPs were severed; ate (the
+        average total effect); note (why there is nothing to restore).
+        """
+        ate = float(total_effect(self, seed)["ate"])
+        kept = [f"{name}{end}" for name in ("kept", "peak_kept") for end in ("", "_low", "_high")]
+        shares = pd.DataFrame(_severing_rows(self, seed), columns=["mediator", "position_class", *kept])
+        highest = peaks(self, seed).merge(shares, how="left", on=["mediator", "position_class"])
+        shown = highest[highest["position_class"].isin([SUBJECT, LAST])].reset_index(drop=True)
+        return shown.assign(ate=ate, note=NO_EFFECT if abs(ate) <= MINIMAL_EFFECT else "")
 
 
 def total_effect(result: TracingResult, seed: int = 0) -> pd.Series:
@@ -38,8 +79,8 @@ def average_effects(result: TracingResult, seed: int = 0) -> pd.DataFrame:
         values = _by_fact(result, name)
         means, draws = values.to_numpy().mean(0), resampled_means(values.to_numpy(), seed)
         for i, column in enumerate(values.columns.to_list()):
-            about = {"mediator": column[0], "position_class": name, "layer": column[1], "n": len(values)}
-            rows.append(about | with_interval("aie", means[i], draws[:, i]))
+            row = {"mediator": column[0], "position_class": name, "layer": column[1], "n": len(values)}
+            rows.append(row | with_interval("aie", means[i], draws[:, i]))
     return pd.DataFrame(rows)
 
 
@@ -52,12 +93,14 @@ def peaks(result: TracingResult, seed: int = 0) -> pd.DataFrame:
     for name in position_classes(result):
         values = _by_fact(result, name)
         for mediator in values.columns.unique("mediator"):
-            own = values[mediator].to_numpy()
-            means, draws = own.mean(0), resampled_means(own, seed)
+            effects = values[mediator].to_numpy()
+            means, draws = effects.mean(0), resampled_means(effects, seed)
             peak = int(means.argmax())
-            low, high = np.quantile(draws.argmax(1), [0.025, 0.975], method="nearest") if len(own) > 1 else (np.nan, np.nan)
-            about = {"mediator": mediator, "position_class": name, "n": len(values), "layer": peak}
-            rows.append(about | {"layer_low": low, "layer_high": high} | with_interval("aie", means[peak], draws[:, peak]))
+            low, high = (
+                np.quantile(draws.argmax(1), [0.025, 0.975], method="nearest") if len(effects) > 1 else (np.nan, np.nan)
+            )
+            row = {"mediator": mediator, "position_class": name, "n": len(values), "layer": peak}
+            rows.append(row | {"layer_low": low, "layer_high": high} | with_interval("aie", means[peak], draws[:, peak]))
     return pd.DataFrame(rows)
 
 
@@ -71,28 +114,36 @@ def severing(result: TracingResult, seed: int = 0) -> pd.DataFrame:
     Raises:
         MethodError: states, or no severed mediator, were traced.
     """
+    rows = _severing_rows(result, seed)
+    if not rows:
+        raise MethodError(f"severing compares state with {' or '.join(SEVERED)}: trace both")
+    return pd.DataFrame(rows)
+
+
+@np.errstate(divide="ignore", invalid="ignore")  # shares of resamples without an effect
+def _severing_rows(result: TracingResult, seed: int) -> list[dict[str, Any]]:
+    """The rows of ``severing``; none where states, or no severed mediator, were traced."""
     mediators = set(result.frame["mediator"])
     severed = [name for name in SEVERED if name in mediators]
-    if "state" not in mediators or not severed:
-        raise MethodError(f"severing compares state with {' or '.join(SEVERED)}: trace both")
     rows: list[dict[str, Any]] = []
-    for name in position_classes(result):
+    for name in position_classes(result) if severed and "state" in mediators else ():
         values = _by_fact(result, name)
         curves = {mediator: _with_draws(values[mediator].to_numpy(), seed) for mediator in ("state", *severed)}
         state = curves["state"]
         peak = int(state[0].argmax())
         for mediator in severed:
-            own = curves[mediator]
-            kept, peak_kept = _share(own[:, peak], state[:, peak]), _share(own.max(1), state.max(1))
+            severed_curve = curves[mediator]
+            kept = _share(severed_curve[:, peak], state[:, peak])
+            peak_kept = _share(severed_curve.max(1), state.max(1))
             rows.append(
                 {"position_class": name, "mediator": mediator, "n": len(values), "layer": peak}
                 | with_interval("state", state[0, peak], state[1:, peak])
-                | with_interval("severed", own[0, peak], own[1:, peak])
-                | with_interval("cost", state[0, peak] - own[0, peak], state[1:, peak] - own[1:, peak])
+                | with_interval("severed", severed_curve[0, peak], severed_curve[1:, peak])
+                | with_interval("cost", state[0, peak] - severed_curve[0, peak], state[1:, peak] - severed_curve[1:, peak])
                 | with_interval("kept", kept[0], kept[1:])
                 | with_interval("peak_kept", peak_kept[0], peak_kept[1:])
             )
-    return pd.DataFrame(rows)
+    return rows
 
 
 def position_classes(result: TracingResult) -> list[str]:
@@ -104,50 +155,19 @@ def position_classes(result: TracingResult) -> list[str]:
 def tracing_headline(result: TracingResult, seed: int = 0) -> dict[str, Any]:
     """The figures that a run is remembered by."""
     total = total_effect(result, seed)
-    told: dict[str, Any] = {"facts": int(total["n"]), "ATE": round(float(total["ate"]), 3)}
-    found = peaks(result, seed).set_index(["mediator", "position_class"])
-    for mediator in found.index.unique("mediator"):
+    figures: dict[str, Any] = {"facts": int(total["n"]), "ATE": round(float(total["ate"]), 3)}
+    highest = peaks(result, seed).set_index(["mediator", "position_class"])
+    for mediator in highest.index.unique("mediator"):
         for name in (SUBJECT, LAST):
-            if (mediator, name) in found.index:
-                row = found.loc[(mediator, name)]
-                told[f"{mediator}, {name}"] = f"AIE {row['aie']:.3f} at layer {row['layer']:.0f}"
-    return told
-
-
-def tracing_conclusion(result: TracingResult, seed: int = 0) -> str:
-    """What came out, in sentences with their intervals (Markdown)."""
-    total = total_effect(result, seed)
-    lines = [
-        f"- {result.provenance['n_traced']} of {result.provenance['n_given']} facts were traced"
-        + "".join(f"; {count} dropped: {reason}" for reason, count in result.provenance["dropped"].items())
-        + ".",
-        f"- **Total effect**: p(answer) falls from {_figure(total, 'p_clean')} to {_figure(total, 'p_corrupted')}: ATE "
-        f"{_figure(total, 'ate')}.",
-    ]
-    if abs(total["ate"]) <= MINIMAL_EFFECT:
-        return "\n".join(
-            [*lines, "- The corruption changes nothing (TE = 0), so there is no effect to restore: use more noise."]
-        )
-    found = peaks(result, seed)
-    for row in found[found["position_class"].isin([SUBJECT, LAST])].to_dict("records"):
-        lines.append(
-            f"- **{row['mediator']}, {row['position_class']}**: AIE peaks at layer {row['layer']} (95% of resamples: "
-            f"{row['layer_low']:.0f} to {row['layer_high']:.0f}) with {_figure(row, 'aie')}, n = {row['n']}."
-        )
-    if "state" in set(found["mediator"]) and set(SEVERED) & set(found["mediator"]):
-        costs = severing(result, seed)
-        for row in costs[costs["position_class"] == SUBJECT].to_dict("records"):
-            what = row["mediator"].removesuffix("_severed")
-            lines.append(
-                f"- Severing **{what}** at the last subject token leaves {_figure(row, 'kept')} of the state's AIE at its "
-                f"peak (layer {row['layer']}); peak over peak {_figure(row, 'peak_kept')}."
-            )
-    return "\n".join(lines)
+            if (mediator, name) in highest.index:
+                row = highest.loc[(mediator, name)]
+                figures[f"{mediator}, {name}"] = f"AIE {row['aie']:.3f} at layer {row['layer']:.0f}"
+    return figures
 
 
 def _by_fact(result: TracingResult, position_class: str) -> pd.DataFrame:
     """Indirect effects, fact x (mediator, layer), of one class."""
-    rows = result.to_frame()
+    rows = result.indirect_effects()
     rows = rows[rows["position_class"] == position_class]
     table = rows.pivot_table(index="fact", columns=["mediator", "layer"], values="indirect_effect", aggfunc="mean")
     return table[list(dict.fromkeys(rows["mediator"]))]  # pivot sorts by name
@@ -162,12 +182,4 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """``part / whole`` of the estimate and its resamples; undefined where the estimate's whole is next to nothing."""
     if abs(whole[0]) <= MINIMAL_EFFECT:
         return np.full_like(part, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return part / whole
-
-
-def _figure(row: Any, name: str) -> str:
-    if pd.isna(row[name]):
-        return "undefined"
-    interval = "" if pd.isna(row[f"{name}_low"]) else f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-    return f"{row[name]:.3f}{interval}"
+    return part / whole

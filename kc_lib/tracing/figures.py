@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 
 from kc_lib import plotting as plot
 from kc_lib.errors import MethodError
-from kc_lib.tracing.effects import SUBJECT, average_effects, position_classes, severing, total_effect
-from kc_lib.tracing.trace import TracingResult
+from kc_lib.tracing.effects import SEVERED, SUBJECT, TracingResult, average_effects, position_classes, severing, total_effect
+from kc_lib.tracing.options import WINDOWED
 
 NAMES = {
     "state": "hidden state",
@@ -37,7 +37,7 @@ def fact_heatmap(result: TracingResult, fact: int = 0, mediators: Sequence[str] 
     Raises:
         MethodError: no such fact, or a mediator that was not traced.
     """
-    rows = result.to_frame()
+    rows = result.indirect_effects()
     rows = rows[rows["fact"] == fact]
     if rows.empty:
         raise MethodError(f"fact {fact} was not traced: facts are 0 to {len(result.facts) - 1}")
@@ -71,8 +71,11 @@ def class_heatmap(result: TracingResult, mediators: Sequence[str] = ()) -> go.Fi
     return plot.titled(figure, title, about, height=230 + 34 * len(classes))
 
 
-def class_lines(result: TracingResult, mediators: Sequence[str] = ()) -> go.Figure:
+def tracing_figure(result: TracingResult, mediators: Sequence[str] = ()) -> go.Figure:
     """The average indirect effect over layers with its 95% band, one line per position class, one panel per mediator.
+
+    Example:
+        >>> kc.tracing_figure(kc.trace(model, facts.facts, max_facts=5))
 
     Raises:
         MethodError: a mediator that was not traced.
@@ -93,16 +96,26 @@ def class_lines(result: TracingResult, mediators: Sequence[str] = ()) -> go.Figu
     return plot.titled(figure, "Average indirect effect by layer", about, **size)
 
 
-def severing_bars(result: TracingResult, position_class: str = SUBJECT) -> go.Figure:
+def severing_bars(result: TracingResult, position_class: str | None = None) -> go.Figure:
     """The average indirect effect by layer at one position class, severed and not, side by side; whiskers are intervals.
 
+    Says so where states, or no severed mediators, were traced.
+
+    Args:
+        position_class: none takes the last subject token, or where it was not traced the first class that was.
+
     Raises:
-        MethodError: the class, states or severed mediators were not traced.
+        MethodError: the class was not traced.
     """
+    traced, classes = set(result.frame["mediator"]), position_classes(result)
+    position_class = position_class or (SUBJECT if SUBJECT in classes else classes[0])
+    title = f"What severing costs: {position_class}"
+    if position_class not in classes:
+        raise MethodError(f"{position_class!r} was not traced: classes are {', '.join(classes)}")
+    if "state" not in traced or not traced & set(SEVERED):
+        return plot.empty(f"nothing to compare: trace state and {' or '.join(SEVERED)}", title)
     costs = severing(result)
     costs = costs[costs["position_class"] == position_class]
-    if costs.empty:
-        raise MethodError(f"{position_class!r} was not traced: classes are {', '.join(position_classes(result))}")
     averages = average_effects(result)
     averages = averages[averages["position_class"] == position_class]
     figure = go.Figure()
@@ -117,7 +130,7 @@ def severing_bars(result: TracingResult, position_class: str = SUBJECT) -> go.Fi
     figure.update_xaxes(title_text="layer").update_yaxes(title_text=EFFECT)
     about = [f"n = {costs['n'].iloc[0]} facts", *kept]
     size = {"width": 960, "height": 450, "barmode": "group", "bargap": 0.25, "legend": plot.below(0.18)}
-    return plot.titled(figure, f"What severing costs: {position_class}", about, **size)
+    return plot.titled(figure, title, about, **size)
 
 
 def _layers(rows: pd.DataFrame, mediator: str, index: str, values: str) -> pd.DataFrame:
@@ -145,8 +158,7 @@ def _hovers(rows: pd.DataFrame, start: str = "") -> list[str]:
 
 
 def _panel(result: TracingResult, mediator: str) -> str:
-    windowed = mediator in ("attention", "mlp")
-    return NAMES[mediator] + (f", window of {result.provenance['window']}" if windowed else "")
+    return NAMES[mediator] + (f", window of {result.provenance['window']}" if mediator in WINDOWED else "")
 
 
 def _mediators(result: TracingResult, wanted: Sequence[str]) -> list[str]:

@@ -16,11 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kc_lib.errors import MethodError, checked
+from kc_lib.errors import checked
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.facts import FactPrompt
 
-NOISES = ("gaussian", "uniform", "covariance", "replacement")
 ROWS_AT_ONCE = 4096  # of the vocabulary, for its covariance
 
 
@@ -30,23 +29,15 @@ def noise_scale(
 ) -> Float[Tensor, ""] | Float[Tensor, "d_model d_model"] | None:
     """What standard draws are multiplied with: one number, a matrix for ``covariance``, None for ``replacement``.
 
+    Arguments are those of ``TraceOptions``, which checks them.
+
     - ``gaussian``: ``sigma``, or ``level`` times the standard deviation of the embeddings of the subjects' tokens, over all
       tokens of all the given facts' subjects (as often as they occur) and all coordinates (Meng et al. 2022, section 2.1:
       3 times). The authors tokenise subjects alone, we as they stand in their prompts.
     - ``uniform``: the same, as half the width of an interval around 0.
     - ``covariance``: ``level`` times the root of the covariance of the embeddings of the whole vocabulary, each token
       counted once. The authors count tokens as Wikipedia does, add the mean, and use level 1.
-
-    Raises:
-        MethodError: no such noise, or a size that is negative or does not apply.
     """
-    if noise not in NOISES:
-        raise MethodError(f"unknown noise {noise!r}: use one of {', '.join(NOISES)}")
-    if sigma is not None and noise not in ("gaussian", "uniform"):
-        raise MethodError(f"sigma={sigma} is a fixed size of gaussian or uniform noise: leave it out for {noise!r}")
-    for name, size in (("level", level), ("sigma", 0.0 if sigma is None else sigma)):
-        if not isinstance(size, (int, float)) or isinstance(size, bool) or not 0 <= size < float("inf"):
-            raise MethodError(f"{name} is {size!r}; the size of the noise is a number, at least 0")
     if noise == "replacement":
         return None
     if noise == "covariance":
@@ -118,5 +109,5 @@ def _at_start(fact: FactPrompt) -> bool:
 
 def fact_seed(fact: FactPrompt, seed: int) -> int:
     """A seed from the run's seed, the prompt and its subject."""
-    about = json.dumps([seed, fact.tokens, fact.subject])
-    return int.from_bytes(hashlib.blake2b(about.encode(), digest_size=6).digest(), "big")
+    described = json.dumps([seed, fact.tokens, fact.subject])
+    return int.from_bytes(hashlib.blake2b(described.encode(), digest_size=6).digest(), "big")

@@ -1,7 +1,7 @@
 """Causal tracing: states of a clean run put into corrupted runs, and only what they can change computed again.
 
-All runs of a fact share the prompt left of the subject, which noise on the subject cannot reach (its keys and values are
-a ``Context``). The corrupted runs, one per noise sample, are run once and kept. A *cell* restores something at one token
+All runs of a fact share the prompt left of the subject, which noise on the subject cannot reach: its keys and values are
+a prefix cache. The corrupted runs, one per noise sample, are run once and kept. A *cell* restores something at one token
 and layer; what it can change are the positions from that token on, in the blocks above. Those (cell, position) places are
 the rows of one tensor that goes up through the blocks once: a cell's rows join at the block where they first differ from
 the corrupted run. Linear parts see rows only; attention goes back to cells x samples, where positions left of the token
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from kc_lib.errors import checked
 from kc_lib.residual.decoder import Decoder
+from kc_lib.residual.parts import Attention
 from kc_lib.residual.prefix_cache import Context, context_of
+from kc_lib.tracing.options import WINDOWED
 
-MEDIATORS = ("state", "attention_severed", "mlp_severed", "attention", "mlp")
-WINDOWED = ("attention", "mlp")  # restored in a window of layers
 LOGITS_AT_ONCE = 2**24  # 64 MB
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One run per sample after the context: the stream before each block (last: the final one), and what blocks write."""
+    """One run per sample after the prefix: the stream before each block (last: the final one), and what blocks write."""
 
     streams: Float[Tensor, "boundary pos sample d_model"]
     attention: Float[Tensor, "layer pos sample d_model"]
@@ -45,7 +45,7 @@ class Kept:
 class FactRuns:
     """The runs of one fact that its cells are made of; ``clean`` has a single sample."""
 
-    context: Context
+    prefix: Context
     clean: Kept
     corrupted: Kept
     answer: int
@@ -55,10 +55,10 @@ class FactRuns:
 class Cells:
     """What each run restores: the block output, or a window of attention or MLP outputs, of a layer at some positions.
 
-    Positions count from the context on. A run of the suite restores one position; its self-checks restore all or none.
+    Positions count from the end of the prefix on. A run of the suite restores one position, its self-checks all or none.
     """
 
-    mediator: str
+    mediator: str  # one of ``options.MEDIATORS``
     layers: Int[Tensor, " cell"]
     restored: Bool[Tensor, "cell pos"]
     window: int = 10
@@ -90,18 +90,18 @@ def fact_runs(
     answer: int,
 ) -> FactRuns:
     """Clean and corrupted runs of a prompt, from position ``start`` on; ``corrupted`` is the stream before block 0."""
-    context = context_of(decoder, tokens[None, :start])
+    prefix = context_of(decoder, tokens[None, :start])
     clean = decoder.embed(tokens[None])[:, start:]
-    return FactRuns(context, _kept(decoder, clean, context), _kept(decoder, corrupted, context), answer)
+    return FactRuns(prefix, _kept(decoder, clean, prefix), _kept(decoder, corrupted, prefix), answer)
 
 
-def _kept(decoder: Decoder, resid: Float[Tensor, "sample pos d_model"], context: Context) -> Kept:
+def _kept(decoder: Decoder, resid: Float[Tensor, "sample pos d_model"], prefix: Context) -> Kept:
     streams, layers = [resid], []
     for layer, block in enumerate(decoder.blocks):
         attention = block.attention
         normed = attention.norm(resid)
         q, k, v = (attention.project(kind, normed) for kind in "qkv")
-        write = attention.output(attention.attend(q, k, v, context.of_layer(layer)))
+        write = attention.output(attention.attend(q, k, v, prefix.of_layer(layer)))
         mlp = block.mlp_output(block.mlp_norm(resid if block.parallel else resid + write))
         resid = resid + write + mlp
         streams.append(resid)
@@ -125,24 +125,31 @@ def restored_probabilities(
     """The probability of the answer's first token in the corrupted runs with each cell's states restored."""
     order = cells.spans(decoder.n_layers)[0].argsort(stable=True)
     parts = [_restored(decoder, runs, cells[part]) for part in order.split(cells_at_once)]
-    found = torch.cat(parts)
-    return torch.empty_like(found).index_copy_(0, order.to(found.device), found)
+    probabilities = torch.cat(parts)
+    return torch.empty_like(probabilities).index_copy_(0, order.to(probabilities.device), probabilities)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The (cell, position) places that cells can change, by the block where they join."""
+    """The (cell, position) places that cells of one mediator can change, by the block where they join."""
 
+    mediator: str
     cell: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     joins: Int[Tensor, " row"]
-    own: Bool[Tensor, " row"]  # restored
+    ends: Int[Tensor, " row"]  # one past the last block in which something is held
+    restored: Bool[Tensor, " row"]
 
     def __getitem__(self, rows: slice | Tensor) -> _Rows:
-        return _Rows(self.cell[rows], self.position[rows], self.joins[rows], self.own[rows])
+        tensors = (self.cell, self.position, self.joins, self.ends, self.restored)
+        return _Rows(self.mediator, *(tensor[rows] for tensor in tensors))
 
     def __len__(self) -> int:
         return len(self.cell)
+
+    def held(self, layer: int, kind: str) -> Bool[Tensor, " row"]:
+        """Where a block's "attention" or "mlp" output is held at what a kept run has."""
+        return self.restored & (layer < self.ends) & (kind in self.mediator)
 
 
 def _restored(decoder: Decoder, runs: FactRuns, cells: Cells) -> Float[Tensor, "cell sample"]:
@@ -151,51 +158,48 @@ def _restored(decoder: Decoder, runs: FactRuns, cells: Cells) -> Float[Tensor, "
     reached = cells.restored.cumsum(1) > 0
     reached[~cells.restored.any(1)] = True  # a cell that restores nothing is run whole, for the self-check
     cell, position = reached.nonzero(as_tuple=True)
-    rows = _Rows(cell, position, first[cell], cells.restored[cell, position])
+    rows = _Rows(cells.mediator, cell, position, first[cell], end[cell], cells.restored[cell, position])
     source = runs.corrupted if cells.mediator in WINDOWED else runs.clean  # windows restore what the blocks write instead
     stream, corrupted = source.streams[rows.joins, position], runs.corrupted.streams[rows.joins, position]
-    resid = torch.where(rows.own[:, None, None], stream, corrupted)
+    resid = torch.where(rows.restored[:, None, None], stream, corrupted)
     at_last = position == cells.restored.shape[1] - 1
     for layer in range(int(first.min()), decoder.n_layers):
         n_active = int((rows.joins <= layer).sum())
         needed = slice(n_active) if layer < decoder.n_layers - 1 else at_last[:n_active].nonzero()[:, 0]
-        active = rows[:n_active]
-        held = active.own & (layer < end[active.cell])
-        resid[needed] = _block(decoder, runs, cells.mediator, layer, resid[:n_active], active, held, needed)
+        resid[needed] = _block(decoder, layer, runs, resid[:n_active], rows[:n_active], needed)
     return _read(decoder, resid[at_last], runs.answer)
 
 
 def _block(
     decoder: Decoder,
-    runs: FactRuns,
-    mediator: str,
     layer: int,
+    runs: FactRuns,
     resid: Float[Tensor, "row sample d_model"],
     rows: _Rows,
-    held: Bool[Tensor, " row"],
     needed: slice | Int[Tensor, " needed"],
 ) -> Float[Tensor, "needed sample d_model"]:
     """The stream after a block at the rows that are needed, from the stream before it."""
     block = decoder.blocks[layer]
-    source = runs.clean if mediator in WINDOWED else runs.corrupted
+    source = runs.clean if rows.mediator in WINDOWED else runs.corrupted
     normed = block.attention.norm(resid)
     keys, values = (
         _of_all_positions(kept[layer], block.attention.project(kind, normed), rows)
         for kind, kept in (("k", runs.corrupted.keys), ("v", runs.corrupted.values))
     )
-    resid, normed, rows, held = resid[needed], normed[needed], rows[needed], held[needed]
+    resid, normed, rows = resid[needed], normed[needed], rows[needed]
+    past = runs.prefix.of_layer(layer)
 
     def attention(of: slice | Tensor) -> Tensor:
-        return _attention(decoder, layer, normed[of], rows[of], keys, values, runs.context)
+        return _attention(block.attention, normed[of], rows[of], keys, values, past)
 
-    write = _unless_held(attention, held & ("attention" in mediator), source.attention[layer], rows)
+    write = _unless_held(attention, rows.held(layer, "attention"), source.attention[layer], rows)
     after_attention = resid + write
     mlp_input = resid if block.parallel else after_attention
 
     def mlp(of: slice | Tensor) -> Tensor:
         return block.mlp_output(block.mlp_norm(mlp_input[of]))
 
-    return after_attention + _unless_held(mlp, held & ("mlp" in mediator), source.mlp[layer], rows)
+    return after_attention + _unless_held(mlp, rows.held(layer, "mlp"), source.mlp[layer], rows)
 
 
 def _unless_held(
@@ -217,40 +221,37 @@ def _unless_held(
 
 
 def _of_all_positions(
-    kept: Float[Tensor, "pos sample kv d_head"], own: Float[Tensor, "row sample kv d_head"], rows: _Rows
+    kept: Float[Tensor, "pos sample kv d_head"], projected: Float[Tensor, "row sample kv d_head"], rows: _Rows
 ) -> Float[Tensor, "run pos kv d_head"]:
     """Keys or values of every cell and sample at every position: the rows' own, left of them the corrupted run's."""
     full = kept.repeat(int(rows.cell[-1]) + 1, 1, 1, 1, 1)
-    full[rows.cell, rows.position] = own
+    full[rows.cell, rows.position] = projected
     return rearrange(full, "cell pos sample kv d -> (cell sample) pos kv d")
 
 
 def _attention(
-    decoder: Decoder,
-    layer: int,
+    attention: Attention,
     normed: Float[Tensor, "row sample d_model"],
     rows: _Rows,
     keys: Float[Tensor, "run pos kv d_head"],
     values: Float[Tensor, "run pos kv d_head"],
-    context: Context,
+    past: tuple[Tensor, Tensor] | None,
 ) -> Float[Tensor, "row sample d_model"]:
     """What attention writes at some rows; places that are no rows ask with zeros, and what they get is left out."""
-    attention, n_samples = decoder.blocks[layer].attention, normed.shape[1]
-    own = attention.project("q", normed)
+    n_samples = normed.shape[1]
+    row_queries = attention.project("q", normed)
     start = int(rows.position.min())
-    queries = own.new_zeros(len(keys) // n_samples, keys.shape[1] - start, *own.shape[1:])
-    queries[rows.cell, rows.position - start] = own
-    z = attention.attend(
-        rearrange(queries, "cell pos sample h d -> (cell sample) pos h d"), keys, values, context.of_layer(layer)
-    )
+    queries = row_queries.new_zeros(len(keys) // n_samples, keys.shape[1] - start, *row_queries.shape[1:])
+    queries[rows.cell, rows.position - start] = row_queries
+    z = attention.attend(rearrange(queries, "cell pos sample h d -> (cell sample) pos h d"), keys, values, past)
     z = rearrange(z, "(cell sample) pos h d -> cell pos sample h d", sample=n_samples)
     return attention.output(z[rows.cell, rows.position - start])
 
 
 def _read(decoder: Decoder, final: Float[Tensor, "*run d_model"], answer: int) -> Float[Tensor, "*run"]:
     at_once = max(1, LOGITS_AT_ONCE // decoder.W_U.shape[1])
-    found = []
+    probabilities = []
     for part in final.flatten(0, -2).split(at_once):
         logits = decoder.unembed(part).float()
-        found.append(logits.log_softmax(-1)[:, answer].exp())  # logsumexp takes four times as long
-    return torch.cat(found).view(final.shape[:-1])
+        probabilities.append(logits.log_softmax(-1)[:, answer].exp())  # logsumexp takes four times as long
+    return torch.cat(probabilities).view(final.shape[:-1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,9 +17,11 @@ from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, is_right, right_rank
 from kc_lib.models.model import Model
 from kc_lib.residual.logits import full_logits
-from kc_lib.results import load_table, save_table
+from kc_lib.results import Result
 from kc_lib.stats import resampled_means, with_interval
 from kc_lib.tasks.batches import TokenPair, batches
+from kc_lib.training.drawn import DrawnTasks
+from kc_lib.training.result import measured_row, measured_rows
 
 BEHAVIOURS = {
     "logit_difference": "logits",  # of answer and distractor
@@ -32,30 +33,23 @@ BEHAVIOURS = {
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behaviour(Result):
     """One row per prompt, one column per measure (``BEHAVIOURS``, with their units)."""
 
+    columns = ("prompt", *BEHAVIOURS)
     prompts: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_frame(self, seed: int = 0) -> pd.DataFrame:
+    def summary(self, seed: int = 0) -> pd.DataFrame:
         """One row per measure: its unit, number of prompts, and mean with a 95% bootstrap interval over prompts."""
         values = self.prompts[list(BEHAVIOURS)].to_numpy(dtype=float)
         means, draws = values.mean(0), resampled_means(values, seed)
-        rows = []
-        for i, (name, unit) in enumerate(BEHAVIOURS.items()):
-            about = {"measure": name, "unit": unit, "n": len(values)}
-            rows.append(about | with_interval("value", means[i], draws[:, i]))
-        return pd.DataFrame(rows)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the prompts as parquet, provenance in its metadata."""
-        return save_table(self.prompts, path, self.provenance)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Behaviour:
-        """Read what ``save`` wrote."""
-        return cls(*load_table(path))
+        return pd.DataFrame(
+            [
+                {"measure": name, "unit": unit, "n": len(values)} | with_interval("value", means[i], draws[:, i])
+                for i, (name, unit) in enumerate(BEHAVIOURS.items())
+            ]
+        )
 
 
 @torch.no_grad()
@@ -73,15 +67,26 @@ def behaviour(model: Model, pairs: Sequence[TokenPair], *, batch_size: int = 16)
         logits = full_logits(decoder, batch)
         if not logits.isfinite().all():
             raise MethodError("the model's logits are no finite numbers: use dtype float32, or another checkpoint")
-        found = {
+        rank = right_rank(logits, batch)
+        measured = {
             "logit_difference": METRICS["logit_difference"](logits, batch),
             "probability_difference": METRICS["probability_difference"](logits, batch),
             "accuracy": is_right(logits, batch),
-            "rank": (rank := right_rank(logits, batch)),
+            "rank": rank,
             "rank_0_rate": rank == 1,
             "mrr": 1 / rank.double(),
         }
-        parts.append(pd.DataFrame({name: values.cpu().numpy() for name, values in found.items()}))
+        parts.append(pd.DataFrame({name: values.cpu().numpy() for name, values in measured.items()}))
     prompts = pd.concat(parts, ignore_index=True)
     prompts.insert(0, "prompt", [pair.text.get("clean", "") for pair in pairs])
     return Behaviour(prompts, {"model": model.name, "n_prompts": len(pairs)})
+
+
+def behaviour_rows(model: Model, tasks: DrawnTasks) -> pd.DataFrame:
+    """Every behaviour on all prompts of every draw, with its interval over prompts; quantities are ``BEHAVIOURS``."""
+    rows = []
+    for draw in tasks.draws:
+        summary = behaviour(model, [*draw.task.discovery, *draw.task.test], batch_size=64).summary(draw.seed)
+        for row in summary.to_dict("records"):
+            rows.append(measured_row(draw, row["measure"], row["value"], row["value_low"], row["value_high"]))
+    return measured_rows(rows)

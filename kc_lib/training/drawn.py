@@ -6,10 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
+from kc_lib.options import names_in
 from kc_lib.tasks.task import Task, load_task
+from kc_lib.training.options import METRICS_OF_SETS, DrawOptions
 
 
 @dataclass(frozen=True)
@@ -57,44 +60,33 @@ class DrawnTasks:
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
 
-def draw_tasks(
-    names: Sequence[str],
-    model: Model,
-    *,
-    seeds: int = 3,
-    n_prompts: int = 64,
-    seed: int = 0,
-    prepend_bos: bool | None = None,
-    known_only: bool = False,
-    known_rank: int = 1,
-) -> DrawnTasks:
-    """``seeds`` draws of ``n_prompts`` pairs of each task, half of them held out; other arguments as ``load_task`` takes.
+def draw_tasks(names: str | Sequence[str], model: Model, **options: Any) -> DrawnTasks:
+    """``seeds`` draws of ``n_prompts`` pairs of each task, half of them held out.
 
-    ``model`` gives the tokenizer, and with ``known_only`` says which answers are known: the last checkpoint. A relation with
-    fewer facts than are asked for gives the same facts in every draw, with other partners and another half held out.
+    A relation with fewer facts than are asked for gives the same facts in every draw, with other partners and another half
+    held out.
+
+    Args:
+        names: tasks as ``load_task`` takes them, as a list or in one text ("ioi agreement").
+        model: gives the tokenizer, and with ``known_only`` says which answers are known: the last checkpoint.
+        options: fields of ``DrawOptions``.
 
     Raises:
-        TaskError: no tasks, one given twice, numbers out of range, or what ``load_task`` refuses.
+        TaskError: no tasks, one given twice, an option out of range, or what ``load_task`` refuses.
     """
+    asked = DrawOptions.of(options)
+    names = names_in(names) if isinstance(names, str) else names
     if not names:
         raise TaskError("no tasks are given: name some, as 'ioi country_capital'")
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
         raise TaskError(f"task {twice[0]!r} is given twice: name each once")
-    for what, number, least in (("seeds", seeds, 1), ("n_prompts", n_prompts, 4)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise TaskError(f"{what} is {number!r}; it must be a whole number, at least {least}")
-    draws = []
-    for name in names:
-        for draw in range(seed, seed + seeds):
-            task = load_task(
-                name,
-                model,
-                known_only=known_only,
-                known_rank=known_rank,
-                max_facts=n_prompts,
-                prepend_bos=prepend_bos,
-                seed=draw,
-            )
-            draws.append(DrawnTask(name, draw, task))
+    loading = {name: asked[name] for name in ("known_only", "known_rank", "prepend_bos")} | {"max_facts": asked.n_prompts}
+    seeds = range(asked.seed, asked.seed + asked.seeds)
+    draws = [DrawnTask(name, seed, load_task(name, model, seed=seed, **loading)) for name in names for seed in seeds]
     return DrawnTasks(tuple(draws))
+
+
+def metric_of(draw: DrawnTask, metric: str | None) -> str:
+    """The metric asked for, or the task's own."""
+    return metric or METRICS_OF_SETS[any(pair.right for pair in draw.task.discovery)]

@@ -2,7 +2,7 @@
 
 Time is in tokens read where that is known, else in steps. A logarithm has no place for step 0: it stands half a unit of the
 first later checkpoint to the left, and says 0. Lines are means over the draws of prompts, bands run from the lowest
-to the highest draw. Where a figure is undefined its line is broken.
+to the highest draw. Where a figure is undefined its line is broken. A figure of what was not measured says so.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from kc_lib import plotting as plot
-from kc_lib.errors import MethodError
+from kc_lib.errors import MethodError, check_counts
 from kc_lib.metrics import METRICS
 from kc_lib.training.behaviour import BEHAVIOURS
 from kc_lib.training.ioi_algorithm import STEPS as ALGORITHM
-from kc_lib.training.over_training import TrainingResult
-from kc_lib.training.sizes import CIRCUIT_SIZES, model_sizes, size_correlations
-from kc_lib.training.summary import SHARE, SIMILARITIES, emergence, over_draws, shown, similarities
+from kc_lib.training.result import SHARE, TrainingResult, emergence, over_draws, shown
+from kc_lib.training.sizes import CIRCUIT_SIZES, LEAST_MODELS, model_sizes, size_correlations
+from kc_lib.training.summary import SIMILARITIES, similarities
 from kc_lib.training.swaps import ACCURACY, swap_changes
 
 SHOWN_BEHAVIOURS = ("logit_difference", "probability_difference", "accuracy", "mrr")
+NOT_MEASURED = "nothing to show: measure {} as well"
 STRONGEST = 3  # heads of a panel
 SCORE_COLUMNS = 4
 LABEL = 0.07  # of a panel's height, that the name of a head takes
@@ -45,30 +46,33 @@ def behaviour_over_training(
     """One panel for each behaviour, one line for each task.
 
     Raises:
-        MethodError: no behaviours in the result, or an unknown one.
+        MethodError: no behaviours are asked for, or an unknown one.
     """
+    title = title or "Behaviour over training"
     unknown = [name for name in behaviours if name not in BEHAVIOURS]
     if unknown or not behaviours:
         raise MethodError(f"{unknown or 'nothing'}: show some of {', '.join(BEHAVIOURS)}")
-    averages = _averaged(result, "behaviour", behaviours)
+    if result.of("behaviour").empty:
+        return plot.empty(NOT_MEASURED.format("behaviour"), title)
+    averages = _timed(result, result.of("behaviour", *behaviours))
     figure = plot.panels([shown(name) for name in behaviours], horizontal_spacing=0.06)
     for column, name in enumerate(behaviours, start=1):
         for i, (task, rows) in enumerate(averages[averages["quantity"] == name].groupby("task", sort=False)):
             _line(figure, rows, str(task), i, row=1, col=column, showlegend=column == 1)
         figure.update_yaxes(title_text=BEHAVIOURS[name], row=1, col=column)
     size: dict[str, Any] = {"height": 420, "width": max(420, 300 * len(behaviours)), "legend": plot.below(0.28)}
-    return _over_time(figure, result, title or "Behaviour over training", [], **size)
+    return _over_time(figure, result, title, [], **size)
 
 
 def circuit_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
     """The circuits' size, their held-out faithfulness beside random circuits, and the effect that it is a share of.
 
     Checkpoints without a circuit (the prompts have next to no effect) are crossed on the lower axis of the faithfulness.
-
-    Raises:
-        MethodError: no circuits in the result.
     """
-    averages = _averaged(result, "circuit", (*CIRCUIT_PANELS, "null_faithfulness"))
+    title = title or "Circuits over training"
+    if result.of("circuit").empty:
+        return plot.empty(NOT_MEASURED.format("circuit"), title)
+    averages = _timed(result, result.of("circuit", *CIRCUIT_PANELS, "null_faithfulness"))
     figure = plot.panels([name for name, _ in CIRCUIT_PANELS.values()], horizontal_spacing=0.07)
     for i, (task, rows) in enumerate(averages.groupby("task", sort=False)):
         quantities = {str(name): own for name, own in rows.groupby("quantity", sort=False)}
@@ -83,7 +87,7 @@ def circuit_over_training(result: TrainingResult, title: str | None = None) -> g
     figure.update_yaxes(type="log", tickvals=EDGE_TICKS, row=1, col=1)
     about = ["crosses: undefined, next to no effect"]
     size: dict[str, Any] = {"height": 460, "width": 1200, "legend": plot.below(0.26)}
-    return _over_time(figure, result, title or "Circuits over training", about, **size)
+    return _over_time(figure, result, title, about, **size)
 
 
 def similarity_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
@@ -91,12 +95,12 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
 
     One column for each of ``SIMILARITIES``. Lines are exponentially weighted means, dots single checkpoints. Dotted, for
     edges: one checkpoint's circuits from resampled prompts, which circuits of two checkpoints will hardly exceed.
-
-    Raises:
-        MethodError: no circuits in the result.
     """
+    title = title or "How much circuits stay the same"
+    if result.of("circuit").empty:
+        return plot.empty(NOT_MEASURED.format("circuit"), title)
     overlaps = similarities(result).assign(part="")
-    resampled = _averaged(result, "circuit", ("resampled_jaccard",))
+    resampled = _timed(result, result.of("circuit", "resampled_jaccard"))
     pairs = [(against, name) for against in ("previous", "last") for name in SIMILARITIES]
     spacing: dict[str, Any] = {"horizontal_spacing": 0.05, "vertical_spacing": 0.12}
     titles = [f"{shown(name)}, {against}" for against, name in pairs]
@@ -116,7 +120,7 @@ def similarity_over_training(result: TrainingResult, title: str | None = None) -
     figure.update_yaxes(range=[-0.03, 1.05]).update_yaxes(title_text="overlap", col=1)
     about = ["lines: exponentially weighted, alpha 0.5", "dots: single checkpoints", "dotted: resampled prompts"]
     size: dict[str, Any] = {"height": 640, "width": 1150, "legend": plot.below(0.16)}
-    return _over_time(figure, result, title or "How much circuits stay the same", about, n_rows=2, **size)
+    return _over_time(figure, result, title, about, n_rows=2, **size)
 
 
 def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, title: str | None = None) -> go.Figure:
@@ -126,12 +130,13 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
     something has appeared only where there is something. Direct effects have no criterion.
 
     Raises:
-        MethodError: no head scores and no direct effects in the result.
+        MethodError: no head of a panel is asked for.
     """
-    appeared = emergence(result)
+    check_counts(1, strongest=strongest)
+    title, appeared = title or "Heads over training", emergence(result)
     appeared = appeared[appeared["measure"].isin(["direct", "heads"])]
-    if appeared.empty or strongest < 1:
-        raise MethodError("there are no heads to show: measure 'heads' or 'direct' as well, and show at least one")
+    if appeared.empty:
+        return plot.empty(NOT_MEASURED.format("heads or direct"), title)
     by_panel = list(appeared.groupby(["measure", "task", "quantity"], sort=False))
     n_columns = min(SCORE_COLUMNS, len(by_panel))
     n_rows = -(-len(by_panel) // n_columns)
@@ -161,18 +166,18 @@ def heads_over_training(result: TrainingResult, strongest: int = STRONGEST, titl
     figure.update_yaxes(rangemode="tozero")
     about = [f"strongest {strongest}", f"ring: reaches {SHARE:.0%} of its maximum", "dotted: never passes its criterion"]
     size: dict[str, Any] = {"height": 160 + 250 * n_rows, "width": max(480, 300 * n_columns)}
-    return _over_time(figure, result, title or "Heads over training", about, n_rows=n_rows, room=2.5, **size)
+    return _over_time(figure, result, title, about, n_rows=n_rows, room=2.5, **size)
 
 
 def consistency_over_training(result: TrainingResult, title: str | None = None) -> go.Figure:
     """The share of the IOI circuit's effects that heads of the published kinds have, by step of the algorithm.
 
     Solid: of absolute effects; dotted: signed. Undefined checkpoints (no circuit, or no receivers of the step) are crossed.
-
-    Raises:
-        MethodError: no such shares in the result.
     """
-    averages = _averaged(result, "consistency", ("share_absolute", "share_signed"))
+    title = title or "IOI by the published algorithm"
+    if result.of("consistency").empty:
+        return plot.empty(f"{NOT_MEASURED.format('consistency')}, with the task ioi", title)
+    averages = _timed(result, result.of("consistency", "share_absolute", "share_signed"))
     parts = sorted(averages["part"].unique(), key=list(ALGORITHM).index)
     titles = [f"{place}: {part}" for place, part in enumerate(parts, start=1)]
     figure = plot.panels(titles, shared_yaxes=True, horizontal_spacing=0.05)
@@ -186,7 +191,7 @@ def consistency_over_training(result: TrainingResult, title: str | None = None) 
     ends = averages[["value_low", "value", "value_high"]].stack()
     figure.update_yaxes(range=[np.nanmin([-0.15, ends.min() - 0.05]), np.nanmax([1.05, ends.max() + 0.05])])
     size: dict[str, Any] = {"height": 420, "width": 1050, "legend": plot.below(0.28)}
-    return _over_time(figure, result, title or "IOI by the published algorithm", ["crosses: undefined"], **size)
+    return _over_time(figure, result, title, ["crosses: undefined"], **size)
 
 
 def model_size_figure(
@@ -197,8 +202,13 @@ def model_size_figure(
     A point is the mean over checkpoints that have a circuit; its bar runs from the lowest to the highest draw.
 
     Raises:
-        MethodError: as ``size_correlations``.
+        MethodError: as ``size_correlations``, but for too few models: the figure says so.
     """
+    title = title or "Circuit size against model size"
+    if len(results) < LEAST_MODELS:
+        return plot.empty(f"at least {LEAST_MODELS} models are needed, {len(results)} given: compare others", title)
+    if any(result.of("circuit").empty for result in results):
+        return plot.empty(NOT_MEASURED.format("circuit"), title)
     correlations = size_correlations(results, against)
     correlations = correlations[correlations["statistic"] == "pearson of logarithms"]
     sizes = model_sizes(results)
@@ -217,7 +227,7 @@ def model_size_figure(
     about = [f"n = {sizes['model'].nunique()} models", "mean over checkpoints with a circuit, range of draws"]
     about += ["r: Pearson's of logarithms, 95%"]
     size: dict[str, Any] = {"height": 460, "width": 1000, "legend": plot.below(0.25), "margin": {"b": 130}}
-    return plot.titled(figure, title or "Circuit size against model size", about, **size)
+    return plot.titled(figure, title, about, **size)
 
 
 def swap_grid(result: TrainingResult, accuracy: bool = False, title: str | None = None) -> go.Figure:
@@ -225,10 +235,11 @@ def swap_grid(result: TrainingResult, accuracy: bool = False, title: str | None 
 
     Colours of both grids of a task mean the same, white nothing; the scale is that of the swaps, and nulls beyond it are
     drawn in its last colour. A dot marks swaps that raise the metric, and more than every null, in every draw.
-
-    Raises:
-        MethodError: no swaps in the result.
     """
+    donor = str(result.provenance.get("measures", {}).get("swap", {}).get("donor", ["a later checkpoint"])[0])
+    title = title or f"Single components of {donor} put into each checkpoint"
+    if result.of("swap").empty:
+        return plot.empty(NOT_MEASURED.format("swap"), title)
     changes = swap_changes(result)
     changes = changes[(changes["of"] == ACCURACY) == accuracy]
     tasks = changes["task"].unique().tolist()
@@ -245,9 +256,7 @@ def swap_grid(result: TrainingResult, accuracy: bool = False, title: str | None 
     about += [f"mean of {n_draws} draws of prompts" if n_draws > 1 else "one draw of prompts"]
     about += ["dot: raises the metric, and more than every null, in every draw"]
     about += ["nulls beyond the scale take its last colour"]
-    donor = str(result.provenance.get("measures", {}).get("swap", {}).get("donor", ["a later checkpoint"])[0])
     size: dict[str, Any] = {"height": sum(heights) + 260, "width": 140 + 340 * len(tasks), "margin": {"t": 110, "b": 120}}
-    title = title or f"Single components of {donor} put into each checkpoint"
     return plot.titled(figure, title, about, showlegend=False, **size)
 
 
@@ -306,13 +315,6 @@ def _timed(result: TrainingResult, rows: pd.DataFrame) -> pd.DataFrame:
     column, _, zero = _times(result)
     averages = over_draws(rows).rename(columns={"low": "value_low", "high": "value_high"})
     return averages.assign(time=[float(time) or zero for time in averages[column]])
-
-
-def _averaged(result: TrainingResult, measure: str, quantities: Sequence[str]) -> pd.DataFrame:
-    rows = result.of(measure, *quantities)
-    if rows.empty:
-        raise MethodError(f"the result has nothing of {measure!r} to show: measure it as well")
-    return _timed(result, rows)
 
 
 def _over_time(

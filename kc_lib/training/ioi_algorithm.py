@@ -69,7 +69,7 @@ def algorithm_shares(
     if not candidates:
         raise MethodError("there are no heads to share an effect among: the circuit has none")
     graph = model.residual.graph()
-    heads = {name: set(found.heads()) for name, found in scores.items()}
+    heads = {name: set(head_scores.heads()) for name, head_scores in scores.items()}
     shares = []
     for step, kinds in STEPS.items():
         readers = ["logits"]
@@ -108,9 +108,9 @@ def edge_effects(
     }
     if not edges:
         return {}
-    found = patch_single_edges(model, pairs, list(edges), batch_size=batch_size)
+    losses = patch_single_edges(model, pairs, list(edges), batch_size=batch_size)["score"]
     effects: dict[Head, float] = {}
-    for sender, loss in zip(edges.values(), found["score"], strict=True):
+    for sender, loss in zip(edges.values(), losses, strict=True):
         effects[sender] = effects.get(sender, 0.0) + float(loss)
     return effects
 
@@ -125,11 +125,6 @@ def _share(step: str, effects: Mapping[Head, float], of_kind: set[Head]) -> Step
     total, absolute = sum(effects.values()), sum(abs(effect) for effect in effects.values())
     if not absolute:
         return StepShare(step, float("nan"), float("nan"), len(of_kind), len(effects), "no head has an effect")
-    own = [effects[head] for head in of_kind]
-    return StepShare(
-        step,
-        sum(map(abs, own)) / absolute,
-        sum(own) / total if total else float("nan"),
-        len(of_kind),
-        len(effects),
-    )
+    kind_effects = [effects[head] for head in of_kind]
+    signed = sum(kind_effects) / total if total else float("nan")
+    return StepShare(step, sum(map(abs, kind_effects)) / absolute, signed, len(of_kind), len(effects))

@@ -1,10 +1,10 @@
 """What is measured at one checkpoint of a training, as rows for ``over_training``.
 
 ``behaviour``: how well the model does each task. ``circuit``: the smallest circuit that keeps a faithfulness, beside random
-ones, judged on held-out prompts. ``direct``: what each head does to the logits itself. ``heads``: the general head scores,
-which know no task. ``consistency``: the share of IOI that is done by the published algorithm. Every measure takes a model
-and the drawn tasks; ``training_measures`` gives those that are asked for with their settings. One more, which needs a
-second model, is in ``swaps.py``.
+ones, evaluated on held-out prompts. ``direct``: what each head does to the logits itself. ``heads``: the general head
+scores, which know no task. ``consistency``: the share of IOI that is done by the published algorithm. Every measure takes a
+model and the drawn tasks; ``training_measures`` gives those that are asked for. ``swaps.py`` has one more, which needs a
+second model.
 
 Where the prompts have next to no effect there is nothing to be faithful to, and any ratio is noise: the circuit is undefined
 there and its rows say why. The effect is the metric's mean difference between the clean and the corrupted prompts; it counts
@@ -21,114 +21,75 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kc_lib.circuits.attribution import attribute_facts
-from kc_lib.circuits.baselines import complement, random_nulls
-from kc_lib.circuits.evaluate import evaluate_circuits, metric_values
-from kc_lib.circuits.options import check_attribution
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import complement, random_baselines
+from kc_lib.circuits.criteria import jaccard, resampled_circuits
+from kc_lib.circuits.evaluate import evaluate, metric_values
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.scoring.exact import patch_single_edges
-from kc_lib.circuits.smallest import RANKINGS, smallest_faithful
-from kc_lib.circuits.stability import jaccard, resampled_circuits
-from kc_lib.errors import MethodError, check_counts
+from kc_lib.circuits.smallest import smallest_faithful
 from kc_lib.graph import Circuit
-from kc_lib.heads.general import check_scores, general_head_scores
+from kc_lib.heads.general import head_scores
 from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import load_task
-from kc_lib.training.behaviour import behaviour
-from kc_lib.training.drawn import DrawnTask, DrawnTasks
+from kc_lib.training.behaviour import behaviour_rows
+from kc_lib.training.drawn import DrawnTask, DrawnTasks, metric_of
 from kc_lib.training.ioi_algorithm import STEPS as ALGORITHM
 from kc_lib.training.ioi_algorithm import algorithm_shares
+from kc_lib.training.options import TRAINING_MEASURES, CircuitOptions, MeasureOptions
 from kc_lib.training.over_training import Measure
-from kc_lib.training.rows import METRICS_OF_SETS, measured_row, measured_rows, metric_of
+from kc_lib.training.result import measured_row, measured_rows
 
-TRAINING_MEASURES = ("behaviour", "circuit", "direct", "heads", "consistency")
+Interval = tuple[float, float, float]  # a figure, and its ends
+UNDEFINED = (
+    "n_edges",
+    "share_of_edges",
+    "n_nodes",
+    "faithfulness",
+    "null_faithfulness",
+    "noising",
+    "kl",
+    "resampled_jaccard",
+)
 SHARES_OF_STEPS = ("share_absolute", "share_signed")
 NO_EFFECT = "the prompts have next to no effect: {effect:.3g} [{low:.3g}, {high:.3g}], at least {least:g} is asked for"
 
 
-def training_measures(
-    which: Sequence[str] = TRAINING_MEASURES,
-    *,
-    scores: Sequence[str] | None = None,
-    method: str = "eap_ig",
-    steps: int = 5,
-    metric: str | None = None,
-    faithfulness: float = 0.8,
-    selection: str = "greedy",
-    minimal_effect: float = 0.05,
-    n_random: int = 3,
-    n_resamples: int = 5,
-    batch_size: int = 32,
-) -> dict[str, Measure]:
-    """The measures that are asked for, with their settings, by name.
+def training_measures(measures: str | Sequence[str] = TRAINING_MEASURES, **options: Any) -> dict[str, Measure]:
+    """The measures that are asked for, with their options, by name.
 
     Args:
-        scores: head scores for ``heads``; None takes those that the model allows.
-        method, steps: edge attribution (``circuits.attribution``).
-        metric: None takes the probability difference for tasks with sets of answers, else the logit difference.
-        faithfulness: what the smallest circuit keeps on the prompts it is found on.
-        minimal_effect: in units of the metric; see the head of this file.
-        n_random: random circuits of the same size.
-        n_resamples: resamples of the prompts, for how much of the circuit depends on them.
+        measures: some of ``TRAINING_MEASURES``.
+        options: fields of ``MeasureOptions``.
 
     Raises:
         MethodError: an unknown measure, score, method or metric, or a number out of range.
     """
-    unknown = [name for name in which if name not in TRAINING_MEASURES]
-    if unknown or not which:
-        given = repr(unknown[0]) if unknown else "nothing"
-        raise MethodError(f"{given} is no measure over training: use some of {', '.join(TRAINING_MEASURES)}")
-    check_scores(scores)
-    check_attribution(method, steps=steps)
-    if metric not in (None, *METRICS_OF_SETS.values()):
-        raise MethodError(f"metric {metric!r}: circuits over training take {' or '.join(METRICS_OF_SETS.values())}")
-    if selection not in RANKINGS:
-        raise MethodError(f"selection {selection!r}: the search for a size takes {', '.join(RANKINGS)}")
-    if not 0 < faithfulness <= 1 or not 0 < minimal_effect < np.inf:
-        raise MethodError(
-            f"faithfulness {faithfulness!r}, minimal_effect {minimal_effect!r}: give a share above 0 and an effect above 0"
-        )
-    check_counts(1, n_random=n_random, batch_size=batch_size)
-    check_counts(2, n_resamples=n_resamples)
-    search: dict[str, Any] = {"method": method, "steps": steps, "faithfulness": faithfulness, "selection": selection}
-    search |= {"minimal_effect": minimal_effect, "batch_size": batch_size}
-    circuit = partial(circuit_rows, metric=metric, n_random=n_random, n_resamples=n_resamples, **search)
-    heads = partial(head_rows, scores=None if scores is None else tuple(scores))
-    direct = partial(direct_rows, metric=metric, batch_size=batch_size)
+    asked = MeasureOptions.of({"measures": measures, **options})
+    circuit = {name: asked[name] for name in CircuitOptions.declared()}
     known: dict[str, Measure] = {
         "behaviour": behaviour_rows,
-        "circuit": circuit,
-        "direct": direct,
-        "heads": heads,
-        "consistency": partial(consistency_rows, **search),
+        "circuit": partial(circuit_rows, **circuit),
+        "direct": partial(direct_rows, metric=asked.metric, batch_size=asked.batch_size),
+        "heads": partial(head_rows, scores=asked.scores),
+        "consistency": partial(consistency_rows, **circuit),
     }
-    return {name: known[name] for name in which}
+    return {name: known[name] for name in asked.measures}
 
 
-def behaviour_rows(model: Model, tasks: DrawnTasks) -> pd.DataFrame:
-    """Every behaviour on all prompts of every draw, with its interval over prompts; quantities are ``BEHAVIOURS``."""
-    rows = []
-    for draw in tasks.draws:
-        found = behaviour(model, [*draw.task.discovery, *draw.task.test], batch_size=64).to_frame(draw.seed)
-        for row in found.to_dict("records"):
-            rows.append(measured_row(draw, row["measure"], row["value"], row["value_low"], row["value_high"]))
-    return measured_rows(rows)
-
-
-def head_rows(model: Model, tasks: DrawnTasks, *, scores: Sequence[str] | None = None) -> pd.DataFrame:
+def head_rows(model: Model, tasks: DrawnTasks, *, scores: Sequence[str] = ("all",)) -> pd.DataFrame:
     """Every head's general scores, by seed of the draws; a score that is not defined has one row, with the reason."""
     rows = []
     for seed in tasks.seeds:
-        found = general_head_scores(model, scores, seed=seed, keep_undefined=True)
-        about = {"task": "", "seed": seed}
+        found = head_scores(model, scores, seed=seed, keep_undefined=True)
+        of_seed = {"task": "", "seed": seed}
         for row in found.to_frame().to_dict("records"):
             part = f"a{row['layer']}.h{row['head']}"
-            rows.append(
-                about | {"quantity": row["name"], "part": part, "value": row["score"], "passes": bool(row["passes"])}
-            )
-        rows += [about | {"quantity": name, "part": "", "note": why} for name, why in found.undefined.items()]
+            measured = {"quantity": row["name"], "part": part, "value": row["score"], "passes": bool(row["passes"])}
+            rows.append(of_seed | measured)
+        rows += [of_seed | {"quantity": name, "note": why} for name, why in found.undefined.items()]
     return measured_rows(rows)
 
 
@@ -142,34 +103,16 @@ def direct_rows(model: Model, tasks: DrawnTasks, *, metric: str | None = None, b
     heads = [f"a{layer}.h{head}" for layer in range(graph.n_layers) for head in range(graph.n_heads)]
     rows = []
     for draw in tasks.draws:
-        found = patch_single_edges(
-            model,
-            [*draw.task.discovery, *draw.task.test],
-            [f"{head}->logits" for head in heads],
-            metric=metric_of(draw, metric),
-            batch_size=batch_size,
-        )
-        rows += [
-            measured_row(draw, "direct_effect", value, part=head) for head, value in zip(heads, found["score"], strict=True)
-        ]
+        pairs, edges = [*draw.task.discovery, *draw.task.test], [f"{head}->logits" for head in heads]
+        effects = patch_single_edges(model, pairs, edges, metric=metric_of(draw, metric), batch_size=batch_size)["score"]
+        rows += [measured_row(draw, "direct_effect", value, part=head) for head, value in zip(heads, effects, strict=True)]
     return measured_rows(rows)
 
 
-def circuit_rows(
-    model: Model,
-    tasks: DrawnTasks,
-    *,
-    method: str = "eap_ig",
-    steps: int = 5,
-    metric: str | None = None,
-    faithfulness: float = 0.8,
-    selection: str = "greedy",
-    minimal_effect: float = 0.05,
-    n_random: int = 3,
-    n_resamples: int = 5,
-    batch_size: int = 32,
-) -> pd.DataFrame:
+def circuit_rows(model: Model, tasks: DrawnTasks, **options: Any) -> pd.DataFrame:
     """A circuit of every draw: edge attribution, then the smallest stable size that is faithful (``smallest_faithful``).
+
+    Options are the fields of ``CircuitOptions``.
 
     Quantities, of held-out prompts where the task has any:
 
@@ -182,25 +125,20 @@ def circuit_rows(
     - ``resampled_jaccard``: overlap with the circuits of that size that resampled prompts give, mean, lowest and highest;
     - ``edge``, ``node``: the circuit itself, one row for each part; an edge's value is its score.
     """
-    rows = []
+    asked, rows = CircuitOptions.of(options), []
     n_parameters, n_edges = model.n_parameters, model.residual.graph().n_edges
     for draw in tasks.draws:
         rows += [measured_row(draw, "model_parameters", n_parameters), measured_row(draw, "model_edges", n_edges)]
-        of = metric_of(draw, metric)
-        held_out = draw.task.test or draw.task.discovery
-        effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, held_out)]
+        metric = metric_of(draw, asked.metric)
+        effects = _effects(model, draw, metric)
         rows.append(measured_row(draw, "effect", *effects[1]))
-        why = _too_small(effects, minimal_effect)
+        why = _too_small(effects, asked.minimal_effect)
         if why:
-            undefined = ("n_edges", "share_of_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl")
-            rows += [measured_row(draw, name, note=why) for name in (*undefined, "resampled_jaccard")]
+            rows += [measured_row(draw, name, note=why) for name in UNDEFINED]
             continue
-        fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
-        circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
-        rows += _judged(model, draw, circuit, held_out, of, n_random, 2 * batch_size)
-        rows.append(
-            measured_row(draw, "resampled_jaccard", *_resampled(fact_scores, circuit, selection, n_resamples, draw.seed))
-        )
+        circuit, fact_scores = _smallest(model, draw, metric, asked)
+        rows += _evaluated(model, draw, circuit, metric, asked)
+        rows.append(measured_row(draw, "resampled_jaccard", *_resampled(fact_scores, circuit, asked, draw.seed)))
         edges = circuit.to_frame()
         rows += [
             measured_row(draw, "edge", score, part=f"{writer}->{reader}")
@@ -210,39 +148,27 @@ def circuit_rows(
     return measured_rows(rows)
 
 
-def consistency_rows(
-    model: Model,
-    tasks: DrawnTasks,
-    *,
-    method: str = "eap_ig",
-    steps: int = 5,
-    faithfulness: float = 0.8,
-    selection: str = "greedy",
-    minimal_effect: float = 0.05,
-    batch_size: int = 32,
-) -> pd.DataFrame:
-    """How much of IOI is done by the published algorithm, of every draw of ``ioi``: ``consistency.algorithm_shares``.
+def consistency_rows(model: Model, tasks: DrawnTasks, **options: Any) -> pd.DataFrame:
+    """How much of IOI is done by the published algorithm, of every draw of ``ioi``: ``ioi_algorithm.algorithm_shares``.
 
     Candidates are the heads of the circuit, found as in ``circuit_rows`` on the logit difference; effects are measured on
     the held-out prompts, corrupted by three other names. Quantities ``share_absolute``, ``share_signed``, ``n_kind`` and
-    ``n_candidates``; the part is the step. Undefined where there is no circuit, or no receiver.
+    ``n_candidates``; the part is the step. Undefined where there is no circuit, or no receiver. Options are the fields of
+    ``CircuitOptions``.
     """
-    rows = []
-    decoder, of = model.residual, "logit_difference"
+    asked, rows, metric = CircuitOptions.of(options), [], "logit_difference"
+    heads = [(layer, head) for layer in range(model.residual.n_layers) for head in range(model.residual.n_heads)]
     for draw in (draw for draw in tasks.draws if draw.name == "ioi"):
-        effects = [_effect(model, pairs, of, draw.seed) for pairs in (draw.task.discovery, draw.task.test)]
-        why, candidates = _too_small(effects, minimal_effect), []
+        why, candidates = _too_small(_effects(model, draw, metric), asked.minimal_effect), []
         if not why:
-            fact_scores = attribute_facts(model, draw.task.discovery, method, steps=steps, metric=of, batch_size=batch_size)
-            circuit = _smallest(model, draw, fact_scores, of, faithfulness, selection, batch_size)
-            heads = [(layer, head) for layer in range(decoder.n_layers) for head in range(decoder.n_heads)]
+            circuit, _ = _smallest(model, draw, metric, asked)
             candidates = [(layer, head) for layer, head in heads if f"a{layer}.h{head}" in circuit.nodes]
             why = "" if candidates else "the circuit has no heads"
         if why:
             rows += [measured_row(draw, name, part=step, note=why) for step in ALGORITHM for name in SHARES_OF_STEPS]
             continue
-        scores = general_head_scores(model, seed=draw.seed).scores
-        for share in algorithm_shares(model, _strangers(model, draw), candidates, scores, batch_size=batch_size):
+        scores = head_scores(model, seed=draw.seed).scores
+        for share in algorithm_shares(model, _strangers(model, draw), candidates, scores, batch_size=asked.batch_size):
             rows.append(measured_row(draw, "share_absolute", share.absolute, part=share.step, note=share.note))
             rows.append(measured_row(draw, "share_signed", share.signed, part=share.step, note=share.note))
             rows.append(measured_row(draw, "n_kind", share.n_kind, part=share.step))
@@ -257,76 +183,72 @@ def _strangers(model: Model, draw: DrawnTask) -> tuple[TokenPair, ...]:
     return load_task("ioi_abc", model, known_only=False, max_facts=n, prepend_bos=bos, seed=draw.seed).test
 
 
-def _too_small(effects: Sequence[tuple[float, float, float]], least: float) -> str:
-    """Why effects with their intervals leave nothing to be faithful to; "" where they do not."""
+def _held_out(draw: DrawnTask) -> Sequence[TokenPair]:
+    return draw.task.test or draw.task.discovery
+
+
+def _effects(model: Model, draw: DrawnTask, metric: str) -> list[Interval]:
+    """What clean prompts have over corrupted ones, on the prompts for finding and on those held out."""
+    effects = []
+    for pairs in (draw.task.discovery, _held_out(draw)):
+        values = metric_values(model, {}, pairs, metric=metric, batch_size=64)
+        differences = (values["full"] - values["empty"]).to_numpy()
+        low, high = interval(resampled_means(differences[:, None], draw.seed)[:, 0])
+        effects.append((float(differences.mean()), float(low), float(high)))
+    return effects
+
+
+def _too_small(effects: Sequence[Interval], least: float) -> str:
+    """Why effects leave nothing to be faithful to; "" where they do not."""
     for effect, low, high in effects:
         if effect < least or not low > 0:
             return NO_EFFECT.format(effect=effect, low=low, high=high, least=least)
     return ""
 
 
-def _smallest(
-    model: Model,
-    draw: DrawnTask,
-    fact_scores: FactScores,
-    metric: str,
-    faithfulness: float,
-    selection: str,
-    batch_size: int,
-) -> Circuit:
+def _smallest(model: Model, draw: DrawnTask, metric: str, asked: CircuitOptions) -> tuple[Circuit, FactScores]:
+    """The smallest stable circuit that is faithful on the prompts for finding, and the scores that ranked its edges."""
+    batch_size, pairs = asked.batch_size, draw.task.discovery
+    scoring = {"steps": asked.steps, "metric": metric, "batch_size": batch_size}
+    fact_scores = score_edges(model, pairs, asked.method, per="fact", **scoring)
     circuit, _ = smallest_faithful(
         model,
         fact_scores.mean(),
-        draw.task.discovery,
-        faithfulness,
-        selection=selection,
+        pairs,
+        asked.faithfulness,
+        selection=asked.selection,
         stable=True,
         resolution=0.1,
         metric=metric,
         batch_size=2 * batch_size,
     )
-    return circuit
+    return circuit, fact_scores
 
 
-def _effect(model: Model, pairs: Sequence[TokenPair], metric: str, seed: int) -> tuple[float, float, float]:
-    """What the clean prompts have over the corrupted ones, with its interval over prompts."""
-    values = metric_values(model, {}, pairs, metric=metric, batch_size=64)
-    differences = (values["full"] - values["empty"]).to_numpy()
-    low, high = interval(resampled_means(differences[:, None], seed)[:, 0])
-    return float(differences.mean()), float(low), float(high)
-
-
-def _judged(
-    model: Model,
-    draw: DrawnTask,
-    circuit: Circuit,
-    pairs: Sequence[TokenPair],
-    metric: str,
-    n_random: int,
-    batch_size: int,
-) -> list[dict[str, Any]]:
+def _evaluated(model: Model, draw: DrawnTask, circuit: Circuit, metric: str, asked: CircuitOptions) -> list[dict[str, Any]]:
     """The rows of a circuit as run on held-out prompts."""
-    nulls = random_nulls(circuit, n_random, draw.seed)
-    circuits = {"circuit": circuit, "without circuit": complement(circuit)} | nulls
-    judgement = evaluate_circuits(model, circuits, {"held_out": pairs}, metric=metric, batch_size=batch_size, seed=draw.seed)
-    own, without = (judgement.row(name, "held_out") for name in ("circuit", "without circuit"))
-    null = [float(judgement.row(name, "held_out")["faithfulness"]) for name in nulls]
+    baselines = random_baselines(circuit, asked.n_random, draw.seed)
+    circuits = {"circuit": circuit, "without circuit": complement(circuit)} | baselines
+    options: dict[str, Any] = {"metric": metric, "batch_size": 2 * asked.batch_size, "seed": draw.seed}
+    evaluation = evaluate(model, circuits, {"held_out": _held_out(draw)}, **options)
+    alone, without = (evaluation.row(name, "held_out") for name in ("circuit", "without circuit"))
+    null = [float(evaluation.row(name, "held_out")["faithfulness"]) for name in baselines]
     ends = [f"faithfulness{end}" for end in ("", "_low", "_high")]
     noising = [1 - without[end] for end in (ends[0], ends[2], ends[1])]
     return [
         measured_row(draw, "n_edges", circuit.n_edges),
         measured_row(draw, "share_of_edges", circuit.share),
         measured_row(draw, "n_nodes", len(circuit.nodes)),
-        measured_row(draw, "faithfulness", *own[ends]),
+        measured_row(draw, "faithfulness", *alone[ends]),
         measured_row(draw, "null_faithfulness", float(np.mean(null)), min(null), max(null)),
         measured_row(draw, "noising", *noising),
-        measured_row(draw, "kl", own["kl"]),
+        measured_row(draw, "kl", alone["kl"]),
     ]
 
 
-def _resampled(fact_scores: FactScores, circuit: Circuit, selection: str, n: int, seed: int) -> tuple[float, float, float]:
+def _resampled(fact_scores: FactScores, circuit: Circuit, asked: CircuitOptions, seed: int) -> Interval:
     """Overlap of the circuit with those of resampled prompts: mean, lowest and highest."""
     size = int(circuit.provenance["size"])
-    again = resampled_circuits(fact_scores, n, seed, selection, size, fill=False)
+    again = resampled_circuits(fact_scores, asked.n_resamples, seed, asked.selection, size, fill=False)
     overlaps = [jaccard(circuit, other) for other in again.values()]
     return float(np.mean(overlaps)), min(overlaps), max(overlaps)

@@ -19,7 +19,8 @@ import pandas as pd
 from scipy import stats
 
 from kc_lib.errors import MethodError
-from kc_lib.training.over_training import TrainingResult
+from kc_lib.options import names_in
+from kc_lib.training.result import TrainingResult
 
 CIRCUIT_SIZES = ("n_edges", "n_nodes")
 MODEL_SIZES = ("model_parameters", "model_edges")
@@ -36,22 +37,26 @@ def size_over_time(result: TrainingResult) -> pd.DataFrame:
     Raises:
         MethodError: no circuits in the result.
     """
-    rows, found = _sizes(result), []
-    for (task, quantity), own in rows.groupby(["task", "quantity"], sort=False):
-        by_seed = own.pivot(index="step", columns="seed", values="value").sort_index()
+    correlations = []
+    for (task, quantity), sizes in _sizes(result).groupby(["task", "quantity"], sort=False):
+        by_seed = sizes.pivot(index="step", columns="seed", values="value").sort_index()
         mean = by_seed.mean(axis=1).dropna()
         draws = [r for seed in by_seed if not np.isnan(r := _spearman(by_seed[seed].dropna()))]
         ends = {"low": min(draws, default=np.nan), "high": max(draws, default=np.nan)}
-        found.append({"task": task, "quantity": quantity, "value": _spearman(mean)} | ends | {"n": len(mean)})
-    return pd.DataFrame(found)
+        correlations.append({"task": task, "quantity": quantity, "value": _spearman(mean)} | ends | {"n": len(mean)})
+    return pd.DataFrame(correlations)
 
 
-def results_of_others(files: Sequence[str], model: str) -> list[TrainingResult]:
+def results_of_others(files: str | Sequence[str] | None, model: str) -> list[TrainingResult]:
     """Saved results to compare one of ``model`` (the name of its last checkpoint) with; none where no files are given.
+
+    Args:
+        files: paths, as a list or in one text.
 
     Raises:
         MethodError: files that cannot be read, fewer than two (three models are needed), or that of ``model`` itself.
     """
+    files = names_in(files) if isinstance(files, str) else files or []
     results = [TrainingResult.load(file) for file in files]
     if len(results) == 1:
         raise MethodError(
@@ -71,23 +76,24 @@ def model_sizes(results: Sequence[TrainingResult]) -> pd.DataFrame:
     Raises:
         MethodError: no circuits in a result, one that does not know its model's size, or two of one model.
     """
-    found: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     for result in results:
         rows = _sizes(result)
         model = str(result.frame.sort_values("step", kind="stable")["checkpoint"].iloc[-1])
-        if model in {row["model"] for row in found}:
+        if model in {row["model"] for row in models}:
             raise MethodError(f"two of the results are of {model!r}: give each model once")
         known = {name: result.of("circuit", name)["value"] for name in MODEL_SIZES}
         if any(values.empty for values in known.values()):
             raise MethodError(f"the result of {model!r} does not say how large the model is: measure 'circuit' again")
         size = {name: int(values.iloc[0]) for name, values in known.items()}
-        for task, own in rows.groupby("task", sort=False):
+        for task, task_rows in rows.groupby("task", sort=False):
             row = {"model": model, "task": task} | size
             for quantity in CIRCUIT_SIZES:
-                draws = own[own["quantity"] == quantity].groupby("seed")["value"].mean().dropna()
+                draws = task_rows[task_rows["quantity"] == quantity].groupby("seed")["value"].mean().dropna()
                 row |= {quantity: draws.mean(), f"{quantity}_low": draws.min(), f"{quantity}_high": draws.max()}
-            found.append(row | {"n_checkpoints": own.loc[own["value"].notna(), "step"].nunique()})
-    return pd.DataFrame(found)
+            defined = task_rows[task_rows["value"].notna()]
+            models.append(row | {"n_checkpoints": defined["step"].nunique()})
+    return pd.DataFrame(models)
 
 
 def size_correlations(results: Sequence[TrainingResult], against: str = "model_parameters") -> pd.DataFrame:
@@ -109,18 +115,32 @@ def size_correlations(results: Sequence[TrainingResult], against: str = "model_p
     sizes = model_sizes(results)
     if sizes[against].nunique() < 2:
         raise MethodError(f"all models have the same size ({sizes[against].iloc[0]:,} {against}): give models of several")
-    found: list[dict[str, Any]] = []
-    for task, own in sizes.groupby("task", sort=False):
+    correlations: list[dict[str, Any]] = []
+    for task, models in sizes.groupby("task", sort=False):
         for quantity in CIRCUIT_SIZES:
-            both = own[[against, quantity]].dropna().to_numpy(dtype=float).T
+            both = models[[against, quantity]].dropna().to_numpy(dtype=float).T
             for name, pair, rank in (
                 ("pearson of logarithms", np.log(both), False),
                 ("pearson", both, False),
                 ("spearman", both, True),
             ):
-                about = {"task": task, "quantity": quantity, "statistic": name}
-                found.append(about | _correlation(pair[0], pair[1], rank) | {"n": both.shape[1]})
-    return pd.DataFrame(found)
+                row = {"task": task, "quantity": quantity, "statistic": name}
+                correlations.append(row | _correlation(pair[0], pair[1], rank) | {"n": both.shape[1]})
+    return pd.DataFrame(correlations)
+
+
+def size_table(result: TrainingResult, others: Sequence[TrainingResult] = ()) -> pd.DataFrame:
+    """How circuits' size goes with the training step and, with results of others, with the size of models.
+
+    The rows of ``size_over_time`` and ``size_correlations``, with the column against; empty where there are no circuits.
+    """
+    tables = []
+    if not result.of("circuit", *CIRCUIT_SIZES).empty:
+        tables.append(size_over_time(result).assign(against="step", statistic="spearman"))
+        if others:
+            tables.append(size_correlations([result, *others]).assign(against="model_parameters"))
+    columns = ["task", "quantity", "against", "statistic", "value", "low", "high", "p", "n"]
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)
 
 
 def _sizes(result: TrainingResult) -> pd.DataFrame:

@@ -7,19 +7,27 @@ What is moved is what a component has for itself:
 - an MLP: all its weights and biases.
 
 What belongs to no component stays the host's: embeddings, every norm (before attention and MLPs, on queries and keys, on
-outputs), the bias of the attention's output, and the unembedding.
+outputs), the bias of the attention's output, and the unembedding. Below a component's layer the swapped run is the host's,
+so it starts from the host's stream there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Graph
 from kc_lib.residual.decoder import Decoder
+from kc_lib.residual.logits import logits_at_answers
 from kc_lib.residual.parts import Attention
+from kc_lib.tasks.batches import Batch
+
+Swap = tuple[str, str]  # a component, and the donor's component that takes its place
 
 OF_QUERIES, OF_KEYS_AND_VALUES = ("W_Q", "b_Q", "W_O"), ("W_K", "b_K", "W_V", "b_V")
 SETTINGS = ("adjacent_pairs", "scale", "soft_cap", "window")  # of attention, beside its weights
@@ -53,11 +61,11 @@ def check_exchangeable(host: Decoder, donor: Decoder) -> None:
             )
     for layer, (block, other) in enumerate(zip(host.blocks, donor.blocks, strict=True)):
         for name in SETTINGS:
-            own, its = getattr(block.attention, name), getattr(other.attention, name)
-            if own != its:
+            setting, donor_setting = getattr(block.attention, name), getattr(other.attention, name)
+            if setting != donor_setting:
                 raise ModelError(
-                    f"components cannot be exchanged: attention of layer {layer} has {name} {own} in one checkpoint and "
-                    f"{its} in the other; give two checkpoints of one training"
+                    f"components cannot be exchanged: attention of layer {layer} has {name} {setting} in one checkpoint and "
+                    f"{donor_setting} in the other; give two checkpoints of one training"
                 )
 
 
@@ -81,6 +89,23 @@ def swapped(host: Decoder, donor: Decoder, component: str, source: str | None = 
     else:
         raise MethodError(f"{source} cannot take the place of {component}: give a head for a head and an MLP for an MLP")
     return replace(host, blocks=[*host.blocks[:layer], block, *host.blocks[layer + 1 :]])
+
+
+@torch.no_grad()
+def swapped_logits(
+    host: Decoder, donor: Decoder, swaps: Sequence[Swap], batch: Batch
+) -> Iterator[Float[Tensor, "batch answer vocab"]]:
+    """The host's own logits at the answer positions of the clean prompts, then those of each swap, in float32."""
+    layers = [component_place(host.graph(), component)[0] for component, _ in swaps]
+    resid, streams = host.embed(batch.clean), {}
+    for layer in range(host.n_layers):
+        if layer in layers:
+            streams[layer] = resid
+        resid = host.run_block(layer, resid)
+    yield logits_at_answers(host, resid, batch)
+    for layer, (component, source) in zip(layers, swaps, strict=True):
+        other = swapped(host, donor, component, source)
+        yield logits_at_answers(other, other.run(streams[layer], layer), batch)
 
 
 def _with_head(attention: Attention, head: int, donor: Attention, from_head: int) -> Attention:

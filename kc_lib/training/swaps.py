@@ -1,7 +1,7 @@
 """Component swap: what single heads and MLPs of a later checkpoint (the donor) do in an earlier one (the host).
 
 The task's metric, on the host with the donor's weights in one component's place, beside the host's and the donor's own
-(Tigges et al. 2024, arXiv:2407.10827). What is moved and what stays is said at the head of ``swapped.py``.
+(Tigges et al. 2024, arXiv:2407.10827). The head of ``swapped.py`` says what is moved and what stays.
 
 The null is *another* component of the donor in the same place: a head of the same layer, or the MLP of another layer. The
 host loses the same component as in the swap and is given weights of the same age, so what the swap does beyond the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,17 +28,33 @@ from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
-from kc_lib.training.drawn import DrawnTasks
+from kc_lib.training.drawn import DrawnTasks, metric_of
 from kc_lib.training.measures import direct_rows
-from kc_lib.training.over_training import Measure, TrainingResult
-from kc_lib.training.rows import measured_row, measured_rows, metric_of
-from kc_lib.training.swapped import check_exchangeable, component_place
-from kc_lib.training.swapped_runs import Swap, swapped_logits
+from kc_lib.training.options import SwapOptions
+from kc_lib.training.over_training import Measure
+from kc_lib.training.result import TrainingResult, measured_row, measured_rows
+from kc_lib.training.swapped import Swap, check_exchangeable, component_place, swapped_logits
 
-SWAPPED = 6  # components, where none are named
-N_NULL = 3
+SWAPPED, N_NULL = SwapOptions.swap_heads, SwapOptions.n_null
 ACCURACY = "accuracy"
 NO_NULL = "the donor has no other component of the kind to put there"
+
+
+def swap_measures(donor: Model, tasks: DrawnTasks, **options: Any) -> dict[str, Measure]:
+    """The measure "swap", to be measured beside those of ``training_measures``; none where no swaps are asked for.
+
+    Args:
+        options: fields of ``SwapOptions``.
+
+    Raises:
+        MethodError: as ``swap_measure``, or an option out of range.
+    """
+    asked = SwapOptions.of(options)
+    components = asked.swap_heads if asked.components is None else asked.components
+    if components == 0:
+        return {}
+    measure = swap_measure(donor, tasks, components, metric=asked.metric, n_null=asked.n_null, batch_size=asked.batch_size)
+    return {"swap": measure}
 
 
 def swap_measure(
@@ -103,12 +120,11 @@ def swap_rows(
 ) -> pd.DataFrame:
     """Every swap into ``model``, the host, on all prompts of every draw; the part is the component.
 
-    Quantities, beginning with the metric's name and with ``accuracy`` (share of prompts whose best right token beats all
-    wrong ones):
+    Quantities ``of`` the metric and of ``accuracy`` (share of prompts whose best right token beats all wrong ones):
 
-    - ``..._host``, ``..._donor``: their own values, with 95% intervals over prompts;
-    - ``..._change``: swapped minus host on the same prompts, with its interval;
-    - ``..._null_change``: the same with other components of the donor in that place; their mean, lowest and highest.
+    - ``host``, ``donor``: their own values, with 95% intervals over prompts;
+    - ``change``: swapped minus host on the same prompts, with its interval;
+    - ``null_change``: the same with other components of the donor in that place; their mean, lowest and highest.
 
     Raises:
         ModelError: host and donor are not of one shape.
@@ -125,24 +141,24 @@ def swap_rows(
         swaps = [(name, source) for name in components for source in (name, *nulls[name])]
         pairs = [*draw.task.discovery, *draw.task.test]
         metric_name = metric_of(draw, metric)
-        found = _values(host, donor_decoder, swaps, pairs, metric_name, batch_size)
-        for of, values in zip((metric_name, ACCURACY), found, strict=True):
+        both_values = _values(host, donor_decoder, swaps, pairs, metric_name, batch_size)
+        for of, values in zip((metric_name, ACCURACY), both_values, strict=True):
             changes = values[:, 2:] - values[:, :1]
             low, high = interval(resampled_means(np.concatenate([values[:, :2], changes], 1), draw.seed))
             rows += [
-                measured_row(draw, f"{of}_{whose}", values[:, i].mean(), low[i], high[i])
+                measured_row(draw, whose, values[:, i].mean(), low[i], high[i], of=of)
                 for i, whose in enumerate(("host", "donor"))
             ]
             means = dict(zip(swaps, changes.mean(0), strict=True))
             for component in components:
                 i, swap = 2 + swaps.index((component, component)), (component, component)
-                rows.append(measured_row(draw, f"{of}_change", means[swap], low[i], high[i], component))
+                rows.append(measured_row(draw, "change", means[swap], low[i], high[i], component, of=of))
                 others = [means[component, source] for source in nulls[component]]
                 if others:
                     mean, least, most = float(np.mean(others)), min(others), max(others)
-                    rows.append(measured_row(draw, f"{of}_null_change", mean, least, most, component))
+                    rows.append(measured_row(draw, "null_change", mean, least, most, component, of=of))
                 else:
-                    rows.append(measured_row(draw, f"{of}_null_change", part=component, note=NO_NULL))
+                    rows.append(measured_row(draw, "null_change", part=component, of=of, note=NO_NULL))
     return measured_rows(rows)
 
 
@@ -165,8 +181,8 @@ def _values(
     for batch in batches(pairs, batch_size, device=host.device):
         runs = swapped_logits(host, donor, swaps, batch)
         all_logits = (next(runs), full_logits(donor, batch), *runs)
-        found = [(get_metric(metric)(logits, batch), is_right(logits, batch)) for logits in all_logits]
-        parts.append(torch.stack([torch.stack([own.double() for own in both]) for both in found], -1).cpu().numpy())
+        measured = [(get_metric(metric)(logits, batch), is_right(logits, batch)) for logits in all_logits]
+        parts.append(torch.stack([torch.stack([one.double() for one in both]) for both in measured], -1).cpu().numpy())
     values, right = np.concatenate(parts, 1)
     return values, right
 
@@ -184,17 +200,17 @@ def swap_changes(result: TrainingResult) -> pd.DataFrame:
     rows = result.of("swap")
     if rows.empty:
         raise MethodError("the result has no swaps: measure them as well (swaps.swap_measure)")
-    rows = rows.assign(**rows["quantity"].str.extract(r"^(?P<of>.+?)_(?P<what>host|donor|null_change|change)$"))
     draw, ends = ["task", "of", "step", "seed"], {"value": "null", "low": "null_low", "high": "null_high"}
-    found = rows.loc[rows["what"] == "change", [*draw, "part", "tokens", "value", "low"]].rename(columns={"value": "change"})
-    null = rows.loc[rows["what"] == "null_change", [*draw, "part", *ends]].rename(columns=ends)
-    found = found.merge(null, on=[*draw, "part"])
+    columns = [*draw, "part", "tokens", "value", "low"]
+    changes = rows.loc[rows["quantity"] == "change", columns].rename(columns={"value": "change"})
+    nulls = rows.loc[rows["quantity"] == "null_change", [*draw, "part", *ends]].rename(columns=ends)
+    changes = changes.merge(nulls, on=[*draw, "part"])
     for whose in ("host", "donor"):
-        own = rows.loc[rows["what"] == whose, [*draw, "value"]].rename(columns={"value": whose})
-        found = found.merge(own, on=draw)
-    found["beats_nulls"] = (found["change"] > found["null_high"]) & (found["low"] > 0)
+        values = rows.loc[rows["quantity"] == whose, [*draw, "value"]].rename(columns={"value": whose})
+        changes = changes.merge(values, on=draw)
+    changes["beats_nulls"] = (changes["change"] > changes["null_high"]) & (changes["low"] > 0)
     return (
-        found.groupby(["task", "of", "part", "step"], sort=False)
+        changes.groupby(["task", "of", "part", "step"], sort=False)
         .agg(
             tokens=("tokens", "first"),
             host=("host", "mean"),
@@ -215,27 +231,11 @@ def swap_changes(result: TrainingResult) -> pd.DataFrame:
 def strongest_swaps(result: TrainingResult) -> pd.DataFrame:
     """Of every task and component the host in which the swap raises the metric most: that row of ``swap_changes``.
 
-    Raises:
-        MethodError: no swaps in the result.
+    Empty where there are no swaps.
     """
-    found = swap_changes(result)
-    found = found[found["of"] != ACCURACY]
-    rows = found.loc[found.groupby(["task", "part"], sort=False)["change"].idxmax()]
+    if result.of("swap").empty:
+        return pd.DataFrame(columns=["task", "change"])
+    changes = swap_changes(result)
+    changes = changes[changes["of"] != ACCURACY]
+    rows = changes.loc[changes.groupby(["task", "part"], sort=False)["change"].idxmax()]
     return rows.drop(columns="tokens").reset_index(drop=True)
-
-
-def swap_sentence(result: TrainingResult) -> str:
-    """Per task how many swaps beat their nulls, and the one that raises the metric most, beside its nulls and the donor."""
-    found = swap_changes(result)
-    found = found[found["of"] != ACCURACY]
-    parts = []
-    for task, own in found.groupby("task", sort=False):
-        (row,) = own.nlargest(1, "change").to_dict("records")
-        word = "more" if row["beats_nulls"] else "not clearly more"
-        parts.append(
-            f"{task}: {own['beats_nulls'].sum()} of {len(own)} swaps raise it by more than every null in every draw; the "
-            f"largest rise is {row['change']:+.2f} [{row['change_low']:.2f}, {row['change_high']:.2f}], by {row['part']} at "
-            f"step {row['step']}, where {row['donor'] - row['host']:.2f} separate host and donor, {word} than other "
-            f"components in its place ({row['null']:+.2f} [{row['null_low']:.2f}, {row['null_high']:.2f}])"
-        )
-    return "**Swaps** of single components of the last checkpoint into each one. " + "; ".join(parts) + "."

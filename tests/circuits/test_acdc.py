@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kc_lib.circuits.acdc.edge_tests import CALL, chance_to_stand, how_many
-from kc_lib.circuits.acdc.rows import rows_of
+from kc_lib.circuits.acdc.plans import rows_of
 from kc_lib.circuits.acdc.search import acdc
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.selection import top_edges
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, TaskError
@@ -286,7 +286,7 @@ def test_a_prefilter_is_where_the_loop_starts(
     model, pairs = small_model(kind), random_pairs(seed=2)
     shared = {"intervention": intervention, "grouped": grouped}
     # the rule that leaves out the ablated end of the path, where a norm of nothing at all has no gradient
-    scores = attribute_edges(model, pairs, "eap_ig", ig_rule="right", metric="match_nll", **shared)
+    scores = score_edges(model, pairs, "eap_ig", ig_rule="right", metric="match_nll", **shared)
     start = scores.graph.prune(top_edges(scores.graph, scores.scores.abs(), 120))
     expected = oracle(hf_model(small_folder(kind)), pairs, 0.02, start=start, **shared)
     circuit = acdc(model, pairs, tau=0.02, prefilter=120, **shared)

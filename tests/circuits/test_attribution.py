@@ -20,13 +20,13 @@ from oracles import eap
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.evaluate import evaluate_circuits
-from kc_lib.circuits.options import path_points
+from kc_lib.circuits.attribution import path_points, score_edges
+from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.scoring.edges import edge_scores
 from kc_lib.circuits.scoring.exact import patch_single_edges
+from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.circuits.selection import select
 from kc_lib.errors import GraphError, MethodError
 from kc_lib.graph import Graph
@@ -89,7 +89,7 @@ def test_scores_are_the_oracles(
     pairs, hf = random_pairs(), hf_model(small_folder(kind))
     for metric in METRIC_NAMES if rule in ("eap", "midpoint") else METRIC_NAMES[:1]:
         expected = oracle_scores(hf, pairs, alphas, metric, grouped)
-        found = attribute_edges(
+        found = score_edges(
             small_model(kind), pairs, method, steps=3, ig_rule=ig_rule, metric=metric, grouped=grouped, batch_size=3
         )
         assert relative_gap(found.scores, expected) <= 1e-4, metric
@@ -101,8 +101,8 @@ def test_scores_are_the_oracles(
 def test_ungrouped_copies_sum_to_the_grouped_reader(small_model: SmallModel, kind: str) -> None:
     """A shared key or value is read by all its query heads: its gradient is the sum of theirs."""
     pairs = random_pairs(seed=4)
-    together = attribute_edges(small_model(kind), pairs, steps=2)
-    apart = attribute_edges(small_model(kind), pairs, steps=2, grouped=False)
+    together = score_edges(small_model(kind), pairs, steps=2)
+    apart = score_edges(small_model(kind), pairs, steps=2, grouped=False)
     group = together.graph.n_heads // together.graph.n_kv_heads
     for column, reader in enumerate(together.graph.readers):
         heads = range(reader.index * group, (reader.index + 1) * group) if reader.kind in ("k", "v") else [reader.index]
@@ -115,7 +115,7 @@ def test_ungrouped_copies_sum_to_the_grouped_reader(small_model: SmallModel, kin
 def test_smollm2_scores_are_the_oracles(smollm2: Model) -> None:
     pairs = list(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     expected = oracle_scores(hf_model(cached_smollm2()), pairs, (0.0, 0.5), "logit_difference", True)
-    found = attribute_edges(smollm2, pairs, "eap_ig", steps=2)
+    found = score_edges(smollm2, pairs, "eap_ig", steps=2)
     assert relative_gap(found.scores, expected) <= 1e-4
 
 
@@ -131,7 +131,7 @@ def test_scores_do_not_depend_on_the_batches(
     pairs = random_pairs((5, 9, 9, 7, 4, 12), seed=5)
 
     def scores(batch_size: int, order: list[TokenPair]) -> Tensor:
-        return attribute_edges(
+        return score_edges(
             small_model(kind),
             order,
             steps=3,
@@ -150,12 +150,12 @@ def test_scores_do_not_depend_on_the_batches(
 @pytest.mark.parametrize("kind", NAMED)
 def test_evaluations_do_not_depend_on_the_batches(small_model: SmallModel, kind: str) -> None:
     model, pairs = small_model(kind), random_pairs((5, 9, 9, 7, 4, 12), seed=5)
-    circuit = select(attribute_edges(model, pairs, "eap"), size=0.3)
+    circuit = select(score_edges(model, pairs, "eap"), size=0.3)
     columns = ["value", "probability", "kl"]
-    alone = evaluate_circuits(model, {"circuit": circuit}, {"all": pairs}, batch_size=1).examples
+    alone = evaluate(model, {"circuit": circuit}, {"all": pairs}, batch_size=1).examples
     alone = alone.sort_values(["circuit", "fact"])
     for batch_size in (3, 100):
-        found = evaluate_circuits(model, {"circuit": circuit}, {"all": pairs}, batch_size=batch_size).examples
+        found = evaluate(model, {"circuit": circuit}, {"all": pairs}, batch_size=batch_size).examples
         found = found.sort_values(["circuit", "fact"])
         assert found["circuit"].tolist() == alone["circuit"].tolist()
         assert found["rank"].tolist() == alone["rank"].tolist()
@@ -175,7 +175,7 @@ def test_a_readers_scores_sum_to_its_linear_effect(small_model: SmallModel, kind
     graph, metric, batch = decoder.graph(grouped), METRICS["logit_difference"], make_batch(random_pairs(seed=6))
     clean = writer_outputs(decoder, batch.clean)
     small = Ablation("tensor", clean + 1e-3 * (ablation(decoder, "patching", batch).outputs - clean))
-    scores = edge_scores(decoder, graph, batch, metric, small, [1.0])
+    (scores,) = edge_scores(decoder, graph, Prepared(batch, metric, small), [1.0])
     # the finite difference is taken both ways, so that second-order terms cancel
     other = Ablation("tensor", 2 * clean - small.outputs)
     largest = scores.sum(0).abs().max()
@@ -200,7 +200,7 @@ def test_exact_scores_are_one_removed_edge_at_a_time(small_model: SmallModel, ki
     model, pairs = small_model(kind), random_pairs()
     decoder = model.residual
     graph, metric, batch = decoder.graph(grouped), METRICS["logit_difference"], make_batch(pairs)
-    exact = attribute_edges(model, pairs, "exact", grouped=grouped, batch_size=3)
+    exact = score_edges(model, pairs, "exact", grouped=grouped, batch_size=3)
     assert exact.scores[~graph.edges].eq(0).all()
     largest = exact.scores.abs().max()
     ablated = ablation(decoder, "patching", batch)
@@ -222,8 +222,8 @@ def test_exact_scores_are_one_removed_edge_at_a_time(small_model: SmallModel, ki
 def test_a_positive_score_means_that_ablating_hurts(small_model: SmallModel) -> None:
     """Scores at the last reader are exact for a metric that is linear in the final norm's output, up to the norm."""
     model, pairs = small_model("gpt2"), random_pairs(seed=9)
-    approximate = attribute_edges(model, pairs, "eap_ig", steps=5, ig_rule="midpoint")
-    exact = attribute_edges(model, pairs, "exact")
+    approximate = score_edges(model, pairs, "eap_ig", steps=5, ig_rule="midpoint")
+    exact = score_edges(model, pairs, "exact")
     edges = exact.graph.edges
     correlation = torch.corrcoef(torch.stack([approximate.scores[edges], exact.scores[edges]]))[0, 1]
     assert correlation > 0.7
@@ -231,18 +231,18 @@ def test_a_positive_score_means_that_ablating_hurts(small_model: SmallModel) -> 
 
 def test_any_callable_metric_serves(small_model: SmallModel) -> None:
     pairs = random_pairs()
-    ours = attribute_edges(small_model("llama"), pairs, "eap", metric="logit_difference")
+    ours = score_edges(small_model("llama"), pairs, "eap", metric="logit_difference")
     twice = Metric("twice", "logits", lambda *given: 2 * METRICS["logit_difference"].function(*given))
     worse = Metric("worse", "logits", METRICS["logit_difference"].function, higher_is_better=False)
-    assert relative_gap(attribute_edges(small_model("llama"), pairs, "eap", metric=twice).scores, 2 * ours.scores) <= 1e-5
-    assert relative_gap(attribute_edges(small_model("llama"), pairs, "eap", metric=worse).scores, -ours.scores) <= 1e-5
+    assert relative_gap(score_edges(small_model("llama"), pairs, "eap", metric=twice).scores, 2 * ours.scores) <= 1e-5
+    assert relative_gap(score_edges(small_model("llama"), pairs, "eap", metric=worse).scores, -ours.scores) <= 1e-5
 
 
 def test_scores_of_metrics_with_a_reference_vanish_at_the_clean_input(small_model: SmallModel) -> None:
     """KL to the model itself has its minimum there, so EAP sees nothing and integrated gradients see something."""
     pairs = random_pairs()
-    at_clean = attribute_edges(small_model("gpt2"), pairs, "eap", metric="kl").scores.abs().max()
-    on_the_way = attribute_edges(small_model("gpt2"), pairs, "eap_ig", metric="kl").scores.abs().max()
+    at_clean = score_edges(small_model("gpt2"), pairs, "eap", metric="kl").scores.abs().max()
+    on_the_way = score_edges(small_model("gpt2"), pairs, "eap_ig", metric="kl").scores.abs().max()
     assert at_clean <= 1e-4 * on_the_way
 
 
@@ -270,7 +270,7 @@ def test_path_points() -> None:
 )
 def test_options_that_do_not_exist_are_refused(small_model: SmallModel, options: dict, message: str) -> None:
     with pytest.raises(MethodError, match=message):
-        attribute_edges(small_model("gpt2"), random_pairs(), **options)
+        score_edges(small_model("gpt2"), random_pairs(), **options)
 
 
 def test_unknown_edges_are_refused(small_model: SmallModel) -> None:

@@ -8,13 +8,13 @@ from helpers import SmallFolder, SmallModel, hf_model, random_pairs, relative_ga
 from oracles import discovery
 from torch import Tensor
 
-from kc_lib.circuits.attribution import attribute_edges, attribute_facts
-from kc_lib.circuits.ensembles import ensemble
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.discovery import ensemble
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.scoring.activation_path import activation_edge_scores
-from kc_lib.circuits.scoring.edges import grouped_edge_scores
+from kc_lib.circuits.scoring.edges import edge_scores
 from kc_lib.circuits.scoring.exact import patch_single_edges
-from kc_lib.circuits.scoring.groups import one_group
+from kc_lib.circuits.scoring.prepared import Prepared, one_group
 from kc_lib.circuits.scoring.qk_fix import qk_fix_scores
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
@@ -60,7 +60,7 @@ def test_activation_scores_are_the_oracles(
             alphas,
             ungrouped=not grouped,
         )
-        found = attribute_edges(
+        found = score_edges(
             model,
             pairs,
             "eap_ig_activations",
@@ -89,8 +89,8 @@ def test_qk_fix_scores_are_the_oracles(small_model: SmallModel, small_folder: Sm
         batch.distractors,
         ungrouped=not grouped,
     )
-    found = attribute_edges(model, pairs, "qk_fix", intervention=intervention, grouped=grouped, batch_size=4)
-    eap = attribute_edges(model, pairs, "eap", intervention=intervention, grouped=grouped, batch_size=4)
+    found = score_edges(model, pairs, "qk_fix", intervention=intervention, grouped=grouped, batch_size=4)
+    eap = score_edges(model, pairs, "eap", intervention=intervention, grouped=grouped, batch_size=4)
     fixed = torch.tensor([reader.kind in ("q", "k") for reader in found.graph.readers])
     assert expected[:, fixed].abs().max() > 0.01
     assert relative_gap(found.scores[:, fixed], expected[:, fixed]) <= 1e-4
@@ -103,7 +103,7 @@ def test_flow_scores_are_the_oracles(small_model: SmallModel, small_folder: Smal
     expected = discovery.oracle_flow_scores(
         hf_model(small_folder(kind)), [pair.clean for pair in pairs], ungrouped=not grouped
     )
-    found = attribute_edges(small_model(kind), pairs, "flow_routes", grouped=grouped, batch_size=3)
+    found = score_edges(small_model(kind), pairs, "flow_routes", grouped=grouped, batch_size=3)
     assert relative_gap(found.scores, expected) <= 1e-4
 
 
@@ -115,14 +115,14 @@ def test_flow_scores_are_the_oracles(small_model: SmallModel, small_folder: Smal
 def test_scores_do_not_depend_on_the_batches(small_model: SmallModel, kind: str, method: str) -> None:
     pairs = random_pairs((5, 9, 9, 7, 4), seed=5)
     options = {"steps": 2, "metric": "log_probability", "full_answer": True}
-    alone = attribute_edges(small_model(kind), pairs, method, batch_size=1, **options).scores
+    alone = score_edges(small_model(kind), pairs, method, batch_size=1, **options).scores
     assert alone.abs().max() > 0.01
     for batch_size, order in ((3, pairs), (100, pairs[::-1])):
-        found = attribute_edges(small_model(kind), order, method, batch_size=batch_size, **options)
+        found = score_edges(small_model(kind), order, method, batch_size=batch_size, **options)
         assert relative_gap(found.scores, alone) <= 1e-5
-    facts = attribute_facts(small_model(kind), pairs, method, batch_size=4, **options)
+    facts = score_edges(small_model(kind), pairs, method, batch_size=4, **options, per="fact")
     assert relative_gap(facts.mean().scores, alone) <= 1e-5
-    one = attribute_edges(small_model(kind), pairs[1:2], method, **options)
+    one = score_edges(small_model(kind), pairs[1:2], method, **options)
     assert relative_gap(facts.scores[1], one.scores) <= 1e-5
 
 
@@ -135,12 +135,11 @@ def test_shared_positions_change_nothing(small_model: SmallModel, kind: str) -> 
     for fixed in (True, False):
         scores = []
         for used in (EMPTY, context):
-            ablated = ablation(decoder, "patching", batch, context=used)
+            prepared = Prepared(batch, metric, ablation(decoder, "patching", batch, context=used), prefix=used)
             if fixed:
-                scores.append(qk_fix_scores(decoder, graph, batch, metric, ablated, context=used))
+                scores.append(qk_fix_scores(decoder, graph, prepared))
             else:
-                groups = one_group(batch)
-                scores.append(activation_edge_scores(decoder, graph, batch, metric, ablated, [0.5], groups, context=used)[0])
+                scores.append(activation_edge_scores(decoder, graph, prepared, [0.5], one_group(batch))[0])
         assert relative_gap(scores[1], scores[0]) <= 1e-5
 
 
@@ -150,8 +149,8 @@ def test_shared_positions_change_nothing(small_model: SmallModel, kind: str) -> 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_integrating_the_input_writer_is_eap_ig(small_model: SmallModel, kind: str) -> None:
     pairs = random_pairs(seed=3)
-    inputs = attribute_edges(small_model(kind), pairs, "eap_ig", steps=3, ig_rule="midpoint")
-    activations = attribute_edges(small_model(kind), pairs, "eap_ig_activations", steps=3, ig_rule="midpoint")
+    inputs = score_edges(small_model(kind), pairs, "eap_ig", steps=3, ig_rule="midpoint")
+    activations = score_edges(small_model(kind), pairs, "eap_ig_activations", steps=3, ig_rule="midpoint")
     assert relative_gap(activations.scores[0], inputs.scores[0]) <= 1e-5
     assert relative_gap(activations.scores[1:], inputs.scores[1:]) > 0.01
 
@@ -162,9 +161,7 @@ def test_integrals_of_the_last_writer_are_exact(small_model: SmallModel, kind: s
     model, pairs = small_model(kind), random_pairs(seed=4)
     edge = "m2->logits"
     exact = patch_single_edges(model, pairs, [edge])["score"].item()
-    scores = {
-        steps: attribute_edges(model, pairs, "eap_ig_activations", steps=steps, ig_rule="midpoint") for steps in (2, 50)
-    }
+    scores = {steps: score_edges(model, pairs, "eap_ig_activations", steps=steps, ig_rule="midpoint") for steps in (2, 50)}
     position = scores[50].graph.edge_positions(edge)
     assert abs(exact) > 0.01
     assert abs(scores[50].scores[position].item() - exact) <= 0.01 * abs(exact)
@@ -179,28 +176,28 @@ def test_the_qk_fix_of_a_small_change_is_eap(small_model: SmallModel, kind: str)
     change = ablation(decoder, "patching", batch).outputs - clean
     gaps = []
     for size in (1e-2, 1.0):
-        ablated = Ablation("tensor", clean + size * change)
-        fixed = qk_fix_scores(decoder, graph, batch, metric, ablated)
-        linear = grouped_edge_scores(decoder, graph, batch, metric, ablated, [1.0], one_group(batch))[0]
+        prepared = Prepared(batch, metric, Ablation("tensor", clean + size * change))
+        fixed = qk_fix_scores(decoder, graph, prepared)
+        (linear,) = edge_scores(decoder, graph, prepared, [1.0])
         gaps.append(relative_gap(fixed, linear))
     assert gaps[0] <= 0.05 < gaps[1]
 
 
 def test_the_qk_fix_runs_any_number_of_writers_at_once(small_model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_pairs()
-    together = attribute_edges(small_model("qwen2"), pairs, "qk_fix").scores
+    together = score_edges(small_model("qwen2"), pairs, "qk_fix").scores
     monkeypatch.setattr("kc_lib.circuits.scoring.qk_fix.WRITERS_AT_ONCE", 2)
-    assert relative_gap(attribute_edges(small_model("qwen2"), pairs, "qk_fix").scores, together) <= 1e-6
+    assert relative_gap(score_edges(small_model("qwen2"), pairs, "qk_fix").scores, together) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_flow_shares_sum_to_one_and_need_no_corrupted_prompt(small_model: SmallModel, kind: str) -> None:
     pairs = random_pairs()
-    shares = attribute_edges(small_model(kind), pairs, "flow_routes")
+    shares = score_edges(small_model(kind), pairs, "flow_routes")
     assert shares.scores.min() >= 0
     assert (shares.scores.sum(0) - 1).abs().max() <= 1e-5
     same = [TokenPair(p.clean, p.clean, p.answer, p.distractor, p.positions, p.text) for p in pairs]
-    other = attribute_edges(small_model(kind), same, "flow_routes", metric="kl", intervention="mean")
+    other = score_edges(small_model(kind), same, "flow_routes", metric="kl", intervention="mean")
     assert torch.equal(other.scores, shares.scores)
     assert other.provenance["metric"] is None
     assert other.provenance["unit"] == "share of the reader's input"
@@ -274,4 +271,4 @@ def test_ensembles_that_make_no_sense_are_refused() -> None:
 )
 def test_options_that_do_not_exist_are_refused(small_model: SmallModel, method: str, options: dict, message: str) -> None:
     with pytest.raises(MethodError, match=message):
-        attribute_edges(small_model("gpt2"), random_pairs(), method, **options)
+        score_edges(small_model("gpt2"), random_pairs(), method, **options)

@@ -8,11 +8,12 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from kc_lib.circuits.baselines import RANDOM, random_circuit
 from kc_lib.circuits.evaluate import Evaluation
 from kc_lib.circuits.evaluation_figures import PANELS, comparison_bars, faithfulness_figure
 from kc_lib.circuits.figures import circuit_graph, score_distribution, top_edges_table, top_nodes_table
 from kc_lib.circuits.scores import EdgeScores
-from kc_lib.circuits.selection import random_circuit, top_edges
+from kc_lib.circuits.selection import top_edges
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.metrics import METRICS
@@ -52,22 +53,24 @@ def evaluation() -> Evaluation:
     rows = []
     for split, n in (("discovery", 20), ("held_out", 11)):
         circuits = {
-            "full": (500, 1.0),
-            "empty": (0, 0.0),
-            "top 0.1": (50, 0.8),
-            "top 0.02": (10, 0.5),
-            "top 0.001": (0, 0.0),
+            "full": (500, 1.0, {"kind": "full"}),
+            "empty": (0, 0.0, {"kind": "empty"}),
+            "circuit": (30, 0.7, {"kind": "circuit"}),
         }
-        circuits |= {
-            f"random {share} #{i}": (edges, 0.01 * i) for share, edges in ((0.1, 50), (0.02, 10)) for i in (1, 2, 3)
-        }
-        circuits |= {"circuit": (30, 0.7), "null #1": (30, 0.04), "null #2": (30, 0.06)}
-        for name, (n_edges, value) in circuits.items():
+        for size, edges, value in ((0.1, 50, 0.8), (0.02, 10, 0.5), (0.001, 0, 0.0)):
+            circuits[f"top {size}"] = (edges, value, {"kind": "ranking", "ranking": "top", "size": size})
+        draws = [("top 0.1", "top", 50, (0.01, 0.02, 0.03)), ("top 0.02", "top", 10, (0.01, 0.02, 0.03))]
+        for of, ranking, edges, values in [*draws, ("circuit", "", 30, (0.04, 0.06))]:
+            for draw, value in enumerate(values, start=1):
+                label = {"kind": RANDOM, "ranking": ranking, "draw": draw, "of": of}
+                circuits[f"random baseline {draw} of {of}"] = (edges, value, label)
+        for name, (n_edges, value, label) in circuits.items():
             value = value if split == "discovery" or name == "full" else 0.9 * value
             rows.append(
                 {
                     "circuit": name,
-                    "kind": name.partition(" ")[0],
+                    **{"ranking": "", "size": np.nan, "draw": 0, "of": ""},
+                    **label,
                     "split": split,
                     "n_edges": n_edges,
                     "share": n_edges / 500,
@@ -289,9 +292,9 @@ def test_faithfulness_figure(evaluation: Evaluation) -> None:
     assert "not shown (no edges, or undefined): top 0.001" in heading(figure)
     assert figure.layout.xaxis.type == "log"
     assert [shape.y0 for shape in figure.layout.shapes] == [0, 1]
-    only_nulls = evaluation.summary[evaluation.summary["kind"] != "top"]
+    only_random = evaluation.table[evaluation.table["kind"] != "ranking"]
     with pytest.raises(MethodError, match="no 'top' circuit"):
-        faithfulness_figure(Evaluation(only_nulls, pd.DataFrame(), evaluation.metric))
+        faithfulness_figure(Evaluation(only_random, pd.DataFrame(), evaluation.metric))
 
 
 def bars_of(figure: go.Figure, panel: str) -> dict[str, float]:
@@ -313,10 +316,10 @@ def test_comparison_bars(evaluation: Evaluation) -> None:
     assert {annotation.text for annotation in figure.layout.annotations} == set(PANELS.values())
 
 
-def test_comparison_bars_take_the_circuit_and_its_nulls_by_default(evaluation: Evaluation) -> None:
+def test_comparison_bars_take_the_circuit_and_its_baselines_by_default(evaluation: Evaluation) -> None:
     bars = bars_of(comparison_bars(evaluation), "hit_at_10")
     assert bars == pytest.approx({"empty<br>circuit": 0, "random<br>circuits": 0.045, "circuit": 0.63, "full<br>model": 1})
-    without = Evaluation(evaluation.summary[evaluation.summary["kind"] != "circuit"], pd.DataFrame(), evaluation.metric)
+    without = Evaluation(evaluation.table[evaluation.table["kind"] != "circuit"], pd.DataFrame(), evaluation.metric)
     assert {"top<br>0.1", "top<br>0.02"} < set(bars_of(comparison_bars(without), "hit_at_10"))
     with pytest.raises(MethodError, match=r"no circuit 'top 0\.3'"):
         comparison_bars(evaluation, ["top 0.3"])

@@ -11,10 +11,9 @@ import torch
 from helpers import KINDS, NAMED, SmallFolder, SmallModel, hf_model, random_pairs, relative_gap, views
 from oracles import eap, levels, rules
 
-from kc_lib.circuits.attribution import attribute_edges, attribute_facts, attribute_positions
-from kc_lib.circuits.neuron_scores import NeuronScores, attribute_neurons
-from kc_lib.circuits.scores import EdgeScores, PositionScores
-from kc_lib.circuits.scoring.groups import POSITION_GROUPS, by_position
+from kc_lib.circuits.attribution import score_edges, score_neurons
+from kc_lib.circuits.scores import EdgeScores, NeuronScores, PositionScores
+from kc_lib.circuits.scoring.prepared import POSITION_GROUPS, by_position
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Graph
 from kc_lib.residual.prefix_cache import shared_context
@@ -32,10 +31,10 @@ every_kind = pytest.mark.parametrize(
 def test_a_facts_scores_are_those_of_the_fact_alone(small_model: SmallModel, kind: str, grouped: bool) -> None:
     model, pairs = small_model(kind), random_pairs(LENGTHS, seed=11)
     options = {"steps": 2, "grouped": grouped, "intervention": "patching" if grouped else "zero"}
-    found = attribute_facts(model, pairs, "eap_ig", batch_size=3, **options)
-    alone = [attribute_edges(model, [pair], "eap_ig", **options).scores for pair in pairs]
+    found = score_edges(model, pairs, "eap_ig", batch_size=3, **options, per="fact")
+    alone = [score_edges(model, [pair], "eap_ig", **options).scores for pair in pairs]
     assert relative_gap(found.scores, torch.stack(alone)) <= 1e-5
-    edges = attribute_edges(model, pairs, "eap_ig", batch_size=3, **options)
+    edges = score_edges(model, pairs, "eap_ig", batch_size=3, **options)
     assert relative_gap(found.mean().scores, edges.scores) <= 1e-5
     assert found.mean().provenance == edges.provenance
     assert found.graph == edges.graph
@@ -45,26 +44,24 @@ def test_a_facts_scores_are_those_of_the_fact_alone(small_model: SmallModel, kin
 def test_facts_with_answers_of_several_tokens(small_model: SmallModel, kind: str) -> None:
     model, pairs = small_model(kind), random_pairs(LENGTHS, seed=12)
     options = {"steps": 2, "metric": "log_probability", "full_answer": True}
-    found = attribute_facts(model, pairs, **options)
-    alone = [attribute_edges(model, [pair], **options).scores for pair in pairs]
+    found = score_edges(model, pairs, **options, per="fact")
+    alone = [score_edges(model, [pair], **options).scores for pair in pairs]
     assert relative_gap(found.scores, torch.stack(alone)) <= 1e-5
 
 
 def test_facts_of_methods_without_gradients(small_model: SmallModel) -> None:
     pairs = random_pairs((4, 5), seed=13)
-    found = attribute_facts(small_model("neox"), pairs, "exact")
-    assert relative_gap(found.mean().scores, attribute_edges(small_model("neox"), pairs, "exact").scores) <= 1e-5
+    found = score_edges(small_model("neox"), pairs, "exact", per="fact")
+    assert relative_gap(found.mean().scores, score_edges(small_model("neox"), pairs, "exact").scores) <= 1e-5
     assert relative_gap(found.scores[0], found.scores[1]) > 0.1
 
 
 def test_means_over_chosen_facts_count_repetitions(small_model: SmallModel) -> None:
     pairs = random_pairs(LENGTHS, seed=14)
-    found = attribute_facts(small_model("gpt2"), pairs, "eap")
+    found = score_edges(small_model("gpt2"), pairs, "eap", per="fact")
     resample = [3, 0, 3, 3, 1]
     chosen = found.mean(resample)
-    assert (
-        relative_gap(chosen.scores, attribute_edges(small_model("gpt2"), [pairs[i] for i in resample], "eap").scores) <= 1e-5
-    )
+    assert relative_gap(chosen.scores, score_edges(small_model("gpt2"), [pairs[i] for i in resample], "eap").scores) <= 1e-5
     assert chosen.provenance["facts"] == resample
     for wrong in ([], [5], [-1, 0]):
         with pytest.raises(MethodError, match="indices from 0 to 4"):
@@ -121,7 +118,7 @@ def test_scores_of_a_group_are_the_oracles_at_its_positions(
     pairs = placed_pairs(seed=32)
     batch, hf = make_batch(pairs), hf_model(small_folder(kind))
     assert shared_context(small_model(kind).residual, batch, "patching").start == 2
-    found = attribute_positions(small_model(kind), pairs, method, steps=2, grouped=grouped)
+    found = score_edges(small_model(kind), pairs, method, steps=2, grouped=grouped, per="position")
     decoder = None
     if method == "gim":
         hf = copy.deepcopy(hf).double()
@@ -152,16 +149,19 @@ def test_groups_sum_to_the_edges_in_batches_of_any_size(
 ) -> None:
     pairs = placed_pairs(seed=33)
     options = {"steps": 2, "intervention": intervention, "full_answer": full_answer, "metric": "log_probability"}
-    found = attribute_positions(small_model(kind), pairs, batch_size=2, **options)
-    edges = attribute_edges(small_model(kind), pairs, **options)
+    found = score_edges(small_model(kind), pairs, batch_size=2, **options, per="position")
+    edges = score_edges(small_model(kind), pairs, **options)
     assert relative_gap(found.total().scores, edges.scores) <= 1e-5
     assert found.total().provenance == edges.provenance
-    assert relative_gap(found.scores, attribute_positions(small_model(kind), pairs, batch_size=1, **options).scores) <= 1e-5
+    assert (
+        relative_gap(found.scores, score_edges(small_model(kind), pairs, batch_size=1, **options, per="position").scores)
+        <= 1e-5
+    )
 
 
 def test_methods_that_are_no_sums_over_positions_are_refused(small_model: SmallModel) -> None:
     with pytest.raises(MethodError, match="'exact' scores are no sums over positions"):
-        attribute_positions(small_model("gpt2"), placed_pairs(seed=34), "exact")
+        score_edges(small_model("gpt2"), placed_pairs(seed=34), "exact", per="position")
 
 
 def test_position_scores_survive_a_file(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_nodes_score_is_the_gradient_at_what_it_writes(
         (1.0,) if method == "relp" else (0.0, 0.5),
         rules.with_rules(hf, "relp") if method == "relp" else None,
     ).float()
-    edges = attribute_edges(small_model(kind), pairs, method, steps=2)
+    edges = score_edges(small_model(kind), pairs, method, steps=2)
     found = edges.node_scores()
     assert found["node"].tolist() == edges.graph.writers
     assert relative_gap(torch.tensor(found["score"].to_numpy()).float(), expected) <= 1e-4
@@ -230,7 +230,7 @@ def test_neuron_scores_are_the_oracles(
     )
     options = {"steps": 2, "ig_rule": "right", "intervention": intervention}
     for batch_size in (8, 2):
-        found = attribute_neurons(small_model(kind), pairs, batch_size=batch_size, **options)
+        found = score_neurons(small_model(kind), pairs, batch_size=batch_size, **options)
         assert relative_gap(found.scores, expected) <= 1e-4
 
 
@@ -239,8 +239,8 @@ def test_neuron_scores_are_the_oracles(
 def test_neurons_sum_to_their_mlp(small_model: SmallModel, kind: str, method: str) -> None:
     """An MLP's output is linear in its neurons, and what it adds to the stream too unless a norm comes between."""
     pairs = random_pairs(LENGTHS, seed=37)
-    neurons = attribute_neurons(small_model(kind), pairs, method)
-    nodes = attribute_edges(small_model(kind), pairs, method).node_scores().set_index("node")["score"]
+    neurons = score_neurons(small_model(kind), pairs, method)
+    nodes = score_edges(small_model(kind), pairs, method).node_scores().set_index("node")["score"]
     expected = torch.tensor([nodes[f"m{layer}"] for layer in range(3)]).float()
     gap = relative_gap(neurons.scores.sum(1), expected)
     assert gap > 1e-3 if kind == "gemma2" else gap <= 1e-4
@@ -249,14 +249,14 @@ def test_neurons_sum_to_their_mlp(small_model: SmallModel, kind: str, method: st
 def test_neurons_of_other_methods_and_models_are_refused(small_model: SmallModel) -> None:
     model, pairs = small_model("gpt2"), random_pairs(LENGTHS, seed=38)
     with pytest.raises(MethodError, match="'exact' gives neurons no scores"):
-        attribute_neurons(model, pairs, "exact")
+        score_neurons(model, pairs, "exact")
     with pytest.raises(MethodError, match="unknown method 'atp'"):
-        attribute_neurons(model, pairs, "atp")
+        score_neurons(model, pairs, "atp")
     with (
         model.bridge.hooks(fwd_hooks=[("blocks.2.mlp.hook_out", lambda value, hook: 2 * value)]),
         pytest.raises(ModelError, match="MLP of layer 2"),
     ):
-        attribute_neurons(model, pairs)
+        score_neurons(model, pairs)
 
 
 def test_neuron_scores_survive_a_file(tmp_path: Path) -> None:

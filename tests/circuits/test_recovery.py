@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from ground_truth.circuits import HAND_WIRED, HandWired, hand_wired
+from ground_truth.known_circuit import edge_auroc
 from jaxtyping import Bool
 from torch import Tensor
 
 from kc_lib.circuits.acdc.search import acdc
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.options import METHODS
 from kc_lib.circuits.selection import top_edges
-from kc_lib.circuits.truth import edge_auroc
 
 PAGE = Path(__file__).parents[2] / "docs" / "ground_truth.md"
 N_TRUE = {"induction": 5, "saturated": 5, "fact": 3, "cancelling": 3, "redundant": 6}
@@ -70,7 +70,7 @@ def test_ranking(method: str, name: str) -> None:
         pytest.fail(f"no row for {method!r}: measure it, then add it to RANKINGS and to {PAGE.name}")
     minimum, expected = RANKINGS[method][MODELS.index(name)]
     wired = built(name)
-    scores = attribute_edges(wired.model, wired.pairs, method)
+    scores = score_edges(wired.model, wired.pairs, method)
     best = top_edges(scores.graph, scores.scores.abs(), wired.circuit.n_edges)
     found = int((best & wired.circuit.mask).sum())
     assert edge_auroc(scores, wired.circuit) >= minimum

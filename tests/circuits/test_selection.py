@@ -10,8 +10,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from kc_lib.circuits.baselines import layer_matched, random_circuit
 from kc_lib.circuits.scores import EdgeScores, FactScores
-from kc_lib.circuits.selection import number_of_edges, profile_null, random_circuit, select, select_bootstrap, top_edges
+from kc_lib.circuits.selection import number_of_edges, select, select_bootstrap, top_edges
 from kc_lib.errors import MethodError
 from kc_lib.graph import Graph, edge_frame
 
@@ -162,20 +163,21 @@ def test_sizes_are_numbers_or_shares() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": -1}, "size -1"),
-        ({"size": -0.1}, "size -0.1"),
-        ({"size": 2.5}, "size 2.5"),
+        ({"size": -1}, "size is -1"),
+        ({"size": -0.1}, "size is -0.1"),
+        ({"size": 2.5}, "size is 2.5"),
         ({"size": 10**6}, "the graph has"),
         ({"size": 0}, "too few"),
-        ({"size": True}, "size True"),
-        ({"size": "ten"}, "size 'ten'"),
-        ({"size": float("nan")}, "size nan"),
-        ({"size": float("inf")}, "size inf"),
+        ({"size": True}, "size is True"),
+        ({"size": "ten"}, "size is 'ten'"),
+        ({"size": float("nan")}, "size is nan"),
+        ({"size": float("inf")}, "size is inf"),
         ({"selection": "best"}, "unknown selection 'best'"),
         ({"selection": "bootstrap"}, "scores of each fact: select_bootstrap"),
+        ({"selection": "faithful"}, "runs the model: smallest_faithful"),
         ({"selection": "threshold"}, "needs a threshold"),
-        ({"selection": "threshold", "threshold": -1.0}, "needs a threshold"),
-        ({"selection": "threshold", "threshold": float("nan")}, "needs a threshold"),
+        ({"selection": "threshold", "threshold": -1.0}, "threshold is -1.0; it must be a number, at least 0"),
+        ({"selection": "threshold", "threshold": float("nan")}, "threshold is nan; it must be a number, at least 0"),
     ],
 )
 def test_sizes_and_selections_that_do_not_exist(options: dict, message: str) -> None:
@@ -232,11 +234,11 @@ def renamed(graph: Graph, name: str, heads: dict[int, list[int]]) -> str:
 
 
 @pytest.mark.parametrize("graph", PROFILED, ids=str)
-def test_a_profile_null_keeps_the_profile_and_all_connections(graph: Graph) -> None:
+def test_a_layer_matched_baseline_keeps_the_profile_and_all_connections(graph: Graph) -> None:
     changed = 0
     for seed in range(6):
         circuit = random_circuit(graph, graph.n_edges // 6, seed)
-        null = profile_null(circuit, seed)
+        null = layer_matched(circuit, seed)
         assert null.n_edges == circuit.n_edges
         assert cells(graph, null.mask) == cells(graph, circuit.mask)
         assert torch.equal(graph.prune(null.mask), null.mask)
@@ -245,7 +247,7 @@ def test_a_profile_null_keeps_the_profile_and_all_connections(graph: Graph) -> N
         fixed = [i for i, name in enumerate(graph.writers) if not name.startswith("a")]
         kept = [i for i, reader in enumerate(graph.readers) if reader.kind in ("mlp", "logits")]
         assert torch.equal(null.mask[fixed][:, kept], circuit.mask[fixed][:, kept])
-        assert torch.equal(profile_null(circuit, seed).mask, null.mask)
+        assert torch.equal(layer_matched(circuit, seed).mask, null.mask)
         changed += not torch.equal(null.mask, circuit.mask)
     assert changed >= 4
 
@@ -261,7 +263,7 @@ def orders(graph: Graph) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("graph", "n_orders"), [(Graph(2, 4, 2, 8), 8), (Graph(2, 4, 2, 8, grouped=False), 24)], ids=str)
-def test_profile_nulls_are_all_exchanges_of_heads_and_no_others(graph: Graph, n_orders: int) -> None:
+def test_layer_matched_baselines_are_all_exchanges_of_heads_and_no_others(graph: Graph, n_orders: int) -> None:
     circuit = random_circuit(graph, 60, 0)
     allowed = orders(graph)
     assert len(allowed) == n_orders
@@ -271,7 +273,7 @@ def test_profile_nulls_are_all_exchanges_of_heads_and_no_others(graph: Graph, n_
         for j, second in enumerate(allowed)
     }
     assert len(exchanged) == n_orders**2  # no two exchanges give the same circuit
-    drawn = [exchanged[frozenset(names(graph, profile_null(circuit, seed).mask))] for seed in range(200)]
+    drawn = [exchanged[frozenset(names(graph, layer_matched(circuit, seed).mask))] for seed in range(200)]
     assert {i for i, _ in drawn} == {j for _, j in drawn} == set(range(n_orders))
 
 
@@ -348,7 +350,7 @@ def test_the_strongest_of_the_edges_that_pass(graph: Graph) -> None:
         ({"n_resamples": 1}, 5, "at least 2 facts and 2 resamples"),
         ({"confidence": 1.0}, 5, "confidence is 1.0"),
         ({"confidence": 95}, 5, "confidence is 95"),
-        ({"size": -3}, 5, "size -3"),
+        ({"size": -3}, 5, "size is -3"),
         ({"size": 10**6}, 5, "the graph has"),
         ({"size": 1}, 5, "no path from input to logits"),
         ({"confidence": 1 - 1e-12}, 3, "give more facts or a lower confidence"),

@@ -14,18 +14,13 @@ import torch
 from helpers import SmallModel, random_pairs, rows, run_cells, visible_runs, write_csv
 
 from kc_lib import runs
-from kc_lib.circuits.selection import random_circuit
-from kc_lib.components.circuit_table import CircuitTable, circuit_table
-from kc_lib.components.direct import DirectAttribution, direct_attribution
-from kc_lib.components.lens import LayerLens
-from kc_lib.components.readings import (
-    check_reading,
-    heads_of,
-    largest_error,
-    reading,
-    reading_headline,
-    strongest_components,
-)
+from kc_lib.circuits.baselines import random_circuit
+from kc_lib.components.attention import heads_of
+from kc_lib.components.circuit_table import CircuitTable, circuit_table, reading_headline
+from kc_lib.components.direct import DirectAttribution, direct_attribution, largest_error, strongest_components
+from kc_lib.components.figures import lens_figure
+from kc_lib.components.lens import LogitLens
+from kc_lib.components.options import AnalysisCell
 from kc_lib.errors import KnowledgeCircuitsError, MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.heads.classes import HeadClasses
@@ -47,6 +42,7 @@ RESULTS = {
 OF_SUBJECTS = {"sources_attention.parquet", "sources_weighted.parquet"}
 
 SmallFolder = Callable[[str], Path]
+OPTIONS = {"task.known_only": False, "model.device": "cpu"}
 
 
 @pytest.fixture
@@ -55,7 +51,7 @@ def usual(small_folder: SmallFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     write_csv(Path("named.csv"), rows())
     write_csv(Path("unnamed.csv"), [{key: row[key] for key in ("clean", "corrupted", "answer")} for row in rows()])
-    usual = {"model": str(small_folder("llama")), "task": "named.csv", "known_only": False, "device": "cpu", "out": "out"}
+    usual = {"model": str(small_folder("llama")), "task": "named.csv", "options": OPTIONS, "out": "out"}
     return usual | {"n_components": 3, "n_tokens": 4, "n_neurons": 5, "size": 30}
 
 
@@ -86,8 +82,9 @@ def test_a_given_circuit_is_the_one_described(usual: dict[str, Any], tmp_path: P
     layers, heads = [0] * 4 + [1] * 4 + [2] * 4, [*range(4)] * 3
     classes = HeadClasses(pd.DataFrame({"layer": layers, "head": heads, "class": ["mover"] * 12}))
     classes.save("classes.parquet")
-    given_too = {"circuit": "mine.json", "classes": "classes.parquet", "test_fraction": 0}
-    run_cells(NOTEBOOK, **usual, **given_too, direction="answer", norm="final")
+    options = OPTIONS | {"task.test_fraction": 0, "lens.norm": "final"}
+    given_too = {"circuit": "mine.json", "classes": "classes.parquet", "direction": "answer", "options": options}
+    run_cells(NOTEBOOK, **usual | given_too)
     (folder,) = visible_runs(tmp_path / "out")
     assert torch.equal(Circuit.load(folder / "circuit.json").mask, given.mask)
     table = CircuitTable.load(folder / "circuit_table.parquet").nodes
@@ -102,9 +99,9 @@ def test_a_given_circuit_is_the_one_described(usual: dict[str, Any], tmp_path: P
         ({"circuit": "absent.json"}, ("absent.json",)),
         ({"circuit": "foreign.json"}, ("foreign.json", "another model")),
         ({"classes": "absent.parquet"}, ("absent.parquet", "cannot be read")),
-        ({"classes": "other.parquet"}, ("other.parquet", "holds no classes")),
+        ({"classes": "other.parquet"}, ("other.parquet", "holds no HeadClasses")),
         ({"model": "bert"}, ("both directions",)),
-        ({"norm": "every"}, ("norm 'every'", "own, final")),
+        ({"options": OPTIONS | {"lens.norm": "every"}}, ("norm 'every'", "own, final")),
         ({"direction": "up"}, ("direction 'up'", "answer, difference")),
         ({"n_components": 0}, ("n_components is 0", "at least 1")),
         ({"size": 0}, ("size",)),
@@ -163,10 +160,10 @@ POINTS = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid", "blocks.0.hook_r
 POINTS += ["blocks.1.hook_resid_post"]
 
 
-def lens(ranks: list[float], over_subject: float) -> LayerLens:
+def lens(ranks: list[float], over_subject: float) -> LogitLens:
     at = {"point": POINTS, "layer": [0.0, 0.5, 1.0, 1.5, 2.0], "answer_rank": ranks, "answer_probability": 0.1}
     rows = {**at, "answer_rank_at_subject": [9.0, over_subject, 8.0, 9.0, 9.0], "subject_probability": over_subject * 0}
-    return LayerLens(pd.concat([pd.DataFrame(rows | {"fact": fact}) for fact in (0, 1)]), {"norm": "own"})
+    return LogitLens(pd.concat([pd.DataFrame(rows | {"fact": fact}) for fact in (0, 1)]), {"norm": "own"})
 
 
 TABLE = CircuitTable(
@@ -191,7 +188,7 @@ def test_components_are_ranked_by_the_size_of_what_they_add() -> None:
 
 def test_the_words_are_those_of_the_figures() -> None:
     found = lens([3.0, 50.0, 7.0, 2.0, 1.0], 4.0)  # near the top at the embedding, but not for good
-    told, figures = reading(found, DIRECT, TABLE), reading_headline(found, DIRECT, TABLE)
+    figures = reading_headline(found, DIRECT, TABLE)
     assert figures["answer among the first 10"] == "after layer 0"
     assert figures["answer first"] == "after layer 1"
     assert figures["logit difference"] == "7.25 logits (n = 2 facts)"
@@ -200,10 +197,11 @@ def test_the_words_are_those_of_the_figures() -> None:
     assert figures["head that adds most"].startswith("a1.h0 (+5.00 [")
     assert figures["head that takes most"].startswith("a0.h1 (-2.50 [")
     assert figures["nodes of the circuit"] == "4: 2 with a direct effect, 1 through others only, 1 with none"
-    assert "best median rank is 4, after layer 0's attention" in told
-    assert "the attention of layer 1 (+5.00)" in told
-    assert "Of its 4 nodes 2 have a direct effect" in told
-    assert "costs most is a1.h0 (0.00 [-0.10, 0.10])" in told
+    assert found.summary().set_index("point").loc[POINTS[1], "answer_rank_at_subject_median"] == 4
+    layers = DIRECT.by_layer()
+    largest = layers.loc[layers["contribution"].idxmax()]
+    assert (largest["kind"], largest["layer"], largest["contribution"]) == ("attention", 1, pytest.approx(4.95 + 0.05))
+    assert TABLE.counts() == {"direct": 2, "through others": 1, "none": 1}
     assert json.dumps(figures)
     unnamed, late = lens([3.0] * 5, float("nan")), lens([30.0] * 5, 4.0)
     assert reading_headline(unnamed, DIRECT, TABLE)["answer among the first 10"] == "at the embedding"
@@ -212,11 +210,28 @@ def test_the_words_are_those_of_the_figures() -> None:
 
 def test_no_word_of_a_subject_where_none_is_named() -> None:
     found = lens([3.0] * 5, 4.0)
-    nameless = LayerLens(found.facts.assign(answer_rank_at_subject=float("nan")), found.provenance)
-    assert "No subject is named" in reading(nameless, DIRECT, TABLE)
+    unnamed = {"answer_rank_at_subject": float("nan"), "subject_probability": float("nan")}
+    nameless = LogitLens(found.facts.assign(**unnamed), found.provenance)
+    assert "no subject is named" in lens_figure(nameless).layout.title.subtitle.text
+    assert "answer_rank_at_subject_median" not in nameless.summary()
 
 
-@pytest.mark.parametrize(("given", "part"), [({"n_tokens": 0}, "n_tokens is 0"), ({"norm": "no"}, "norm 'no'")])
+def test_the_summary_of_a_circuit_has_the_nodes_that_are_missed_most() -> None:
+    columns = {"class": "", "direct": 0.0, "strongest_in": "", "raises": ""}
+    table = CircuitTable(TABLE.nodes.assign(**columns))
+    assert table.summary(3)["node"].tolist() == ["input", "m1", "a0.h1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"n_tokens": 0}, "n_tokens is 0"),
+        ({"options": {"lens.norm": "no"}}, "norm 'no'"),
+        ({"direction": "up"}, "direction 'up'"),
+        ({"size": 5.5}, "size is 5.5"),
+    ],
+)
 def test_options_are_checked_before_a_model_is_loaded(given: dict[str, Any], part: str) -> None:
+    defaults = {name: declared.default for name, declared in AnalysisCell.declared().items()}
     with pytest.raises(MethodError, match=part):
-        check_reading(**{"norm": "own", "direction": "answer"} | given)
+        runs.settings("component_analysis", defaults | given)

@@ -12,16 +12,15 @@ from oracles import eap, patching
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import random_circuit
 from kc_lib.circuits.evaluate import metric_values
-from kc_lib.circuits.selection import random_circuit, select
+from kc_lib.circuits.selection import select
 from kc_lib.components.attention import SOURCES, attention_pattern, attention_sources, sources_frame, sources_of
-from kc_lib.components.circuit_table import CircuitTable, circuit_table
-from kc_lib.components.contributions import constant_contribution
-from kc_lib.components.direct import BIASES, DirectAttribution, direct_attribution, promoted_tokens
-from kc_lib.components.lens import LayerLens, layer_lens
+from kc_lib.components.circuit_table import CircuitTable, ablated_values, circuit_table
+from kc_lib.components.direct import BIASES, DirectAttribution, constant_contribution, direct_attribution, promoted_tokens
+from kc_lib.components.lens import LogitLens, logit_lens
 from kc_lib.components.neuron_readout import neuron_contributions, top_neurons
-from kc_lib.components.node_ablation import ablated_values
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Circuit
 from kc_lib.heads.ablation import HeadAblation, ablate_heads, random_heads
@@ -42,7 +41,7 @@ def final_parts(hf: PreTrainedModel, stream: Tensor, part: Tensor) -> Tensor:
     return ((part - part.mean(-1, keepdim=True)) * factor) @ decoder.w_u.T
 
 
-# --- layer lens --------------------------------------------------------------------------------------------------
+# --- logit lens --------------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -52,7 +51,7 @@ def test_the_lens_reads_the_hidden_states_of_hugging_face(
     model, hf, pairs = small_model(kind), hf_model(small_folder(kind)), facts()
     decoder = eap.read_decoder(hf)
     read = {
-        norm: layer_lens(model, pairs, norm, batch_size=3).facts.set_index(["fact", "point"]) for norm in ("own", "final")
+        norm: logit_lens(model, pairs, norm, batch_size=3).facts.set_index(["fact", "point"]) for norm in ("own", "final")
     }
     for i, pair in enumerate(pairs):
         with torch.no_grad():
@@ -85,22 +84,22 @@ def test_the_final_norm_reading_uses_the_final_scale(small_model: SmallModel, sm
     decoder = model.residual
     final = decoder.run(decoder.embed(torch.tensor([pair.clean])))[0, -1]
     logits = final_parts(hf, final, hidden) + constant_contribution(decoder, torch.arange(200))
-    found = layer_lens(model, [pair], "final").facts.set_index("point").loc["blocks.0.hook_resid_post"]
+    found = logit_lens(model, [pair], "final").facts.set_index("point").loc["blocks.0.hook_resid_post"]
     assert found["answer_probability"] == pytest.approx(logits.softmax(-1)[pair.answer[0]].item(), rel=1e-3)
 
 
 def test_the_lens_of_parallel_blocks_has_no_middle(small_model: SmallModel, tmp_path: Path) -> None:
-    found = layer_lens(small_model("neox"), facts())
+    found = logit_lens(small_model("neox"), facts())
     assert found.facts["point"].nunique() == 1 + 3
-    assert layer_lens(small_model("gpt2"), facts()).facts["point"].nunique() == 1 + 2 * 3
+    assert logit_lens(small_model("gpt2"), facts()).facts["point"].nunique() == 1 + 2 * 3
     assert found.summary()["layer"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    again = LayerLens.load(found.save(tmp_path / "lens.parquet"))
+    again = LogitLens.load(found.save(tmp_path / "lens.parquet"))
     pd.testing.assert_frame_equal(again.facts, found.facts)
     assert again.provenance == found.provenance
 
 
 def test_a_lens_without_subjects_leaves_their_columns_empty(small_model: SmallModel) -> None:
-    found = layer_lens(small_model("llama"), random_pairs())
+    found = logit_lens(small_model("llama"), random_pairs())
     assert found.facts["answer_rank_at_subject"].isna().all()
     assert found.facts["answer_rank"].notna().all()
     assert "subject_probability" not in found.summary()
@@ -143,7 +142,7 @@ def test_direct_contributions_are_those_of_the_hand_written_model(
 
 def test_direct_tables_add_up(small_model: SmallModel, tmp_path: Path) -> None:
     found = direct_attribution(small_model("gpt2"), facts(), "difference")
-    frame = found.to_frame()
+    frame = found.summary()
     mean = found.totals.mean().item()
     assert frame["contribution"].sum() == pytest.approx(mean, rel=1e-5)
     assert frame["share"].sum() == pytest.approx(1.0)
@@ -218,7 +217,7 @@ def test_sources_tell_tokens_apart(small_model: SmallModel) -> None:
     assert len(frame) == 12
     with pytest.raises(MethodError, match="names no subject"):
         attention_sources(small_model("gpt2"), random_pairs())
-    with pytest.raises(MethodError, match="layers 0 to 2 with heads 0 to 3"):
+    with pytest.raises(MethodError, match=r"no head \(0, 4\): layers are 0 to 2, heads 0 to 3"):
         attention_pattern(small_model("gpt2"), pair, [(0, 4)])
 
 
@@ -325,7 +324,7 @@ def test_random_heads_are_others_of_the_same_layers(small_model: SmallModel, tmp
         random_heads(graph, [(1, head) for head in range(4)], 0)
     with pytest.raises(MethodError, match="the class is empty"):
         ablate_heads(small_model("gpt2"), [], facts(), facts())
-    with pytest.raises(MethodError, match="layers 0 to 2"):
+    with pytest.raises(MethodError, match=r"no head \(3, 0\): layers are 0 to 2"):
         ablate_heads(small_model("gpt2"), [(3, 0)], facts(), facts())
     found = ablate_heads(small_model("gpt2"), heads, facts(), facts(), n_random=4)
     summary = found.summary().set_index("ablated")
@@ -347,12 +346,12 @@ def test_the_circuit_table_says_what_was_measured(
     small_model: SmallModel, small_folder: SmallFolder, grouped: bool, tmp_path: Path
 ) -> None:
     model, hf, pairs = small_model("llama"), hf_model(small_folder("llama")), facts((6, 6, 6))
-    circuit = select(attribute_edges(model, pairs, "eap", grouped=grouped), "absolute", 40)
+    circuit = select(score_edges(model, pairs, "eap", grouped=grouped), "absolute", 40)
     found = circuit_table(model, circuit, pairs)
     frame = found.nodes.set_index("node")
     assert list(frame.index) == [node for node in circuit.nodes if node != "logits"]
     batch = make_batch(pairs)
-    direct = direct_attribution(model, pairs, "difference").to_frame().set_index("component")
+    direct = direct_attribution(model, pairs, "difference").summary().set_index("component")
     assert frame["direct"].tolist() == pytest.approx(direct.loc[frame.index, "contribution"].tolist(), rel=1e-5)
     for node in list(frame.index)[:6]:
         mask = circuit.graph.edges.clone()
@@ -403,7 +402,7 @@ def test_the_table_takes_classes_and_refuses_foreign_circuits(small_model: Small
 def test_bad_input_is_one_line(small_model: SmallModel) -> None:
     model, pairs = small_model("gpt2"), facts()
     with pytest.raises(MethodError, match="unknown norm 'none'"):
-        layer_lens(model, pairs, "none")
+        logit_lens(model, pairs, "none")
     with pytest.raises(MethodError, match="unknown direction 'up'"):
         direct_attribution(model, pairs, "up")
     with pytest.raises(MethodError, match=r"no component 'a9\.h0'.*a2\.h3"):
@@ -417,4 +416,4 @@ def test_bad_input_is_one_line(small_model: SmallModel) -> None:
     with pytest.raises(MethodError, match="rename it"):
         ablated_values(model, {"full": ["m0"]}, pairs)
     with pytest.raises(ModelError):
-        layer_lens(small_model("bert"), pairs)
+        logit_lens(small_model("bert"), pairs)

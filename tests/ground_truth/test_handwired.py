@@ -12,8 +12,8 @@ import torch
 
 from ground_truth.circuits import HAND_WIRED, HandWired, edge_set, hand_wired
 from ground_truth.wires import noisy_gpt2
-from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.evaluate import evaluate_circuits
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.evaluate import evaluate
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.errors import ModelError
 from kc_lib.graph import Circuit
@@ -61,13 +61,13 @@ def without(circuit: Circuit, edge: str) -> Circuit:
 
 
 def faithfulness(wired: HandWired, circuits: Mapping[str, Circuit]) -> dict[str, float]:
-    summary = evaluate_circuits(wired.model, circuits, {"all": wired.pairs}).summary.set_index("circuit")
+    summary = evaluate(wired.model, circuits, {"all": wired.pairs}).table.set_index("circuit")
     return {name: float(summary.loc[name, "faithfulness"]) for name in circuits}
 
 
 def full_effect(wired: HandWired) -> float:
     """Logit difference of the full model minus that on the corrupted prompts, mean over pairs."""
-    values = evaluate_circuits(wired.model, {}, {"all": wired.pairs}).summary.set_index("circuit")["value"]
+    values = evaluate(wired.model, {}, {"all": wired.pairs}).table.set_index("circuit")["value"]
     return float(values["full"] - values["empty"])
 
 
@@ -115,7 +115,7 @@ def test_norms_are_harmless(name: str) -> None:
 @every_model
 def test_random_parts_write_everywhere_and_little(name: str) -> None:
     wired = built(name)
-    scores = attribute_edges(wired.model, wired.pairs, "exact").scores / full_effect(wired)
+    scores = score_edges(wired.model, wired.pairs, "exact").scores / full_effect(wired)
     for circuit in (wired.circuit, *wired.others.values()):
         scores = scores.masked_fill(circuit.mask, 0.0)
     rest = scores[wired.circuit.graph.edges].abs()

@@ -16,8 +16,15 @@ from helpers import SmallFolder, SmallModel, facts, hf_model
 from kc_lib.components.attention import SOURCES, attention_sources
 from kc_lib.errors import MethodError
 from kc_lib.heads.ablation import recurrence
-from kc_lib.heads.classes import CLASSES, HeadClasses, check_enough, classify_heads, mover_null, range_null
-from kc_lib.heads.promoted_tokens import head_promotion
+from kc_lib.heads.classes import (
+    CLASSES,
+    HeadClasses,
+    check_enough,
+    classify_heads,
+    mover_baseline,
+    promoted_by_heads,
+    range_baseline,
+)
 from kc_lib.models.model import Model
 from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.tasks.known import answer_tokens
@@ -42,7 +49,7 @@ def test_scores_are_those_of_a_loop_over_heads_and_facts(small_model: SmallModel
     decoder = model.residual
     sources = attention_sources(model, pairs)
     answers = [pair.answer[0] for pair in pairs]
-    promotion = head_promotion(decoder, make_batch(pairs), torch.arange(200), 20)
+    promotion = promoted_by_heads(decoder, make_batch(pairs), torch.arange(200), 20)
     for row in found.heads.itertuples():
         mover, relation, raised = [], [], []
         for i, pair in enumerate(pairs):
@@ -67,7 +74,7 @@ def test_promotion_is_the_heads_own_write(small_model: SmallModel, small_folder:
     with torch.no_grad():
         stream = model.residual.run(model.residual.embed(torch.tensor([pair.clean])))[0, -1]
         expected = (write * hf.model.norm(stream) / stream) @ hf.lm_head.weight.T
-    found = head_promotion(model.residual, make_batch([pair]), torch.arange(200), 10)
+    found = promoted_by_heads(model.residual, make_batch([pair]), torch.arange(200), 10)
     assert (found.contribution[2, 1, 0] - expected).abs().max() <= 1e-4
     assert found.among_top[2, 1, 0].nonzero()[:, 0].tolist() == sorted(expected.topk(10).indices.tolist())
 
@@ -76,7 +83,7 @@ def test_the_movers_null_is_that_of_every_arrangement() -> None:
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(3, 4, generator=generator)
     written = torch.rand(3, 4, 4, generator=generator) > 0.5
-    scores, null = mover_null(attention, written, 40_000, 0)
+    scores, null = mover_baseline(attention, written, 40_000, 0)
     assert scores.tolist() == pytest.approx([(attention[h] * written[h].diagonal()).mean().item() for h in range(3)])
     every = []
     for order in torch.cartesian_prod(*[torch.arange(4)] * 4):
@@ -93,7 +100,7 @@ def test_the_movers_null_is_that_of_every_arrangement() -> None:
 
 def test_the_ranges_null_draws_each_token_alike() -> None:
     weights = torch.rand(5, 3 + 12, generator=torch.Generator().manual_seed(1))
-    scores, null = range_null(weights, 3, 20_000, 0)
+    scores, null = range_baseline(weights, 3, 20_000, 0)
     assert scores.tolist() == pytest.approx(weights[:, :3].sum(1).tolist())
     assert (null.mean(0) - 3 * weights[:, 3:].mean(1)).abs().max() <= 0.02
     least, most = weights[:, 3:].sort(1).values[:, :3].sum(1), weights[:, 3:].sort(1).values[:, -3:].sum(1)
@@ -115,9 +122,9 @@ def test_the_hand_wired_mover_is_the_only_head_found() -> None:
         classify_heads(wired.model, pairs, others, level=0.05)
     sources = attention_sources(wired.model, pairs).flatten(1, 2)[SOURCES.index("subject")]
     tokens = torch.tensor([pair.answer[0] for pair in pairs])
-    promotion = head_promotion(wired.model.residual, make_batch(pairs), tokens, 1)
+    promotion = promoted_by_heads(wired.model.residual, make_batch(pairs), tokens, 1)
     written = (promotion.among_top & (promotion.contribution > 0)).flatten(0, 1)
-    scores, null = mover_null(sources, written, 5000, 0)
+    scores, null = mover_baseline(sources, written, 5000, 0)
     names = [f"a{layer}.h{head}" for layer in range(promotion.among_top.shape[0]) for head in range(4)]
     best = dict(zip(names, scores.tolist(), strict=True))
     assert best.pop("a2.h0") > 0.8
@@ -163,6 +170,8 @@ def test_classes_follow_from_the_scores(small_model: SmallModel, tmp_path: Path)
     assert again.provenance == found.provenance
     same = classify_heads(small_model("gpt2"), own_facts(), OTHERS, k=60, level=0.9, n_null=200, batch_size=3)
     pd.testing.assert_frame_equal(same.heads, heads, atol=1e-6)
+    assert (found.summary()["class"] != "").all()
+    assert len(found.summary()) == (mover | relation).sum()
     with pytest.raises(MethodError, match="unknown head class 'movers'"):
         found.of_class("movers")
     assert CLASSES == ("mover", "relation", "mixture")
@@ -180,8 +189,10 @@ def test_facts_too_few_for_the_null_say_how_many_it_takes(small_model: SmallMode
         check_enough([5] * 20, 12, 0.01)
     with pytest.raises(MethodError, match="give the answers of more relations"):
         classify_heads(model, own_facts(), OTHERS[:20])
-    with pytest.raises(MethodError, match="level is 0"):
+    with pytest.raises(MethodError, match=r"level is 0.*above 0"):
         classify_heads(model, own_facts(), OTHERS, level=0)
+    with pytest.raises(MethodError, match=r"level is 1.*below 1"):
+        classify_heads(model, own_facts(), OTHERS, level=1)
     with pytest.raises(MethodError, match="k is 0"):
         classify_heads(model, own_facts(), OTHERS, k=0)
     with pytest.raises(MethodError, match="least_attention is 2"):

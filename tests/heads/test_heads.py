@@ -13,17 +13,11 @@ import torch
 from ground_truth.heads import NAMES, NUMBERS, WORDS, KnownHeads, general_heads, ioi_heads
 
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
-from kc_lib.heads.copying import copy_scores, name_mover_scores, negative_name_mover_scores
-from kc_lib.heads.general import SCORES, GeneralHeadScores, general_head_scores
-from kc_lib.heads.head_scores import HeadScores, head_scores
+from kc_lib.heads.copying import copy_scores
+from kc_lib.heads.general import head_scores, repeat_scores, repeated_tokens
+from kc_lib.heads.head_scores import GeneralHeadScores, HeadScores
 from kc_lib.heads.inhibition import ioi_prompts, name_movers, s_inhibition_scores
-from kc_lib.heads.repeats import (
-    duplicate_token_scores,
-    induction_scores,
-    previous_token_scores,
-    repeat_scores,
-    repeated_tokens,
-)
+from kc_lib.heads.options import SCORES
 from kc_lib.heads.successor import CYCLIC, ORDINALS, successor_pairs, successor_scores
 from kc_lib.heads.suppression import content_tokens, copy_suppression_scores, text_windows
 from kc_lib.models.model import Model
@@ -151,12 +145,11 @@ def test_no_result_depends_on_the_batch_size() -> None:
 
 def test_single_scores_are_those_of_the_shared_run() -> None:
     model = known().model
-    for score in (previous_token_scores, duplicate_token_scores, induction_scores):
-        one = score(model, n_tokens=20)
-        assert (one.scores == found()[one.name].scores).all()
-    for score in (name_mover_scores, negative_name_mover_scores):
-        one = score(model, top=1)
-        assert (one.scores == found()[one.name].scores).all()
+    shared = copy_scores(model)
+    for name in ("name_mover", "negative_name_mover"):
+        one = head_scores(model, name)
+        assert list(one.scores) == [name]
+        assert (one[name].scores == shared[name].scores).all()
 
 
 # ------------------------------------------------------------------------------------------------------- files, tables
@@ -178,7 +171,7 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
 
 def test_a_file_without_head_scores_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"layer": [0]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(MethodError, match="holds no head scores"):
+    with pytest.raises(MethodError, match="holds no HeadScores"):
         HeadScores.load(tmp_path / "other.parquet")
     with pytest.raises(MethodError, match="holds no head scores"):
         GeneralHeadScores.load(tmp_path)
@@ -186,17 +179,17 @@ def test_a_file_without_head_scores_is_refused(tmp_path: Path) -> None:
 
 def test_passing_takes_threshold_null_and_what_else_is_asked() -> None:
     values = torch.tensor([[0.2, 0.4], [0.6, 0.8]])
-    assert head_scores("x", values, 0.3).heads() == [(1, 1), (1, 0), (0, 1)]
-    assert head_scores("x", values, 0.3, null=0.5).heads() == [(1, 1), (1, 0)]
+    assert HeadScores.of("x", values, 0.3).heads() == [(1, 1), (1, 0), (0, 1)]
+    assert HeadScores.of("x", values, 0.3, null=0.5).heads() == [(1, 1), (1, 0)]
     also = torch.tensor([[True, True], [True, False]])
-    assert head_scores("x", values, 0.3, also=also).heads() == [(1, 0), (0, 1)]
+    assert HeadScores.of("x", values, 0.3, also=also).heads() == [(1, 0), (0, 1)]
     with pytest.raises(MethodError, match=r"a1.h0 is no number"):
-        head_scores("x", torch.tensor([[0.2, 0.4], [float("nan"), 0.8]]), 0.3)
+        HeadScores.of("x", torch.tensor([[0.2, 0.4], [float("nan"), 0.8]]), 0.3)
 
 
 def test_all_scores_make_one_table_and_say_what_is_undefined(tmp_path: Path) -> None:
     """The context of 44 is too short for 2 x 100 tokens, and no name mover attends to a name here."""
-    every = general_head_scores(known().model, text=repeating_text() * 3)
+    every = head_scores(known().model, text=repeating_text() * 3)
     assert set(every.scores) | set(every.undefined) == set(SCORES)
     assert not set(every.scores) & set(every.undefined)
     assert "n_tokens=21 or less" in every.undefined["induction"]
@@ -212,15 +205,16 @@ def test_all_scores_make_one_table_and_say_what_is_undefined(tmp_path: Path) -> 
 
 
 def test_a_score_asked_for_by_name_is_computed_alone_or_raises() -> None:
-    only = general_head_scores(known().model, ["successor"])
+    only = head_scores(known().model, ["successor"])
     assert list(only.scores) == ["successor"]
     assert (only["successor"].scores == found()["successor"].scores).all()
     with pytest.raises(MethodError, match="n_tokens=21 or less"):
-        general_head_scores(known().model, ["induction"])
-    with pytest.raises(MethodError, match="unknown head score 'mover'"):
-        general_head_scores(known().model, ["mover"])
+        head_scores(known().model, ["induction"])
+    with pytest.raises(MethodError, match=r"unknown name 'mover' in scores: use some of .*name_mover"):
+        head_scores(known().model, ["mover"])
     with pytest.raises(MethodError, match="no head score is asked for"):
-        general_head_scores(known().model, [])
+        head_scores(known().model, [])
+    assert not head_scores(known().model, "none").scores
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -228,7 +222,7 @@ def test_a_score_asked_for_by_name_is_computed_alone_or_raises() -> None:
 
 def test_masked_language_models_have_no_head_scores(small_model: Models) -> None:
     with pytest.raises(ModelError, match="both directions"):
-        general_head_scores(small_model("bert"))
+        head_scores(small_model("bert"))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +257,7 @@ def test_what_a_model_has_no_score_for_is_said_in_one_line(
 
 def test_no_name_mover_is_said() -> None:
     model = known_ioi().model
-    none = head_scores("name_mover", torch.zeros(4, 4), 0.1)
+    none = HeadScores.of("name_mover", torch.zeros(4, 4), 0.1)
     with pytest.raises(MethodError, match="no head that copies names"):
         s_inhibition_scores(model, copies=none, n_prompts=4)
 

@@ -26,7 +26,8 @@ from kc_lib.models.shipped import nano_steps
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import Task
 from kc_lib.training.drawn import DrawnTask, DrawnTasks
-from kc_lib.training.over_training import MEASURED, TrainingResult, over_training
+from kc_lib.training.over_training import over_training
+from kc_lib.training.result import MEASURED, TrainingResult
 
 STEPS = (0, 1, 8, 512, 1000)
 PYTHIA = [0, *(2**i for i in range(10)), *range(1000, 143001, 1000)]

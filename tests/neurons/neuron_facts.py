@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kc_lib.neurons.cloze import Cloze, ClozeFact, ClozePrompt
 from kc_lib.neurons.integrate import answer_states
-from kc_lib.neurons.refine import NeuronSets
+from kc_lib.neurons.sets import NeuronSets
 from kc_lib.residual.encoder import Residual
 
 MASK = 3  # any token serves a random model

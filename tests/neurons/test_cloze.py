@@ -14,13 +14,13 @@ from helpers import SmallModel
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
 
-from kc_lib.errors import TaskError
+from kc_lib.errors import MethodError, TaskError
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, joined_clozes, load_cloze
+from kc_lib.neurons.cloze import Cloze, ClozePrompt, ClozeTask, cloze_prompt, joined_clozes, load_cloze, load_clozes
 from kc_lib.tasks.facts import load_facts
 from kc_lib.tasks.pararel import parse_pararel, read_patterns
 from kc_lib.tasks.relations import load_relation
-from kc_lib.tasks.tokens import Tokenizer, is_masked, tokenizer_of
+from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 PARAREL = Path(__file__).resolve().parents[3] / "shared" / "data" / "pararel"
 PUBLISHED = PARAREL / "data_1-1.json"
@@ -59,7 +59,7 @@ def test_a_causal_model_reads_up_to_its_answer(small_model: SmallModel) -> None:
 
 
 def test_a_masked_model_reads_the_whole_sentence(masked_model: Model) -> None:
-    assert is_masked(masked_model)
+    assert masked_model.is_masked
     tokenizer = tokenizer_of(masked_model)
     sentence = "The capital of France is [MASK]."
     prompt = cloze_prompt(tokenizer, sentence, " Paris ")
@@ -172,7 +172,7 @@ def known_by_hand(model: Model, task: ClozeTask, rank: int) -> list[str]:
             ranks = []
             for cloze in prompt.clozes:
                 with torch.no_grad():
-                    row = model(torch.tensor([cloze.tokens]))[0, cloze.position]
+                    row = model.bridge(torch.tensor([cloze.tokens]))[0, cloze.position]
                 ranks.append(1 + int((row > row[cloze.target]).sum()))
             right += max(ranks) <= rank
         if right >= len(fact.prompts) / 2:
@@ -382,6 +382,12 @@ def test_relations_are_joined(small_model: SmallModel, tmp_path: Path) -> None:
     assert both.name == "first+second"
     assert both.facts == (*tasks[0].facts, *tasks[1].facts)
     assert both.report["used"] == 4
+    names = " ".join(str(tmp_path / f"{name}.json") for name in ("first", "second"))
+    assert load_clozes(names, model, known_only=False) == both
+    prompts = load_clozes(names, model, known_only=False, n_prompts=1, n_held_out=1).prompts_of(2)
+    assert prompts.to_dict("list") == {"text": ["w5 w31 w6", "w7 w31 w8"], "held_out": [False, True]}
+    with pytest.raises(MethodError, match="there is no fact 4: the task has facts 0 to 3"):
+        both.prompts_of(4)
     for wrong in ([], [tasks[0], tasks[0]]):
         with pytest.raises(TaskError, match="cannot be joined"):
             joined_clozes(wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,18 @@ from oracles import neurons as oracle
 
 from kc_lib.errors import MethodError
 from kc_lib.models.model import Model
-from kc_lib.neurons.activate import NeuronActivations, TriggerSentences, activating_prompts, trigger_sentences
-from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.controls import sets_of_facts
-from kc_lib.neurons.sentences import ReadSentence
+from kc_lib.neurons.activate import (
+    NeuronActivations,
+    TriggerSentences,
+    activating_prompts,
+    trigger_sentences,
+    triggers_of_fact,
+)
+from kc_lib.neurons.cloze import ClozeFact, load_clozes
+from kc_lib.neurons.sentences import ReadSentence, read_sentences, sentences_for
+from kc_lib.neurons.sets import sets_of_facts
 from kc_lib.neurons.suppress import NeuronChanges, change_neurons
-from kc_lib.neurons.value_vectors import edited_values
+from kc_lib.neurons.values import edited_values
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
 KNOWLEDGE = {0: [(0, 3), (1, 5), (1, 7)], 1: [(1, 0)], 3: [(0, 1), (0, 2)], 5: [(1, 40)]}  # none for facts 2 and 4
@@ -78,7 +85,7 @@ def test_batches_and_seeds(kind: str, small_model: Load, tmp_path: Path) -> None
     assert not some.frame["of_fact"].equals(other.frame["of_fact"])
     loaded = NeuronChanges.load(some.save(tmp_path / "neuron_changes.parquet"))
     pd.testing.assert_frame_equal(loaded.frame, some.frame)
-    pd.testing.assert_frame_equal(loaded.to_frame(), some.to_frame())
+    pd.testing.assert_frame_equal(loaded.with_facts(), some.with_facts())
     assert loaded.provenance == some.provenance
 
 
@@ -143,7 +150,7 @@ def test_activations_equal_hooks(kind: str, small_folder: Callable[[str], Path],
         assert row["activation"] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-5)
     assert found.provenance["without_sentences"] == 3
     loaded = NeuronActivations.load(found.save(tmp_path / "a.parquet"))
-    pd.testing.assert_frame_equal(loaded.to_frame(), found.to_frame())
+    pd.testing.assert_frame_equal(loaded.with_facts(), found.with_facts())
     with pytest.raises(MethodError, match="sentences of 'T4'"):
         activating_prompts(model, sets, {0: {"T4": read}})
 
@@ -179,3 +186,23 @@ def test_triggers_equal_hooks(kind: str, small_folder: Callable[[str], Path], sm
         trigger_sentences(model, [(0, 900)], read)
     with pytest.raises(MethodError, match="at is 'mean'"):
         trigger_sentences(model, neurons, read, at="mean")
+
+
+def test_triggers_of_a_fact_are_of_all_sentences_and_the_corpus(small_model: Load, tmp_path: Path) -> None:
+    relation, corpus = tmp_path / "letters.json", tmp_path / "corpus.txt"
+    samples = [{"subject": f"w{30 + i}", "object": f"w{100 + i}"} for i in range(2)]
+    relation.write_text(json.dumps({"prompt_templates": ["w5 {} w6", "w7 {} w8"], "samples": samples}))
+    corpus.write_text("w9 w10 w11.\n\nw12 w13 w14 w15.")
+    model = small_model("gpt2")
+    task = load_clozes(str(relation), model, known_only=False, n_prompts=1, n_held_out=1)
+    texts = sentences_for(task, model, corpus=str(corpus), seed=2)
+    sets = made_sets(task.facts, {0: [(0, 3), (1, 7)]})
+    found = triggers_of_fact(model, sets, 0, task, texts, corpus=str(corpus), seed=2)
+    pool = ["w7 w30 w8 w100.", "w7 w31 w8 w101.", "w9 w10 w11.", "w12 w13 w14 w15."]
+    expected = trigger_sentences(model, [(0, 3), (1, 7)], read_sentences(model, pool, seed=2), at="largest")
+    assert set(found.frame["text"]) <= set(pool)
+    pd.testing.assert_frame_equal(found.frame, expected.frame)
+    assert found.summary(2)["activate"].tolist() == ["most"] * min(2, len(found.frame)) + ["least"]
+    without = triggers_of_fact(model, sets, 1, task, texts)
+    assert without.frame.empty
+    assert TriggerSentences.load(without.save(tmp_path / "none.parquet")).summary().empty

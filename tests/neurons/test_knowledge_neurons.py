@@ -15,10 +15,10 @@ from oracles import neurons as oracle
 from kc_lib.errors import MethodError, TaskError
 from kc_lib.models.model import Model
 from kc_lib.neurons import attribute as attribution
-from kc_lib.neurons.attribute import NeuronAttributions, attribute_knowledge
+from kc_lib.neurons.attribute import NeuronAttributions, knowledge_neurons
 from kc_lib.neurons.cloze import ClozeFact, cloze_prompt, load_cloze
 from kc_lib.neurons.integrate import quadrature
-from kc_lib.neurons.refine import refine
+from kc_lib.neurons.refine import refine_neurons
 from kc_lib.tasks.tokens import tokenizer_of
 
 SmallModel = Callable[[str], Model]
@@ -63,7 +63,7 @@ def plain_scores(folder: Path, model_fact: ClozeFact, prompt: int, kind: str, st
 def test_what_is_stored_equals_a_plain_loop(kind: str, small_model: SmallModel, small_folder: Callable[[str], Path]) -> None:
     model = small_model(kind)
     facts = facts_of(model)
-    found = attribute_knowledge(model, facts, rule="trapezoid", steps=3, kept=0.1)
+    found = knowledge_neurons(model, facts, rule="trapezoid", steps=3, kept=0.1)
     assert list(found.facts["n_prompts"]) == [4] * 5
     for number, prompt in ((0, 0), (2, 3), (4, 1)):  # the last answer is of two tokens
         expected = torch.stack(plain_scores(small_folder(kind), facts[number], prompt, kind, 3))
@@ -83,13 +83,13 @@ def test_what_is_stored_equals_a_plain_loop(kind: str, small_model: SmallModel, 
 def test_an_answer_of_several_tokens_is_joint(small_model: SmallModel) -> None:
     model = small_model("neox")
     facts = facts_of(model)
-    found = attribute_knowledge(model, facts)
+    found = knowledge_neurons(model, facts)
     for number in (0, 4):
         for prompt, asked in enumerate(facts[number].prompts):
             p, tops = 1.0, ""
             for cloze in asked.clozes:
                 with torch.no_grad():
-                    logits = model(torch.tensor([cloze.tokens]))[0, -1]
+                    logits = model.bridge(torch.tensor([cloze.tokens]))[0, -1]
                 p *= float(logits.softmax(-1)[cloze.target])
                 tops += model.tokenizer.decode([int(logits.argmax())])
             row = found.prompts[(found.prompts["fact"] == number) & (found.prompts["prompt"] == prompt)].iloc[0]
@@ -101,7 +101,7 @@ def test_an_answer_of_several_tokens_is_joint(small_model: SmallModel) -> None:
 def test_base_is_the_neurons_value(kind: str, small_model: SmallModel, small_folder: Callable[[str], Path]) -> None:
     model = small_model(kind)
     facts = [_as_masked(one) if kind == "bert" else one for one in facts_of(small_model("gpt2"))[:2]]
-    found = attribute_knowledge(model, facts)
+    found = knowledge_neurons(model, facts)
     auto = tf.AutoModelForMaskedLM if kind == "bert" else tf.AutoModelForCausalLM
     plain = auto.from_pretrained(small_folder(kind)).eval()
     cloze = facts[1].prompts[2].clozes[0]
@@ -128,21 +128,23 @@ def _as_masked(causal: ClozeFact) -> ClozeFact:
 def test_the_target_can_be_another_token(small_model: SmallModel) -> None:
     model = small_model("gpt2")
     facts = facts_of(model)[:2]
-    predicted = attribute_knowledge(model, facts, target="predicted", rule="right", steps=5)
+    predicted = knowledge_neurons(model, facts, target="predicted", rule="right", steps=5)
     token = int(predicted.prompts["predicted"].iloc[0].strip()[1:])  # "w17"
-    by_id = attribute_knowledge(model, facts, target=token, rule="right", steps=5)
+    by_id = knowledge_neurons(model, facts, target=token, rule="right", steps=5)
     pd.testing.assert_frame_equal(*(found.frame.query("fact == 0 and prompt == 0") for found in (predicted, by_id)))
-    gold = attribute_knowledge(model, facts, rule="right", steps=5)
+    as_text = knowledge_neurons(model, facts, target=str(token), rule="right", steps=5)  # as the command line gives it
+    pd.testing.assert_frame_equal(as_text.frame, by_id.frame)
+    gold = knowledge_neurons(model, facts, rule="right", steps=5)
     assert not gold.frame["value"].equals(by_id.frame["value"])
     with pytest.raises(MethodError, match="can only be 'gold'"):
-        attribute_knowledge(model, facts_of(model), target="predicted")
+        knowledge_neurons(model, facts_of(model), target="predicted")
     with pytest.raises(MethodError, match="tokens 0 to 199"):
-        attribute_knowledge(model, facts, target=200)
+        knowledge_neurons(model, facts, target=200)
 
 
 def test_batches_and_files_change_nothing(small_model: SmallModel, tmp_path: Path) -> None:
     model = small_model("llama")
-    one, many = (attribute_knowledge(model, facts_of(model), batch_size=size) for size in (1, 16))
+    one, many = (knowledge_neurons(model, facts_of(model), batch_size=size) for size in (1, 16))
     pd.testing.assert_frame_equal(
         *(r.frame.sort_values(["fact", "prompt", "method", "layer", "neuron"], ignore_index=True) for r in (one, many)),
         rtol=1e-4,
@@ -152,16 +154,18 @@ def test_batches_and_files_change_nothing(small_model: SmallModel, tmp_path: Pat
     pd.testing.assert_frame_equal(back.prompts, many.prompts)
     pd.testing.assert_frame_equal(back.facts, many.facts)
     assert back.provenance == many.provenance
-    assert set(many.to_frame()["answer"]) == {"w100", "w101", "w102", "w103", "w104 w105"}
+    assert many.summary()["p"].tolist() == pytest.approx(many.prompts.groupby("fact")["p"].mean().tolist())
+    assert many.of_prompts(2)["text"].tolist() == [prompt.text for prompt in facts_of(model)[2].prompts]
+    assert set(many.with_facts()["answer"]) == {"w100", "w101", "w102", "w103", "w104 w105"}
 
 
 def test_an_interrupted_run_goes_on(small_model: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, file = small_model("gpt2"), tmp_path / "partial.parquet"
     facts = facts_of(model)
-    whole = attribute_knowledge(model, facts)
+    whole = knowledge_neurons(model, facts)
     plain, runs = attribution._attributed, []
 
-    def counted(decoder: object, some: list[ClozeFact], *rest: object) -> object:
+    def counted(decoder: object, some: dict[int, ClozeFact], *rest: object) -> object:
         runs.append(len(some))
         if len(runs) == 2:
             raise KeyboardInterrupt
@@ -170,17 +174,17 @@ def test_an_interrupted_run_goes_on(small_model: SmallModel, tmp_path: Path, mon
     monkeypatch.setattr(attribution, "_attributed", counted)
     monkeypatch.setattr(attribution, "FACTS_AT_ONCE", 2)
     with pytest.raises(KeyboardInterrupt):
-        attribute_knowledge(model, facts, checkpoint=file)
+        knowledge_neurons(model, facts, checkpoint=file)
     assert len(NeuronAttributions.load(file).facts) == 2
-    resumed = attribute_knowledge(model, facts, checkpoint=file)
+    resumed = knowledge_neurons(model, facts, checkpoint=file)
     assert runs == [2, 2, 2, 1]
     pd.testing.assert_frame_equal(resumed.frame, whole.frame)
     assert resumed.provenance == whole.provenance
     with pytest.raises(MethodError, match="another model, task or set"):
-        attribute_knowledge(model, facts, kept=0.2, checkpoint=file)
+        knowledge_neurons(model, facts, kept=0.2, checkpoint=file)
     file.write_text("no parquet")
     with pytest.raises(MethodError, match="delete it"):
-        attribute_knowledge(model, facts, checkpoint=file)
+        knowledge_neurons(model, facts, checkpoint=file)
 
 
 def test_bad_input_is_one_line(small_model: SmallModel, tmp_path: Path) -> None:
@@ -192,15 +196,17 @@ def test_bad_input_is_one_line(small_model: SmallModel, tmp_path: Path) -> None:
         "unknown rule 'simpson'": {"rule": "simpson"},
         "tolerance is 0": {"tolerance": 0.0},
         "target is 'best'": {"target": "best"},
+        "tolerance is 1": {"tolerance": 1.0},
+        "unknown option 'step': use some of rule, steps": {"step": 3},
         "kept is 2": {"kept": 2.0},
     }.items():
         with pytest.raises(MethodError, match=message) as raised:
-            attribute_knowledge(model, facts, **options)  # type: ignore[arg-type]  # wrong on purpose
+            knowledge_neurons(model, facts, **options)  # type: ignore[arg-type]  # wrong on purpose
         assert "\n" not in str(raised.value)
     with pytest.raises(TaskError, match="no facts"):
-        attribute_knowledge(model, [])
+        knowledge_neurons(model, [])
     with pytest.raises(MethodError, match="needs at least 3"):
-        refine(attribute_knowledge(model, [fact(model, "w40", "w100", 2)], rule="left", steps=1))
+        refine_neurons(knowledge_neurons(model, [fact(model, "w40", "w100", 2)], rule="left", steps=1))
     with pytest.raises(MethodError, match="cannot be read"):
         NeuronAttributions.load(tmp_path / "nothing.parquet")
 
@@ -208,8 +214,8 @@ def test_bad_input_is_one_line(small_model: SmallModel, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_model_keeps_a_capital_in_few_neurons(smollm2: Model) -> None:
     task = load_cloze("country_capital", smollm2, n_prompts=3, max_facts=1)
-    found = attribute_knowledge(smollm2, task.facts)
-    neurons = refine(found, adapt=False, share=1.0).of("knowledge", 0)
+    found = knowledge_neurons(smollm2, task.facts)
+    neurons = refine_neurons(found, adapt=False, share=1.0).of("knowledge", 0)
     assert 1 <= len(neurons) <= 40
     for prompt in found.prompts.to_dict("records"):
         rows = found.frame.query("prompt == @prompt['prompt'] and method == 'knowledge'")

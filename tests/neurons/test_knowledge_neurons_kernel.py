@@ -14,6 +14,7 @@ from kc_lib.errors import MethodError, ModelError
 from kc_lib.models.model import Model
 from kc_lib.neurons.integrate import (
     AnswerStates,
+    Paths,
     adaptive_gradients,
     answer_states,
     changed_logits,
@@ -45,11 +46,11 @@ def test_attributions_equal_a_plain_loop(
     small_folder: Callable[[str], Path],
     small_model: Callable[[str], Model],
 ) -> None:
-    decoder, positions = mlp_wiring_of(small_model(kind)), positions_of(kind)
+    decoder, positions = small_model(kind).mlp_residual, positions_of(kind)
     states = answer_states(decoder, torch.tensor(TOKENS), torch.tensor(positions))
     plain = inner(small_folder(kind), kind)
     points, weights = quadrature(3, "trapezoid")
-    scores = integrated_gradients(decoder, states, torch.tensor(TARGETS), 3, "trapezoid", log_probability, max_rows=7)
+    scores = integrated_gradients(Paths(decoder, states, torch.tensor(TARGETS), log_probability, max_rows=7), 3)
     for layer, found in enumerate(scores):
         for row, (tokens, position, target) in enumerate(zip(TOKENS, positions, TARGETS, strict=True)):
             expected = oracle.attribution(plain, kind, tokens, position, target, layer, points, weights, log_probability)
@@ -62,27 +63,28 @@ def test_attributions_equal_a_plain_loop(
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "gemma2", "bert"])
 def test_batches_and_rows_at_once_change_nothing(kind: str, small_model: Callable[[str], Model]) -> None:
-    decoder, positions, targets = mlp_wiring_of(small_model(kind)), torch.tensor(positions_of(kind)), torch.tensor(TARGETS)
+    decoder, positions, targets = small_model(kind).mlp_residual, torch.tensor(positions_of(kind)), torch.tensor(TARGETS)
     together = answer_states(decoder, torch.tensor(TOKENS), positions)
     alone = answer_states(decoder, torch.tensor(TOKENS[1:2]), positions[1:2])
     torch.testing.assert_close(together.logits[1:2], alone.logits, rtol=1e-4, atol=1e-5)
-    scores = [integrated_gradients(decoder, together, targets, 5, max_rows=rows) for rows in (1, 7, 512)]
+    scores = [integrated_gradients(Paths(decoder, together, targets, max_rows=rows), 5) for rows in (1, 7, 512)]
     for other in scores[1:]:
         torch.testing.assert_close(scores[0], other, rtol=1e-4, atol=1e-8)
-    single = integrated_gradients(decoder, alone, targets[1:2], 5)
+    single = integrated_gradients(Paths(decoder, alone, targets[1:2]), 5)
     torch.testing.assert_close(scores[0][:, 1:2], single, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_scores_of_a_layer_sum_to_what_its_neurons_do(kind: str, small_model: Callable[[str], Model]) -> None:
     """Completeness (Sundararajan et al. 2017): the sum tends to p(w) - p(0); trapezoid fastest."""
-    decoder, positions = mlp_wiring_of(small_model(kind)), torch.tensor(positions_of(kind))
+    decoder, positions = small_model(kind).mlp_residual, torch.tensor(positions_of(kind))
     states = answer_states(decoder, torch.tensor(TOKENS), positions)
     targets = states.logits.argmax(-1)
     layer = 1
     effect = changes_of_layer(decoder, states, layer, targets)
+    paths = Paths(decoder, states, targets)
     gaps = {
-        (rule, m): float((integrated_gradients(decoder, states, targets, m, rule)[layer].sum(-1) - effect).abs().max())
+        (rule, m): float((integrated_gradients(paths, m, rule)[layer].sum(-1) - effect).abs().max())
         for rule in ("right", "left", "trapezoid")
         for m in (20, 200)
     }
@@ -95,11 +97,11 @@ def test_scores_of_a_layer_sum_to_what_its_neurons_do(kind: str, small_model: Ca
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "bert"])
 def test_adaptive_points_reach_the_limit(kind: str, small_model: Callable[[str], Model]) -> None:
-    decoder, positions = mlp_wiring_of(small_model(kind)), torch.tensor(positions_of(kind))
+    decoder, positions = small_model(kind).mlp_residual, torch.tensor(positions_of(kind))
     states = answer_states(decoder, torch.tensor(TOKENS), positions)
     targets = states.logits.argmax(-1)
-    limits = integrated_gradients(decoder, states, targets, 4000)
-    scores = adaptive_gradients(decoder, states, targets, 1e-4, max_rows=50)
+    limits = integrated_gradients(Paths(decoder, states, targets), 4000)
+    scores = adaptive_gradients(Paths(decoder, states, targets, max_rows=50), 1e-4)
     for layer, (found, limit) in enumerate(zip(scores, limits, strict=True)):
         # halving stops when the sum is right; single scores, some of them large and opposite, are nearly so
         torch.testing.assert_close(found, limit, rtol=0.0, atol=5e-3 * float(limit.abs().max()))
@@ -108,11 +110,11 @@ def test_adaptive_points_reach_the_limit(kind: str, small_model: Callable[[str],
 
 
 def test_adaptive_points_of_log_probabilities(small_model: Callable[[str], Model]) -> None:
-    decoder, positions = mlp_wiring_of(small_model("llama")), torch.tensor(positions_of("llama"))
+    decoder, positions = small_model("llama").mlp_residual, torch.tensor(positions_of("llama"))
     states = answer_states(decoder, torch.tensor(TOKENS), positions)
     targets = torch.tensor(TARGETS)
-    limit = integrated_gradients(decoder, states, targets, 2000, log_probability=True)
-    found = adaptive_gradients(decoder, states, targets, 1e-3, log_probability=True)
+    paths = Paths(decoder, states, targets, log_probability=True)
+    limit, found = integrated_gradients(paths, 2000), adaptive_gradients(paths, 1e-3)
     torch.testing.assert_close(found, limit, rtol=0.0, atol=5e-3 * float(limit.abs().max()))
 
 
@@ -121,7 +123,7 @@ def test_changed_neurons_equal_hooks(
     kind: str, small_folder: Callable[[str], Path], small_model: Callable[[str], Model]
 ) -> None:
     """In several layers at once: those above see what those below became."""
-    decoder, positions = mlp_wiring_of(small_model(kind)), positions_of(kind)
+    decoder, positions = small_model(kind).mlp_residual, positions_of(kind)
     states = answer_states(decoder, torch.tensor(TOKENS), torch.tensor(positions))
     plain = inner(small_folder(kind), kind)
     mask = torch.ones(decoder.n_layers, decoder.parts(0).W_out.shape[0])
@@ -148,7 +150,7 @@ def test_quadrature() -> None:
 
 
 def test_masked_models_have_neurons_and_no_circuits(small_model: Callable[[str], Model]) -> None:
-    decoder = mlp_wiring_of(small_model("bert"))
+    decoder = small_model("bert").mlp_residual
     assert not decoder.causal
     with pytest.raises(ModelError, match="both directions"):
         _ = small_model("bert").residual
@@ -156,4 +158,4 @@ def test_masked_models_have_neurons_and_no_circuits(small_model: Callable[[str],
 
 def test_a_causal_prompt_ends_where_it_is_read(small_model: Callable[[str], Model]) -> None:
     with pytest.raises(MethodError, match="must end at the position"):
-        answer_states(mlp_wiring_of(small_model("gpt2")), torch.tensor(TOKENS), torch.tensor([4, 3, 4]))
+        answer_states(small_model("gpt2").mlp_residual, torch.tensor(TOKENS), torch.tensor([4, 3, 4]))

@@ -18,12 +18,12 @@ from torch import Tensor
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import Cloze
-from kc_lib.neurons.controls import sets_of_facts
 from kc_lib.neurons.erase import RelationErasure, erase_relation
 from kc_lib.neurons.integrate import answer_states
+from kc_lib.neurons.options import EditOptions
+from kc_lib.neurons.sets import sets_of_facts
 from kc_lib.neurons.update import FactUpdates, update_answers, update_facts
-from kc_lib.neurons.value_vectors import edited_answers, edited_values, value_vectors
-from kc_lib.neurons.values import mean_activations, updated_values
+from kc_lib.neurons.values import edited_answers, edited_values, mean_activations, updated_values, value_vectors
 from kc_lib.residual.encoder import Encoder, Residual
 
 KINDS = ["gpt2", "neox", "llama", "gemma2", "bert"]
@@ -49,7 +49,7 @@ def plain_log_p(plain: torch.nn.Module, cloze: Cloze) -> Tensor:
 
 
 def bits(model: Model) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone().view(torch.int32) for name, tensor in model.named_parameters()}
+    return {name: tensor.detach().clone().view(torch.int32) for name, tensor in model.bridge.named_parameters()}
 
 
 def assert_same_bits(model: Model, before: Mapping[str, Tensor]) -> None:
@@ -75,7 +75,7 @@ def test_model_and_parts_see_an_edit(kind: str, small_folder: Callable[[str], Pa
     with edited_values(decoder, values):
         for i, cloze in enumerate(clozes):
             expected = plain_log_p(plain, cloze)
-            seen = model(torch.tensor([cloze.tokens]))[0, cloze.position].log_softmax(-1)
+            seen = model.bridge(torch.tensor([cloze.tokens]))[0, cloze.position].log_softmax(-1)
             torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
             states = answer_states(decoder, torch.tensor([cloze.tokens]), torch.tensor([cloze.position]))
             torch.testing.assert_close(states.logits[0].log_softmax(-1), expected, rtol=1e-3, atol=1e-3)
@@ -104,7 +104,7 @@ def test_weights_are_put_back_to_the_bit(kind: str, small_model: Load) -> None:
 
 
 def test_refuses_what_would_not_reach_the_model(small_model: Load) -> None:
-    decoder = mlp_wiring_of(small_model("bert"))
+    decoder = small_model("bert").mlp_residual
     assert isinstance(decoder, Encoder)
     blocks = [replace(block, mlp=replace(block.mlp, W_out=block.mlp.W_out.clone())) for block in decoder.blocks]
     with (
@@ -123,7 +123,7 @@ def test_refuses_what_would_not_reach_the_model(small_model: Load) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_update_by_hand(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
-    decoder, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    decoder, plain = small_model(kind).mlp_residual, inner(small_folder(kind), kind)
     weight = oracle.output_layer(plain, kind, 1).weight
     v = weight[5] if kind == "gpt2" else weight[:, 5]
     for embedding, table in (
@@ -136,20 +136,21 @@ def test_update_by_hand(kind: str, small_folder: Callable[[str], Path], small_mo
             "code": v - 0.5 * old * v.norm() / old.norm() + 3.0 * new * v.norm() / new.norm(),
         }
         for scale, vector in expected.items():
-            found = updated_values(decoder, [(1, 5)], 50, 61, l1=0.5, l2=3.0, scale=scale, embedding=embedding)
+            how = EditOptions(l1=0.5, l2=3.0, scale=scale, embedding=embedding)
+            found = updated_values(decoder, [(1, 5)], 50, 61, how=how)
             torch.testing.assert_close(found[1, 5], vector, rtol=1e-5, atol=1e-6)
-    with pytest.raises(MethodError, match="scale is 'both'"):
-        updated_values(decoder, [(1, 5)], 50, 61, scale="both")
-    with pytest.raises(MethodError, match="embedding is 'tied'"):
-        updated_values(decoder, [(1, 5)], 50, 61, embedding="tied")
-    with pytest.raises(MethodError, match="l2 is nan"):
-        updated_values(decoder, [(1, 5)], 50, 61, l2=float("nan"))
+    with pytest.raises(MethodError, match="unknown scale 'both': use one of code, paper"):
+        EditOptions(scale="both")
+    with pytest.raises(MethodError, match="unknown embedding 'tied': use one of output, input"):
+        EditOptions(embedding="tied")
+    with pytest.raises(MethodError, match="l2 is nan; it must be a number, at least 0"):
+        EditOptions(l2=float("nan"))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callable[[str], Path], small_model: Load) -> None:
     """What a neuron of -4 writes moves by 4 (l2 e_new - l1 e_old), scaled; as published it moves the other way."""
-    decoder, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    decoder, plain = small_model(kind).mlp_residual, inner(small_folder(kind), kind)
     weight = oracle.output_layer(plain, kind, 1).weight
     neurons, fired = [(1, 5), (1, 6), (1, 7)], torch.tensor([-4.0, 0.5, 0.0])
     table = plain.get_output_embeddings().weight
@@ -160,7 +161,8 @@ def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callab
         ("paper", True): [-1.0, 1.0, 1.0],
     }
     for (scale, orient), factors in ways.items():
-        found = updated_values(decoder, neurons, 50, 61, l1=0.5, l2=3.0, scale=scale, activations=fired, orient=orient)
+        how = EditOptions(l1=0.5, l2=3.0, scale=scale, orient=orient)
+        found = updated_values(decoder, neurons, 50, 61, fired, how)
         for (_, neuron), factor in zip(neurons, factors, strict=True):
             v = weight[neuron] if kind == "gpt2" else weight[:, neuron]
             lengths = (1.0, 1.0) if scale == "paper" else (v.norm() / old.norm(), v.norm() / new.norm())
@@ -172,7 +174,7 @@ def test_changes_have_the_sign_of_the_activation(kind: str, small_folder: Callab
 def test_mean_activations_where_the_answer_is_predicted(
     kind: str, small_folder: Callable[[str], Path], small_model: Load
 ) -> None:
-    decoder, plain = mlp_wiring_of(small_model(kind)), inner(small_folder(kind), kind)
+    decoder, plain = small_model(kind).mlp_residual, inner(small_folder(kind), kind)
     clozes = [prompt.clozes[0] for fact in made_facts(kind)[:2] for prompt in fact.prompts]
     found = mean_activations(decoder, clozes, [(1, 5), (0, 3)], batch_size=2)
     seen: dict[int, Tensor] = {}
@@ -216,7 +218,7 @@ def test_updates_equal_a_plain_model(
         assert new[fact] != int(facts[fact].answer)
         for (of, draw), neurons in variants.items():
             fired = mean_activations(decoder, [prompt.clozes[0] for prompt in facts[fact].prompts], neurons)
-            values = updated_values(decoder, neurons, int(facts[fact].answer), new[fact], l2=3.0, activations=fired)
+            values = updated_values(decoder, neurons, int(facts[fact].answer), new[fact], fired, EditOptions(l2=3.0))
             plain = plainly_edited(small_folder(kind), kind, values)
             rows = found.frame[(found.frame["fact"] == fact) & (found.frame["kind"] == of) & (found.frame["draw"] == draw)]
             assert rows["on"].tolist() == ["own"] * 3 + ["held_out"]
@@ -235,7 +237,7 @@ def test_updates_equal_a_plain_model(
     loaded = FactUpdates.load(found.save(tmp_path / "fact_updates.parquet"))
     pd.testing.assert_frame_equal(loaded.frame, found.frame)
     pd.testing.assert_frame_equal(loaded.others, found.others)
-    pd.testing.assert_frame_equal(loaded.to_frame(), found.to_frame())
+    pd.testing.assert_frame_equal(loaded.with_facts(), found.with_facts())
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -352,6 +354,6 @@ def test_nothing_to_edit_is_reported(small_model: Load, tmp_path: Path) -> None:
     assert FactUpdates.load(found.save(tmp_path / "none.parquet")).frame.empty
     with pytest.raises(MethodError, match="no fact of the relation 'food'"):
         erase_relation(model, facts, sets, "food")
-    with pytest.raises(MethodError, match="neurons is 0"):
+    with pytest.raises(MethodError, match="n_neurons is 0"):
         erase_relation(model, facts, sets, "colour", n_neurons=0)
     assert value_vectors(model.mlp_residual, []).shape == (0, 32)

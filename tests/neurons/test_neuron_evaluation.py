@@ -11,11 +11,10 @@ import plotly.graph_objects as go
 import pytest
 
 from kc_lib.errors import MethodError
-from kc_lib.neurons.activate import NeuronActivations
+from kc_lib.neurons.activate import NeuronActivations, activation_means
 from kc_lib.neurons.attribute import NeuronAttributions
-from kc_lib.neurons.conclusion import neurons_conclusion, neurons_headline
-from kc_lib.neurons.effects import activation_means, change_ratios, erasure_effects, side_effects, update_rates
-from kc_lib.neurons.erase import RelationErasure
+from kc_lib.neurons.effects import METHODS, headline
+from kc_lib.neurons.erase import RelationErasure, erasure_effects
 from kc_lib.neurons.figures import (
     activating_figure,
     attribution_figure,
@@ -27,10 +26,9 @@ from kc_lib.neurons.figures import (
     side_effect_figure,
     update_figure,
 )
-from kc_lib.neurons.refine import NeuronSets, random_neurons
-from kc_lib.neurons.sets import layer_shares, neurons_per_fact, overlaps
-from kc_lib.neurons.suppress import NeuronChanges
-from kc_lib.neurons.update import FactUpdates
+from kc_lib.neurons.sets import NeuronSets, layer_shares, neurons_per_fact, overlaps, random_neurons
+from kc_lib.neurons.suppress import NeuronChanges, change_ratios
+from kc_lib.neurons.update import FactUpdates, side_effects, update_rates
 
 N_FACTS, N_LAYERS, D_MLP = 12, 6, 40
 RELATIONS = ["capital", "colour", "sport"]
@@ -242,59 +240,59 @@ def test_activation_update_and_erasure_tables_by_hand() -> None:
     assert one(erased, erased="capital", on="other", relation="colour", kind="base")["n"] == 4
 
 
-def test_words_say_what_holds_and_what_does_not() -> None:
-    sets, changes = made_sets(), made_changes()
-    told = neurons_conclusion(sets, changes, made_activations(), made_updates(), [made_erasure()])
-    for words in (
-        "(1 of 12 facts without any)",
-        "as published, most are in the upper half",
-        "more within a relation holds",
-        "A larger fall than by random neurons of the same layers holds",
-        "A larger rise than by random neurons of the same layers holds",
-        "1 left out: answer of several tokens",
-        "held-out prompts",
-        "As published, the relation suffers more",
-    ):
-        assert words in told, words
-    headline = neurons_headline(sets, changes, made_activations(), made_updates(), [made_erasure()])
-    assert headline["suppressed, knowledge"].startswith("-4")
-    assert "1 of 12 facts without any" in headline["neurons per fact, knowledge"]
+def test_headline_and_summaries() -> None:
+    sets, changes, updates, erasure = made_sets(), made_changes(), made_updates(), made_erasure()
+    figures = headline(sets, changes, made_activations(), updates, erasure)
+    assert figures["suppressed, knowledge"].startswith("-4")
+    assert figures["amplified, knowledge"].startswith("+4")
+    assert "1 of 12 facts without any" in figures["neurons per fact, knowledge"]
+    assert figures["shared intra-relation, base"].startswith("3.00")
+    assert [name for name in figures if name.startswith("activation")] == [f"activation on T{i}" for i in (1, 2, 3)]
+    assert figures["update success, knowledge, own prompts"].startswith("50.0%")
+    assert figures["update success, random, held-out prompts"].startswith("0.0%")
+    assert figures["erasing capital: erased"].startswith("perplexity +10")
+    assert "erasing capital: others" in figures
+    assert not [name for name in figures if "update" in name and "base" in name]
+    assert sets.summary().equals(neurons_per_fact(sets))
+    assert changes.summary(1).equals(change_ratios(changes, 1))
+    assert updates.summary().equals(update_rates(updates))
+    assert erasure.summary(2).equals(erasure_effects([erasure], 2))
+    assert (updates.first, updates.n_updated) == (0, 11)
 
-    low = made_sets({("knowledge", i): [(0, i), (1, 20 + i // 3)] for i in range(N_FACTS)})
-    told = neurons_conclusion(low, made_changes(effect=-0.4), erasures=[made_erasure(rise=-0.3)])
-    for words in (
-        "unlike published, most are in the lower half",
-        "more within a relation does not hold",
-        "A larger fall than by random neurons of the same layers does not hold",
-        "Unlike published, the relation suffers less",
-    ):
-        assert words in told, words
+    upper = layer_shares(sets).query("method == 'knowledge' and layer >= 3")["share"].sum()
+    assert upper == pytest.approx(1.0)
+    opposite = change_ratios(made_changes(effect=-0.4)).query("relation == 'all' and on == 'own' and kind == 'knowledge'")
+    opposite = opposite.set_index("factor")
+    assert opposite.loc[0.0, "more_low"] > 0
+    assert opposite.loc[2.0, "more_high"] < 0
+    better = one(erasure_effects([made_erasure(rise=-0.3)]), on="erased", kind="knowledge")
+    others = one(erasure_effects([made_erasure(rise=-0.3)]), on="others", kind="knowledge")
+    assert better["ratio_high"] < others["ratio_low"]
 
 
 def test_empty_sets_are_said() -> None:
     sets, no_changes = made_sets({}), NeuronChanges(made_changes().frame.head(0), facts(), {"model": "tiny"})
-    told = neurons_conclusion(sets, no_changes)
-    assert "12 of 12 facts without any" in told
-    assert "nothing to change" in told
-    assert neurons_headline(sets, no_changes)["neurons per fact, base"] == "0.00 [0.00, 0.00] (12 of 12 facts without any)"
+    said = headline(sets, no_changes)
+    assert said == {f"neurons per fact, {method}": "0.00 [0.00, 0.00] (12 of 12 facts without any)" for method in METHODS}
     assert change_ratios(no_changes).empty
     assert erasure_effects([]).empty
     updates = made_updates()
     none = FactUpdates(updates.frame.head(0), updates.others.head(0), updates.facts, updates.provenance)
-    assert "no fact has neurons of its own" in neurons_conclusion(made_sets(), updates=none)
+    assert (none.first, none.n_updated) == (0, 0)
+    assert none.summary().empty
     erasure = made_erasure()
     nothing = RelationErasure(erasure.frame.head(0), erasure.neurons.head(0), erasure.provenance)
-    assert "has no knowledge neurons" in neurons_conclusion(made_sets(), erasures=[nothing])
-    for make in (
-        lambda: neuron_layer_figure(sets),
-        lambda: neuron_overlap_figure(sets),
-        lambda: change_ratio_figure(no_changes),
-        lambda: update_figure(none),
-        lambda: side_effect_figure(none),
-        lambda: erase_figure([nothing]),
+    assert headline(none, nothing) == {}
+    for figure in (
+        neuron_layer_figure(sets),
+        neuron_overlap_figure(sets),
+        change_ratio_figure(no_changes),
+        update_figure(none),
+        side_effect_figure(none),
+        erase_figure([nothing]),
     ):
-        with pytest.raises(MethodError, match="nothing to show"):
-            make()
+        assert not figure.data
+        assert "nothing to show" in figure.layout.annotations[0].text
     assert neurons_per_fact_figure(sets).data[0].y == (12,)
 
 
@@ -357,5 +355,7 @@ def test_scores_of_a_fact_are_shown_by_how_many_paraphrases_share_them() -> None
     one, several, every = (set(map(tuple, trace.customdata[:, :2])) for trace in figure.data)
     assert (one, several, every) == ({(2, 1)}, {(2, 0)}, {(1, 5)})
     assert all(round(x) == layer for trace in figure.data for x, (layer, *_) in zip(trace.x, trace.customdata, strict=True))
-    with pytest.raises(MethodError, match="fact 1 has no neurons"):
+    with pytest.raises(MethodError, match="there is no fact 1: facts are 0 to 0"):
         attribution_figure(found, 1)
+    without = NeuronAttributions(frame.head(0), pd.DataFrame(), about, found.provenance)
+    assert "nothing to show" in attribution_figure(without, 0).layout.annotations[0].text

@@ -10,7 +10,8 @@ import pytest
 
 from kc_lib.errors import MethodError
 from kc_lib.neurons.attribute import NeuronAttributions
-from kc_lib.neurons.refine import NeuronSets, coarse_neurons, random_neurons, refine
+from kc_lib.neurons.refine import coarse_neurons, refine_neurons
+from kc_lib.neurons.sets import NeuronSets, random_neurons
 
 Neuron = tuple[int, int]
 Scores = Mapping[Neuron, float]
@@ -65,7 +66,7 @@ def test_refined_base_and_relation_sets_by_hand() -> None:
     first = [{A: 1.0, B: 0.3, C: 0.3}] * 3 + [{A: 1.0, B: 0.3, C: 0.1}, {A: 1.0, B: 0.1, C: 0.1, D: 0.9}]
     second = [{A: 1.0, E: 0.21}] * 5
     base = [[weak] * 5, [{E: 1.0, A: 0.49}] * 5]
-    sets = refine(attributions([first, second], base), adapt=False)
+    sets = refine_neurons(attributions([first, second], base), adapt=False)
     assert sets.of("knowledge", 0) == (A, B)  # B four times, C three times, D once
     assert sets.of("knowledge", 1) == (A, E)
     assert sets.of("base", 0) == (A, B)  # 0.5 of the maximum and more
@@ -73,17 +74,17 @@ def test_refined_base_and_relation_sets_by_hand() -> None:
     assert sets.frame.query("method == 'knowledge' and fact == 0")["prompts"].tolist() == [5, 4]
     assert sets.of_relation("knowledge", "r") == (A, B, E)  # two facts, then one
     assert sets.without_common("knowledge", 0) == (B,)
-    at_most = refine(attributions([first, second], base), adapt=False, relation_share=0.6)
+    at_most = refine_neurons(attributions([first, second], base), adapt=False, relation_share=0.6)
     assert at_most.of_relation("knowledge", "r") == (A,)
 
 
 def test_three_prompts_at_least_and_whole_shares() -> None:
     prompts: list[Scores] = [{A: 1.0, B: 1.0, C: 1.0}] * 2 + [{A: 1.0, B: 1.0}] * 1 + [{A: 1.0}]
-    sets = refine(attributions([prompts]), adapt=False, share=0.25)
+    sets = refine_neurons(attributions([prompts]), adapt=False, share=0.25)
     assert sets.of("knowledge", 0) == (A, B)  # one prompt of four would do by the share alone
     many: list[Scores] = [{A: 1.0, B: 1.0}] * 7 + [{A: 1.0, C: 1.0}] * 6 + [{A: 1.0}] * 12
     assert 0.28 * 25 > 7  # as floating point has it
-    assert refine(attributions([many]), adapt=False, share=0.28).of("knowledge", 0) == (A, B)
+    assert refine_neurons(attributions([many]), adapt=False, share=0.28).of("knowledge", 0) == (A, B)
 
 
 def rising(n: int) -> list[Scores]:
@@ -93,16 +94,16 @@ def rising(n: int) -> list[Scores]:
 
 def test_the_share_adapts_both_ways() -> None:
     too_few = [{A: 1.0} | ({B: 0.5} if i < 6 else {}) for i in range(10)]  # B needs a share of 0.6
-    sets = refine(attributions([too_few]))
+    sets = refine_neurons(attributions([too_few]))
     assert sets.of("knowledge", 0) == (A, B)
     assert sets.provenance["shares"]["knowledge"]["r"] == pytest.approx(0.6)
     crowd = [{A: 1.0} | {(2, i): 0.5 for i in range(8) if prompt < 8} for prompt in range(10)]  # nine up to a share of 0.8
-    sets = refine(attributions([[*crowd]], [[{A: 1.0, B: 1.0}] * 10]))
+    sets = refine_neurons(attributions([[*crowd]], [[{A: 1.0, B: 1.0}] * 10]))
     assert sets.of("knowledge", 0) == (A,)  # above 0.8 the crowd goes, and with it falls below two: the share turns back
     used = sets.provenance["shares"]
     assert used["knowledge"]["r"] == pytest.approx(0.85)
     assert used["base"]["r"] == pytest.approx(0.7)
-    gradual = refine(attributions([rising(8)]))  # nine at 0.7, seven at 0.75 and 0.8, five at 0.85
+    gradual = refine_neurons(attributions([rising(8)]))  # nine at 0.7, seven at 0.75 and 0.8, five at 0.85
     assert len(gradual.of("knowledge", 0)) == 5
     assert gradual.provenance["shares"]["knowledge"]["r"] == pytest.approx(0.85)
 
@@ -110,7 +111,7 @@ def test_the_share_adapts_both_ways() -> None:
 def test_the_share_is_of_a_relation_and_moves_six_times_at_most() -> None:
     many = [{(2, i): 1.0 for i in range(9)}] * 10
     two = [{A: 1.0, B: 1.0}] * 10
-    sets = refine(attributions([many, two], relations=["many", "two"]))
+    sets = refine_neurons(attributions([many, two], relations=["many", "two"]))
     shares = sets.provenance["shares"]["knowledge"]
     assert shares["two"] == pytest.approx(0.7)
     assert 0.9 < shares["many"] <= 1.0  # six looks, five moves or as many as there is room for
@@ -121,25 +122,25 @@ def test_the_share_is_of_a_relation_and_moves_six_times_at_most() -> None:
 def test_negatives_are_dropped() -> None:
     found = attributions([[{A: 1.0, B: 1.0, C: 1.0}] * 4])
     unrelated = attributions([[{A: 1.0}] * 4, [{B: 1.0}] * 2 + [{F: 1.0}] * 2])
-    sets = refine(found, negatives=unrelated, adapt=False)
+    sets = refine_neurons(found, negatives=unrelated, adapt=False)
     assert sets.of("knowledge", 0) == (B, C)  # half of the other fact's prompts are too few to drop B
     assert sets.of_relation("knowledge", "r") == (B, C)
     with pytest.raises(MethodError, match="another model"):
-        refine(found, negatives=attributions([[{A: 1.0}] * 4], model="other"))
+        refine_neurons(found, negatives=attributions([[{A: 1.0}] * 4], model="other"))
 
 
 def test_empty_sets_and_files(tmp_path: Path) -> None:
     different: list[Scores] = [{(0, i): 1.0} for i in range(5)]
-    sets = refine(attributions([different]))
+    sets = refine_neurons(attributions([different]))
     assert sets.of("knowledge", 0) == ()
     assert sets.of_relation("knowledge", "r") == ()
     loaded = NeuronSets.load(sets.save(tmp_path / "neurons.parquet"))
     assert loaded.of("knowledge", 0) == ()
     assert loaded.facts.equals(sets.facts)
-    full = refine(attributions([[{A: 1.0, B: 1.0}] * 3]))
+    full = refine_neurons(attributions([[{A: 1.0, B: 1.0}] * 3]))
     loaded = NeuronSets.load(full.save(tmp_path / "neurons.parquet"))
     assert loaded.of("knowledge", 0) == (A, B)
-    pd.testing.assert_frame_equal(loaded.to_frame(), full.to_frame())
+    pd.testing.assert_frame_equal(loaded.with_facts(), full.with_facts())
 
 
 def test_bad_input() -> None:
@@ -147,13 +148,14 @@ def test_bad_input() -> None:
     for arguments, message in (
         ({"criterion": "rank"}, "unknown criterion 'rank'"),
         ({"share": 0.0}, "share is 0.0"),
-        ({"thresholds": {"knowledge": 0.2}}, "one for each"),
+        ({"threshold": "low"}, "threshold is 'low'; it must be a number"),
+        ({"thresholds": {"knowledge": 0.2}}, "unknown option 'thresholds': use some of threshold, base_threshold"),
         ({"relation_share": 2.0}, "relation_share is 2.0"),
     ):
         with pytest.raises(MethodError, match=message):
-            refine(found, **arguments)
+            refine_neurons(found, **arguments)
     with pytest.raises(MethodError, match="has 2 paraphrases; refining needs at least 3"):
-        refine(attributions([[{A: 1.0}] * 2]))
+        refine_neurons(attributions([[{A: 1.0}] * 2]))
 
 
 def test_random_neurons_keep_the_layers() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from kc_lib import cli, runs
 from kc_lib.models.smollm2 import wheel_file
+from kc_lib.options import names_in
 
 NOTEBOOKS = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
 SHORT_FUNCTION = 6  # lines; what is longer belongs into kc_lib, where it is tested
@@ -30,15 +31,23 @@ REDUCED = {
 # what single notebooks need beside or instead
 REDUCED_OF = {
     # nano has 463 edges: half a percent of them, which the real model needs, are two
-    "circuit_discovery": {"size": "0.05"},
-    "circuit_evaluation": {"size": "0.05"},
+    "circuit_discovery": {"size": "0.05", "task.max_facts": "12", "score.steps": "2"},
+    "circuit_evaluation": {
+        "size": "0.05",
+        "task.max_facts": "12",
+        "score.steps": "2",
+        "stability.n_resamples": "2",
+    },
     "component_analysis": {"size": "0.05"},
     "circuits_over_training": {
         "schedule": "0 750 6000",
         "tasks": "ioi agreement",
         "seeds": "2",
         "n_prompts": "8",
-        "scores": "previous_token",
+        "measure.steps": "2",
+        "measure.n_random": "2",
+        "measure.n_resamples": "2",
+        "measure.scores": "previous_token",
     },
     "head_classification": {"relations": "country_capital", "max_facts": "24", "scores": "previous_token induction"},
     "knowledge_neurons": {"max_facts": "4", "n_random": "1"},
@@ -109,7 +118,7 @@ def test_the_main_job_runs_on_the_real_model(tmp_path: Path) -> None:
 def check_run(path: Path, out: Path, reduced: dict[str, str]) -> None:
     """Run it with those of the parameters it has, and look at what it leaves."""
     known = papermill.inspect_notebook(str(path))
-    given = {key: value for key, value in reduced.items() if key in known}
+    given = {key: value for key, value in reduced.items() if key in known or "." in key}
     folder, headline = cli.run_notebook(path.stem, given, out)
     assert out in folder.parents
     assert headline
@@ -117,8 +126,9 @@ def check_run(path: Path, out: Path, reduced: dict[str, str]) -> None:
     assert record["experiment"] == path.stem
     assert record["model"]["name"].partition("@")[0] == given["model"]  # over a training, that of the last checkpoint
     assert record["headline"] == headline
-    for key in given:
-        assert str(record["parameters"][key]) == given[key]
+    for key, text in given.items():
+        value = record["parameters"][key]
+        assert value == names_in(text) if isinstance(value, list) else str(value) == text
     assert {"run.json", path.name, "report.html"} < {file.name for file in folder.iterdir()}
     executed = nbformat.read(folder / path.name, as_version=4)
     code = [cell for cell in executed.cells if cell.cell_type == "code"]

@@ -30,7 +30,7 @@ def oracle_copied(model: Model, layer: int, head: int, vectors: Tensor) -> Tenso
         ]
         tokens = torch.zeros(len(vectors), 1, dtype=torch.long)
         with torch.no_grad():
-            model.run_with_hooks(tokens, fwd_hooks=hooks)
+            model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
         return found["out"][:, 0]
 
     return written(head) - written(None)
@@ -38,7 +38,7 @@ def oracle_copied(model: Model, layer: int, head: int, vectors: Tensor) -> Tenso
 
 def oracle_readout(model: Model, stream: Tensor, scale_of: Tensor) -> Tensor:
     """Logits of a final stream, the norm's scale being that of another one."""
-    inner = model.ln_final.original_component
+    inner = model.bridge.ln_final.original_component
     cfg = model.cfg
     x, like = stream.double(), scale_of.double()
     if getattr(cfg, "uses_rms_norm", False):
@@ -48,18 +48,18 @@ def oracle_readout(model: Model, stream: Tensor, scale_of: Tensor) -> Tensor:
     else:
         centred, like = x - x.mean(-1, keepdim=True), like - like.mean(-1, keepdim=True)
         y = centred / (like.pow(2).mean(-1, keepdim=True) + inner.eps).sqrt() * inner.weight.double() + inner.bias.double()
-    logits = y @ model.unembed.W_U.double()
-    if model.unembed.b_U is not None:
-        logits = logits + model.unembed.b_U.double()
+    logits = y @ model.bridge.unembed.W_U.double()
+    if model.bridge.unembed.b_U is not None:
+        logits = logits + model.bridge.unembed.b_U.double()
     cap = getattr(cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
 
 def oracle_unembedding(model: Model, token: int) -> Tensor:
     """Unit vector along which the final norm and the unembedding read a token's logit."""
-    inner = model.ln_final.original_component
+    inner = model.bridge.ln_final.original_component
     weight = inner.weight.double() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)
-    direction = model.unembed.W_U[:, token].double() * weight
+    direction = model.bridge.unembed.W_U[:, token].double() * weight
     if not getattr(model.cfg, "uses_rms_norm", False):
         direction = direction - direction.mean()
     return direction / direction.norm()
@@ -67,7 +67,7 @@ def oracle_unembedding(model: Model, token: int) -> Tensor:
 
 def oracle_result(model: Model, cache: Any, layer: int, head: int, row: int, place: int) -> list[Tensor]:
     """What a head brings from each source to one place, as it arrives in the stream."""
-    attn = model.blocks[layer].attn
+    attn = model.bridge.blocks[layer].attn
     pattern = cache[f"blocks.{layer}.attn.hook_pattern"][row]
     values = cache[f"blocks.{layer}.attn.hook_v"][row]
     if values.ndim == 2:
@@ -75,12 +75,12 @@ def oracle_result(model: Model, cache: Any, layer: int, head: int, row: int, pla
     n_heads = attn.W_O.shape[0]
     per_head = n_heads // values.shape[1]
     results = [pattern[head, place, s] * values[s, head // per_head] @ attn.W_O[head] for s in range(place + 1)]
-    if not hasattr(model.blocks[layer], "ln1_post"):
+    if not hasattr(model.bridge.blocks[layer], "ln1_post"):
         return [result.double() for result in results]
     every = sum(
         pattern[h, place, s] * values[s, h // per_head] @ attn.W_O[h] for h in range(n_heads) for s in range(place + 1)
     )
-    norm = model.blocks[layer].ln1_post.original_component
+    norm = model.bridge.blocks[layer].ln1_post.original_component
     weight = norm.weight + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)
     scale = 1.0 / (every.pow(2).mean() + norm.eps).sqrt()
     return [(result * scale * weight).double() for result in results]
@@ -93,14 +93,14 @@ def oracle_cspa(
     with torch.no_grad():
         total, count = torch.zeros(model.cfg.d_model, dtype=torch.float64), 0
         for window in text:
-            _, cache = model.run_with_cache(window[None])
+            _, cache = model.bridge.run_with_cache(window[None])
             for place in range(1, len(window)):
                 total += sum(oracle_result(model, cache, layer, head, 0, place))
                 count += 1
         mean = total / count
         ablated, preserved = [], []
         for window in scored:
-            _, cache = model.run_with_cache(window[None])
+            _, cache = model.bridge.run_with_cache(window[None])
             last = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][0]
             before = cache[f"blocks.{layer}.hook_resid_pre"][0]
             for place in range(1, len(window)):
@@ -138,7 +138,7 @@ def oracle_path_patch(
     """
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     with torch.no_grad():
-        _, cache = model.run_with_cache(clean)
+        _, cache = model.bridge.run_with_cache(clean)
         hooks: list[tuple[str, Callable]] = []
 
         def frozen(name: str, add: bool) -> Callable:
@@ -159,7 +159,7 @@ def oracle_path_patch(
         for layer in {layer for layer, _ in receivers}:
             name = f"blocks.{layer}.attn.hook_q"
             hooks.append((name, lambda x, hook, layer=layer: queries.update({layer: x.detach().clone()})))
-        model.run_with_hooks(clean, fwd_hooks=hooks)
+        model.bridge.run_with_hooks(clean, fwd_hooks=hooks)
 
         def given(layer: int) -> Callable:
             def hook_fn(q: Tensor, hook: Any) -> Tensor:
@@ -177,5 +177,5 @@ def oracle_path_patch(
             final.append((f"blocks.{layer}.attn.hook_q", given(layer)))
             name = f"blocks.{layer}.attn.hook_pattern"
             final.append((name, lambda x, hook, layer=layer: patterns.update({layer: x.detach().clone()})))
-        logits = model.run_with_hooks(clean, fwd_hooks=final)
+        logits = model.bridge.run_with_hooks(clean, fwd_hooks=final)
     return logits[:, -1], {(layer, head): patterns[layer][:, head, -1] for layer, head in receivers}

@@ -124,7 +124,7 @@ def check_single_edges(
         mask[row, column] = False
         for context, ablated, run in zip(contexts, ablations, runs, strict=True):
             removed = run_circuit(decoder, graph, mask, batch, ablated, context)[:, 0]
-            restarted = patch_edges(decoder, graph, batch, run, ablated, reader, [row])[0, :, 0]
+            restarted = patch_edges(decoder, graph, run, ablated, reader, [row])[0, :, 0]
             assert (removed - expected).abs().max() <= tolerance, names
             assert (restarted - expected).abs().max() <= tolerance, names
     assert largest_change > 1e-2 * clean.abs().max()  # or the edges would say nothing
@@ -153,7 +153,7 @@ def test_one_edge_ablated_by_other_values(
             ablation="zero" if intervention == "zero" else values,
         )
         tolerance = max(1e-4 * (expected - clean[:, 0]).abs().max(), 1e-5 * clean.abs().max())
-        restarted = patch_edges(decoder, graph, batch, run, ablated, reader, [row])[0, :, 0]
+        restarted = patch_edges(decoder, graph, run, ablated, reader, [row])[0, :, 0]
         assert (restarted - expected).abs().max() <= tolerance
 
 

@@ -11,7 +11,8 @@ from helpers import SmallModel, known, written
 
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
-from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, load_facts
+from kc_lib.tasks.facts import FactPrompt, load_facts
+from kc_lib.tasks.options import POSITION_CLASSES
 from kc_lib.tasks.relations import load_relation
 from kc_lib.tasks.task import load_task
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kc_lib.errors import ModelError
-from kc_lib.heads.general import general_head_scores
+from kc_lib.heads.general import head_scores
 from kc_lib.models.load import embedded_models, load_model
 from kc_lib.models.shipped import CAUSAL, MASKED, MODELS, file_hashes, nano_folder, nano_steps, read_manifest
 from kc_lib.tasks.relations import load_relation
@@ -335,8 +335,7 @@ def test_the_project_task_finds_its_facts_and_ioi_in_nano() -> None:
 def test_heads_for_earlier_words_appear_over_training() -> None:
     scores = ("previous_token", "induction", "name_mover")
     found = {
-        step: general_head_scores(load_model(CAUSAL, checkpoint=step, device="cpu"), scores)
-        for step in (512, max(nano_steps()))
+        step: head_scores(load_model(CAUSAL, checkpoint=step, device="cpu"), scores) for step in (512, max(nano_steps()))
     }
     early, last = (set(found[step].passing()["name"]) for step in found)
     assert not early & {"previous_token", "induction"}

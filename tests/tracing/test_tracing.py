@@ -18,11 +18,13 @@ from torch import Tensor
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.models.model import Model
 from kc_lib.models.smollm2 import cached_smollm2
-from kc_lib.tasks.facts import POSITION_CLASSES, FactPrompt, load_facts
-from kc_lib.tracing import noise as noises
+from kc_lib.tasks.facts import FactPrompt, load_facts
+from kc_lib.tasks.options import POSITION_CLASSES
+from kc_lib.tracing.effects import TracingResult
 from kc_lib.tracing.noise import noise_scale, noised, replaced
-from kc_lib.tracing.restore import MEDIATORS, Cells, answer_probabilities, fact_runs, restored_probabilities
-from kc_lib.tracing.trace import TracingResult, self_checks, trace
+from kc_lib.tracing.options import MEDIATORS, NOISES
+from kc_lib.tracing.restore import Cells, answer_probabilities, fact_runs, restored_probabilities
+from kc_lib.tracing.trace import self_checks, trace
 
 CLOSE = 1e-5
 every_kind = pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_draws_have_the_distribution_they_are_named_for(small_model: SmallModel)
     assert (drawn("covariance", root).T.cov() - expected).norm() / expected.norm() < 0.06
 
 
-@pytest.mark.parametrize("noise", noises.NOISES)
+@pytest.mark.parametrize("noise", NOISES)
 def test_every_noise_runs(small_model: SmallModel, noise: str) -> None:
     model = small_model("llama")
     result = trace(model, random_facts(model), noise=noise, n_samples=2, mediators=("state",))
@@ -268,7 +270,7 @@ def test_noise_of_size_zero_has_no_effect_and_divides_nothing(small_model: Small
     model = small_model("llama")
     result = trace(model, random_facts(model), level=0.0, n_samples=2, mediators=MEDIATORS)
     assert result.facts["total_effect"].abs().max() <= 1e-6
-    assert result.to_frame()["indirect_effect"].abs().max() <= 1e-6
+    assert result.indirect_effects()["indirect_effect"].abs().max() <= 1e-6
     assert np.isfinite(result.frame["p"]).all()
 
 
@@ -327,7 +329,8 @@ def test_an_interrupted_trace_goes_on(small_model: SmallModel, tmp_path: Path, m
     ("given", "parts"),
     [
         ({"mediators": ("state", "magic")}, ("'magic'", "mlp_severed")),
-        ({"mediators": ()}, ("''", "state")),
+        ({"mediators": ()}, ("mediators are none", "state")),
+        ({"positions": "last token, magic"}, ("'magic'", "last subject token")),
         ({"window": 0}, ("window is 0",)),
         ({"n_samples": 0}, ("n_samples is 0",)),
         ({"n_samples": 2.5}, ("n_samples is 2.5",)),
@@ -338,7 +341,8 @@ def test_an_interrupted_trace_goes_on(small_model: SmallModel, tmp_path: Path, m
         ({"level": float("nan")}, ("level is nan",)),
         ({"sigma": "much"}, ("sigma is 'much'",)),
         ({"noise": "covariance", "sigma": 0.1}, ("sigma=0.1", "covariance")),
-        ({"known_rank": 0}, ("no known fact left", "6 answers")),
+        ({"known_rank": 0}, ("known_rank is 0",)),
+        ({"magic": 1}, ("'magic'", "n_samples")),
     ],
     ids=str,
 )
@@ -354,6 +358,9 @@ def test_nothing_to_trace(small_model: SmallModel) -> None:
     model = small_model("gpt2")
     with pytest.raises(TaskError, match="no facts to trace"):
         trace(model, [])
+    unknown = [replace(fact, answer=(fact.answer + 1) % 200) for fact in random_facts(model)]
+    with pytest.raises(TaskError, match=r"no known fact left.* 6 answers"):
+        trace(model, unknown)
     facts = [random_fact(model, 6, (2,)), random_fact(model, 6, (2, 3))]
     with pytest.raises(TaskError, match="equal token length"):
         trace(model, facts, noise="replacement")

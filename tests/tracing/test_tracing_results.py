@@ -13,10 +13,9 @@ from helpers import assert_one_line_and_code_2, assert_refused, kc, known, run_c
 
 from kc_lib import runs
 from kc_lib.errors import MethodError
-from kc_lib.tasks.facts import POSITION_CLASSES
-from kc_lib.tracing.effects import average_effects, peaks, severing, total_effect, tracing_conclusion, tracing_headline
-from kc_lib.tracing.figures import class_heatmap, class_lines, fact_heatmap, severing_bars
-from kc_lib.tracing.trace import TracingResult
+from kc_lib.tasks.options import POSITION_CLASSES
+from kc_lib.tracing.effects import TracingResult, average_effects, peaks, severing, total_effect, tracing_headline
+from kc_lib.tracing.figures import class_heatmap, fact_heatmap, severing_bars, tracing_figure
 
 FIRST, MIDDLE, LAST_SUBJECT, AFTER, FURTHER, LAST = POSITION_CLASSES
 N_LAYERS = 6
@@ -110,9 +109,10 @@ def test_no_total_effect_is_told_and_not_divided_by(effect: float) -> None:
     nothing = made(effect=effect)
     with np.errstate(all="raise"):
         rows = severing(nothing)
-        text = tracing_conclusion(nothing)
+        summary = nothing.summary()
     assert rows[["kept", "peak_kept"]].isna().all(axis=None)
-    assert "TE = 0" in text
+    assert summary[["kept", "peak_kept"]].isna().all(axis=None)
+    assert summary["note"].str.contains("the corruption changes nothing").all()
     assert tracing_headline(nothing)["ATE"] == 0
     for figure in (class_heatmap(nothing), severing_bars(nothing), fact_heatmap(nothing)):
         assert figure.to_json()
@@ -122,16 +122,25 @@ def test_a_single_fact_has_no_intervals() -> None:
     one = made(1)
     table = average_effects(one)
     assert table[["aie_low", "aie_high"]].isna().all(axis=None)
-    assert "[" not in tracing_conclusion(one).replace("[95%", "")
-    assert class_lines(one).to_json()
+    assert one.summary()[["aie_low", "aie_high", "layer_low", "layer_high", "kept_low"]].isna().all(axis=None)
+    assert tracing_figure(one).to_json()
 
 
-def test_the_conclusion_says_what_was_found(result: TracingResult) -> None:
-    text = tracing_conclusion(result)
-    assert "8 of 10 facts" in text
-    assert "2 dropped: answer not known" in text
-    assert "**state, last subject token**: AIE peaks at layer 2" in text
-    assert "Severing **mlp** at the last subject token leaves 0." in text
+def test_the_summary_says_what_was_found(result: TracingResult) -> None:
+    summary = result.summary().set_index(["mediator", "position_class"])
+    assert len(summary) == 8  # four mediators at two classes of tokens
+    assert (result.provenance["n_traced"], result.provenance["n_given"]) == (8, 10)
+    assert result.provenance["dropped"] == {"answer not known": 2}
+    state, severed = (summary.loc[(name, LAST_SUBJECT)] for name in ("state", "mlp_severed"))
+    highest = peaks(result).set_index(["mediator", "position_class"]).loc[("state", LAST_SUBJECT)]
+    assert state[highest.index].to_dict() == highest.to_dict()
+    assert state["layer"] == 2
+    assert pd.isna(state["kept"])
+    costs = severing(result).set_index(["mediator", "position_class"]).loc[("mlp_severed", LAST_SUBJECT)]
+    shares = ["kept", "kept_low", "kept_high", "peak_kept", "peak_kept_low", "peak_kept_high"]
+    assert severed[shares].to_dict() == costs[shares].to_dict()
+    assert (summary["ate"] == total_effect(result)["ate"]).all()
+    assert (summary["note"] == "").all()
     told = tracing_headline(result)
     assert told["facts"] == 8
     assert told["state, last subject token"].endswith("at layer 2")
@@ -142,7 +151,7 @@ def test_the_conclusion_says_what_was_found(result: TracingResult) -> None:
 
 def test_heatmaps_hold_the_effects(result: TracingResult) -> None:
     figure = fact_heatmap(result, 3, ["state", "mlp"])
-    effects = result.to_frame()
+    effects = result.indirect_effects()
     effects = effects[(effects["fact"] == 3) & (effects["mediator"] == "mlp")]
     expected = effects.pivot_table(index="position", columns="layer", values="indirect_effect").to_numpy()
     assert np.array(figure.data[1].z) == pytest.approx(expected)
@@ -163,7 +172,7 @@ def test_heatmaps_hold_the_effects(result: TracingResult) -> None:
 
 def test_lines_and_bars_hold_averages_and_intervals(result: TracingResult) -> None:
     table = average_effects(result)
-    figure = class_lines(result)
+    figure = tracing_figure(result)
     rows = table[(table["mediator"] == "attention_severed") & (table["position_class"] == LAST)]
     line, band = (
         [trace for trace in figure.data if trace.mode == mode and LAST in trace.name and trace.xaxis == "x2"]
@@ -181,14 +190,18 @@ def test_lines_and_bars_hold_averages_and_intervals(result: TracingResult) -> No
 
 
 def test_what_was_not_traced_cannot_be_drawn(result: TracingResult) -> None:
-    for draw in (fact_heatmap, class_heatmap, class_lines):
+    for draw in (fact_heatmap, class_heatmap, tracing_figure):
         with pytest.raises(MethodError, match="'attention' was not traced"):
             draw(result, mediators=["attention"])
     with pytest.raises(MethodError, match="fact 99 was not traced: facts are 0 to 7"):
         fact_heatmap(result, 99)
     only = TracingResult(result.frame[result.frame["position_class"] == LAST], result.facts, result.provenance)
     with pytest.raises(MethodError, match="'last subject token' was not traced"):
-        severing_bars(only)
+        severing_bars(only, LAST_SUBJECT)
+    assert severing_bars(only).layout.title.text.endswith(LAST)  # the first class that was traced
+    severed = TracingResult(result.frame[result.frame["mediator"] == "mlp_severed"], result.facts, result.provenance)
+    (note,) = severing_bars(severed).layout.annotations
+    assert "nothing to compare: trace state and attention_severed or mlp_severed" in note.text
 
 
 # --- the notebook on bad input -----------------------------------------------------------------------------------
@@ -203,14 +216,17 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"task": "absent_subject.json"}, ("absent_subject.json: row 1", "'w99'", "not in the prompt")),
     ({"task": "whole_prompt.json"}, ("whole_prompt.json: row 1", "whole prompt")),
     ({"task": "spoiled.json"}, ("spoiled.json", "JSON")),
-    ({"task": "good.json", "template": 2}, ("good.json", "no relation")),
-    ({"known_only": True, "known_rank": 0}, ("no known fact left", "4 answers")),
+    ({"task": "good.json", "options": {"task.template": 2}}, ("good.json", "no relation")),
+    ({"options": {"trace.known_only": True}}, ("no known fact left", "4 answers")),
+    ({"options": {"trace.known_rank": 0}}, ("known_rank is 0",)),
+    ({"options": {"trace.magic": 0}}, ("'trace.magic'", "trace.known_rank")),
     ({"mediators": "state magic"}, ("'magic'", "mlp_severed")),
-    ({"mediators": ""}, ("mediator", "state")),
+    ({"mediators": ""}, ("mediators are none", "state")),
     ({"positions": "last token, magic"}, ("'magic'", "last subject token")),
     ({"noise": "magic"}, ("'magic'", "gaussian")),
     ({"level": -1}, ("level is -1",)),
-    ({"sigma": "much"}, ("sigma is 'much'",)),
+    ({"options": {"trace.sigma": "much"}}, ("sigma is 'much'",)),
+    ({"noise": "covariance", "options": {"trace.sigma": 0.1}}, ("sigma=0.1", "covariance")),
     ({"n_samples": 0}, ("n_samples is 0",)),
     ({"window": 0}, ("window is 0",)),
     ({"max_facts": 0}, ("max_facts is 0",)),
@@ -222,7 +238,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch, folder: Path, small_folder: Callab
     monkeypatch.chdir(folder)
     for name, content in FILES.items():
         written(Path(name), content)
-    return {"model": str(small_folder("llama")), "task": "good.json", "known_only": False, "device": "cpu", "out": "out"}
+    options = {"trace.known_only": False, "model.device": "cpu"}
+    return {"model": str(small_folder("llama")), "task": "good.json", "options": options, "out": "out"}
 
 
 @pytest.mark.parametrize(("given", "parts"), BAD_VALUES, ids=lambda value: str(value) if isinstance(value, dict) else "")
@@ -234,7 +251,8 @@ def test_bad_values_in_the_notebook_are_ours_and_leave_no_run(
     tmp_path: Path,
 ) -> None:
     usual = prepared(monkeypatch, tmp_path, small_folder)
-    assert_refused(NOTEBOOK, parts, **(usual | {"n_samples": 2, "mediators": "state"} | given))
+    options = usual["options"] | given.get("options", {})
+    assert_refused(NOTEBOOK, parts, **(usual | {"n_samples": 2, "mediators": "state"} | given | {"options": options}))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 from oracles import eap
 
-from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.evaluate import evaluate_circuits
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.evaluate import evaluate
 from kc_lib.errors import MethodError
 from kc_lib.metrics import METRICS, is_right, right_rank
 from kc_lib.models.load import load_model
@@ -83,7 +83,7 @@ def test_every_measure_by_hand(kind: str, small_folder: Callable[[str], Path], s
 
 def test_means_and_their_intervals(small_model: Callable[[str], Model], tmp_path: Path) -> None:
     found = behaviour(small_model("neox"), drawn_pairs(12))
-    frame = found.to_frame(seed=5)
+    frame = found.summary(seed=5)
     assert frame["measure"].tolist() == list(BEHAVIOURS)
     assert (frame["n"] == 12).all()
     drawn = np.random.default_rng(5).integers(0, 12, (RESAMPLES, 12))
@@ -152,7 +152,7 @@ def test_probability_difference_of_sets_of_several_sizes() -> None:
 
 def test_circuits_are_judged_by_the_same_measure(small_model: Callable[[str], Model]) -> None:
     model, pairs = small_model("neox"), drawn_pairs(6)
-    judged = evaluate_circuits(model, {}, {"test": pairs}, metric="probability_difference")
+    judged = evaluate(model, {}, {"test": pairs}, metric="probability_difference")
     values = judged.values("test")["full"].to_numpy()
     assert values == pytest.approx(behaviour(model, pairs).prompts["probability_difference"].to_numpy(), abs=1e-6)
 
@@ -179,7 +179,7 @@ def test_edges_are_scored_by_sets_of_answers(
         alphas,
         metric="probability_difference",
     )
-    found = attribute_edges(
+    found = score_edges(
         small_model(kind), pairs, "eap_ig", steps=3, ig_rule="midpoint", metric="probability_difference", batch_size=2
     )
     assert expected.abs().max() > 1e-4

@@ -21,9 +21,9 @@ from kc_lib.models.load import load_model
 from kc_lib.training.drawn import draw_tasks
 from kc_lib.training.figures import model_size_figure
 from kc_lib.training.measures import training_measures
-from kc_lib.training.over_training import TrainingResult, over_training
-from kc_lib.training.sizes import model_sizes, size_correlations, size_over_time
-from kc_lib.training.summary import training_conclusion
+from kc_lib.training.over_training import over_training
+from kc_lib.training.result import TrainingResult
+from kc_lib.training.sizes import model_sizes, size_correlations, size_over_time, size_table
 from tools.train_nano.train import vocabulary
 from tools.train_nano.vocabulary import causal_tokenizer
 
@@ -60,16 +60,21 @@ def test_size_over_time_is_spearmans_of_the_mean_and_of_every_draw() -> None:
     assert size_over_time(short)["value"].isna().all()
     assert size_over_time(short)["n"].tolist() == [2, 2]
     assert "no circuits" in refused(MethodError, size_over_time, frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)]))
-    said = training_conclusion(result_with_all(result))
-    assert f"rank correlation of {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}] (n = 4)" in said
+    row = size_table(result).set_index("quantity").loc["n_edges"]
+    assert (row["value"], row["low"], row["high"], row["n"]) == pytest.approx(
+        (found["value"], found["low"], found["high"], 4)
+    )
+    assert (row["against"], row["statistic"]) == ("step", "spearman")
+    assert size_table(frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)])).empty
 
 
-def result_with_all(result: TrainingResult) -> TrainingResult:
-    """The result with the other figures that a sentence about its circuits needs."""
-    known = result.of("circuit", "n_edges")
-    others = [known.assign(quantity=name, value=0.5) for name in ("effect", "faithfulness", "null_faithfulness")]
-    parts = [known.assign(quantity=kind, part=kind, value=1.0) for kind in ("edge", "node")]
-    return TrainingResult(pd.concat([result.frame, *others, *parts], ignore_index=True))
+def test_one_table_has_both_correlations() -> None:
+    first, *others = families({10: 5.0, 100: 7.0, 1000: 50.0})
+    table = size_table(first, others)
+    assert table["against"].unique().tolist() == ["step", "model_parameters"]
+    correlations = size_correlations([first, *others])
+    shown = table[table["against"] == "model_parameters"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(shown[correlations.columns], correlations, check_dtype=False)
 
 
 def test_model_sizes_are_means_over_checkpoints_with_a_circuit() -> None:
@@ -141,6 +146,8 @@ def test_the_figure_says_r_and_n() -> None:
     assert f"r = {r:.2f} [-1.00, 1.00], n = 3" in edges.name
     assert "3 models" in figure.layout.title.subtitle.text
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    (note,) = model_size_figure(three[:2]).layout.annotations
+    assert "at least 3 models are needed, 2 given" in note.text
 
 
 def test_parameters_are_those_of_the_file() -> None:

@@ -15,7 +15,7 @@ import transformers as tf
 from helpers import frame_of, refused, values_of
 from torch import Tensor, nn
 
-from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError
+from kc_lib.errors import MethodError, ModelError
 from kc_lib.models.checkpoints import checkpoints_of, load_checkpoint
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
@@ -25,17 +25,17 @@ from kc_lib.tasks.batches import TokenPair, make_batch
 from kc_lib.training.drawn import DrawnTasks, draw_tasks
 from kc_lib.training.figures import swap_grid
 from kc_lib.training.measures import direct_rows
-from kc_lib.training.over_training import TrainingResult, over_training
-from kc_lib.training.swapped import check_exchangeable, component_place, swapped
-from kc_lib.training.swapped_runs import swapped_logits
+from kc_lib.training.over_training import over_training
+from kc_lib.training.result import TrainingResult
+from kc_lib.training.swapped import check_exchangeable, component_place, swapped, swapped_logits
 from kc_lib.training.swaps import (
     null_components,
     strongest_heads,
     strongest_swaps,
     swap_changes,
     swap_measure,
+    swap_measures,
     swap_rows,
-    swap_sentence,
 )
 
 KINDS = ("neox", "gpt2", "llama", "qwen2", "qwen3", "gemma2")
@@ -216,7 +216,7 @@ def test_what_cannot_be_exchanged(folders: Callable[[str], list[Path]]) -> None:
     assert "MLP for an MLP" in refused(MethodError, swapped, host, donor, "m0", "a0.h1")
     other = loaded(folders("neox"))[0].residual
     assert "one training" in refused(ModelError, check_exchangeable, host, other)
-    wide = wiring_of(load_model(str(folders("llama")[1]), device="cpu", dtype="float64"))
+    wide = load_model(str(folders("llama")[1]), device="cpu", dtype="float64").residual
     message = refused(ModelError, check_exchangeable, host, wide)
     assert "float32" in message
     assert "float64" in message
@@ -282,11 +282,11 @@ def test_swaps_into_a_checkpoint_of_nano(nano: Model, drawn: DrawnTasks) -> None
             return np.array([[values_of(row, p), right_of(row, p)] for row, p in zip(logits, pairs, strict=True)])
 
         metric = "probability_difference" if pairs[0].right else "logit_difference"
-        own = found[(found["task"] == draw.name) & (found["seed"] == draw.seed)].set_index(["quantity", "part"])
+        own = found[(found["task"] == draw.name) & (found["seed"] == draw.seed)].set_index(["of", "quantity", "part"])
         ours, theirs = measured(early), measured(late)
         for column, of in enumerate((metric, "accuracy")):
-            assert own.loc[(f"{of}_host", ""), "value"] == pytest.approx(ours[:, column].mean(), abs=1e-4)
-            assert own.loc[(f"{of}_donor", ""), "value"] == pytest.approx(theirs[:, column].mean(), abs=1e-4)
+            assert own.loc[(of, "host", ""), "value"] == pytest.approx(ours[:, column].mean(), abs=1e-4)
+            assert own.loc[(of, "donor", ""), "value"] == pytest.approx(theirs[:, column].mean(), abs=1e-4)
         for component, build in (("a3.h2", with_head), ("m1", with_mlp)):
             index = {f"a3.h{i}": i for i in range(4)} | {f"m{i}": i for i in range(4)}
             change = measured(build(index[component])) - ours
@@ -294,11 +294,11 @@ def test_swaps_into_a_checkpoint_of_nano(nano: Model, drawn: DrawnTasks) -> None
                 [(measured(build(index[name])) - ours).mean(0) for name in null_components(graph, component, 2, draw.seed)]
             )
             for column, of in enumerate((metric, "accuracy")):
-                row = own.loc[(f"{of}_change", component)]
+                row = own.loc[(of, "change", component)]
                 assert row["value"] == pytest.approx(change[:, column].mean(), abs=1e-4)
                 low, high = interval(resampled_means(change[:, [column]], draw.seed)[:, 0])
                 assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-4)
-                row = own.loc[(f"{of}_null_change", component)]
+                row = own.loc[(of, "null_change", component)]
                 ends = null[:, column]
                 assert (row["value"], row["low"], row["high"]) == pytest.approx(
                     (ends.mean(), ends.min(), ends.max()), abs=1e-4
@@ -309,12 +309,13 @@ def test_swaps_into_a_checkpoint_of_nano(nano: Model, drawn: DrawnTasks) -> None
 def test_the_donor_into_itself_changes_nothing(nano: Model, drawn: DrawnTasks) -> None:
     every = [f"a{layer}.h{head}" for layer in range(4) for head in range(4)] + [f"m{layer}" for layer in range(4)]
     found = swap_rows(nano, drawn, donor=nano, components=every, n_null=1)
-    changes = found[found["quantity"].str.fullmatch(r"(logit|probability)_difference_change|accuracy_change")]
+    changes = found[found["quantity"] == "change"]
+    assert set(changes["of"]) == {"logit_difference", "probability_difference", "accuracy"}
     assert len(changes) == len(drawn.draws) * 2 * 20
     assert changes["value"].abs().max() < 1e-4
-    of = found.groupby("quantity")["value"].mean()
-    assert of["logit_difference_host"] == pytest.approx(of["logit_difference_donor"], abs=1e-5)
-    nulls = found[found["quantity"] == "logit_difference_null_change"]
+    means = found[found["of"] == "logit_difference"].groupby("quantity")["value"].mean()
+    assert means["host"] == pytest.approx(means["donor"], abs=1e-5)
+    nulls = found[(found["of"] == "logit_difference") & (found["quantity"] == "null_change")]
     assert nulls["value"].abs().max() > 0.1
 
 
@@ -387,6 +388,15 @@ def test_swaps_that_cannot_be(
     assert said in refused(MethodError, swap_measure, nano, drawn, components, **options)
 
 
+def test_no_swaps_are_no_measure(nano: Model, drawn: DrawnTasks) -> None:
+    assert swap_measures(nano, drawn, swap_heads=0) == {}
+    named = swap_measures(nano, drawn, swap_heads=0, components="m1 a0.h2", n_null=1)["swap"]
+    assert isinstance(named, partial)
+    assert (named.keywords["components"], named.keywords["n_null"]) == (("m1", "a0.h2"), 1)
+    assert "none" in refused(MethodError, swap_measures, nano, drawn, components=" ")
+    assert "swap_heads is -1" in refused(MethodError, swap_measures, nano, drawn, swap_heads=-1)
+
+
 def test_checkpoints_of_another_shape(nano: Model, drawn: DrawnTasks, small_model: Callable[[str], Model]) -> None:
     message = refused(ModelError, swap_rows, small_model("neox"), drawn, donor=nano, components=("a0.h0",))
     assert "nano" in message
@@ -404,7 +414,7 @@ def test_swaps_over_a_training_are_kept_by_donor(nano: Model, drawn: DrawnTasks,
     result = run(hosts, measures={"swap": measure})
     expected = swap_rows(load_checkpoint(hosts[0], device="cpu"), drawn, donor=nano, components=("a3.h2",), n_null=1)
     own = result.frame[result.frame["step"] == hosts[0].step]
-    by = ["task", "seed", "quantity", "part"]
+    by = ["task", "seed", "of", "quantity", "part"]
     pd.testing.assert_frame_equal(
         own[[*by, "value", "low", "high"]].sort_values(by, ignore_index=True),
         expected[[*by, "value", "low", "high"]].sort_values(by, ignore_index=True),
@@ -427,14 +437,14 @@ def swaps(values: Mapping[tuple[int, str, int], tuple[float, ...]], of: str = "l
     """A result of (change, low, null, null_low, null_high) by step, part and seed; hosts are at step / 10, donors at 5."""
     rows, ends = [], []
     for (step, part, seed), (change, low, null, null_low, null_high) in values.items():
-        rows += [(step, "swap", "t", seed, f"{of}_change", part, change)]
-        rows += [(step, "swap", "t", seed, f"{of}_null_change", part, null)]
+        rows += [(step, "swap", "t", seed, "change", part, change)]
+        rows += [(step, "swap", "t", seed, "null_change", part, null)]
         ends += [(low, change + 1), (null_low, null_high)]
     for step, seed in {(step, seed) for step, _, seed in values}:
-        rows += [(step, "swap", "t", seed, f"{of}_host", "", step / 10), (step, "swap", "t", seed, f"{of}_donor", "", 5.0)]
+        rows += [(step, "swap", "t", seed, "host", "", step / 10), (step, "swap", "t", seed, "donor", "", 5.0)]
         ends += [(0.0, 0.0)] * 2
     result = frame_of(rows)
-    return TrainingResult(result.frame.assign(low=[low for low, _ in ends], high=[high for _, high in ends]))
+    return TrainingResult(result.frame.assign(of=of, low=[low for low, _ in ends], high=[high for _, high in ends]))
 
 
 HAND = {
@@ -463,12 +473,16 @@ def test_changes_by_hand() -> None:
     }
     best = strongest_swaps(swaps(HAND)).set_index("part")
     assert best["step"].to_dict() == {"a0.h0": 2, "m1": 2}
-    said = swap_sentence(swaps(HAND))
-    assert "t: 1 of 4 swaps raise it by more than every null in every draw" in said
-    assert "+0.70 [0.50, 0.90], by a0.h0 at step 2, where 4.80 separate host and donor, not clearly more" in said
+    assert found["beats_nulls"].sum() == 1
+    row = best.loc["a0.h0"]
+    assert (row["change"], row["change_low"], row["change_high"]) == pytest.approx((0.7, 0.5, 0.9))
+    assert row["donor"] - row["host"] == pytest.approx(4.8)
+    assert not row["beats_nulls"]
     accuracy = swaps(HAND, of="accuracy")
     assert set(swap_changes(accuracy)["of"]) == {"accuracy"}
-    assert "no swaps" in refused(MethodError, swap_changes, frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)]))
+    heads = frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)])
+    assert "no swaps" in refused(MethodError, swap_changes, heads)
+    assert strongest_swaps(heads).empty
 
 
 def test_the_grid_draws_the_changes_around_zero() -> None:
@@ -487,5 +501,5 @@ def test_the_grid_draws_the_changes_around_zero() -> None:
     assert lines == {"host": pytest.approx([0.1, 0.2]), "donor": [5.0, 5.0]}
     assert "2 draws" in figure.layout.title.subtitle.text
     assert list(figure.layout.xaxis.ticktext) == ["1", "2"]
-    with pytest.raises(KnowledgeCircuitsError):
-        swap_grid(frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)]))
+    (note,) = swap_grid(frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)])).layout.annotations
+    assert note.text == "nothing to show: measure swap as well"

@@ -16,20 +16,21 @@ import transformers as tf
 from helpers import CONFIGS, frame_of, refused, values_of
 from oracles.patching import oracle_circuit_logits, oracle_patch_edge
 
-from kc_lib.circuits.attribution import attribute_facts
-from kc_lib.circuits.selection import random_circuit
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import random_circuit
+from kc_lib.circuits.criteria import resampled_circuits
 from kc_lib.circuits.smallest import smallest_faithful
-from kc_lib.circuits.stability import resampled_circuits
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, ModelError, TaskError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.heads.general import GeneralHeadScores, general_head_scores
-from kc_lib.heads.head_scores import HeadScores
+from kc_lib.heads.general import head_scores
+from kc_lib.heads.head_scores import GeneralHeadScores, HeadScores
 from kc_lib.models.checkpoints import Checkpoint, checkpoints_of, load_checkpoint
 from kc_lib.models.load import load_model
 from kc_lib.models.model import Model
 from kc_lib.models.shipped import nano_steps
 from kc_lib.tasks.batches import TokenPair
 from kc_lib.tasks.task import load_task
+from kc_lib.training.behaviour import behaviour_rows
 from kc_lib.training.drawn import DrawnTask, DrawnTasks, draw_tasks
 from kc_lib.training.figures import (
     behaviour_over_training,
@@ -40,15 +41,15 @@ from kc_lib.training.figures import (
 )
 from kc_lib.training.ioi_algorithm import _readers, algorithm_shares, edge_effects
 from kc_lib.training.measures import (
-    behaviour_rows,
     circuit_rows,
     consistency_rows,
     direct_rows,
     head_rows,
     training_measures,
 )
-from kc_lib.training.over_training import COLUMNS, MEASURED, TrainingResult, over_training
-from kc_lib.training.summary import emergence, over_draws, similarities, training_conclusion, training_headline
+from kc_lib.training.over_training import over_training
+from kc_lib.training.result import COLUMNS, MEASURED, TrainingResult, emergence, over_draws
+from kc_lib.training.summary import algorithm_table, circuit_table, similarities, training_headline
 from tools.train_nano.train import vocabulary
 from tools.train_nano.vocabulary import causal_tokenizer
 
@@ -136,8 +137,8 @@ class Counting:
         self.models.append(model)
         if self.calls == self.fails_at:
             raise MethodError("it fails here")
-        row = {"task": "", "seed": 0, "quantity": "weight", "part": "", "value": weight_of(model), "note": ""}
-        return pd.DataFrame([row]).reindex(columns=list(MEASURED)).fillna({"note": ""})
+        row = {"task": "", "seed": 0, "quantity": "weight", "part": "", "value": weight_of(model)}
+        return pd.DataFrame([row]).reindex(columns=list(MEASURED)).fillna({"of": "", "note": ""})
 
 
 def weight_of(model: Model) -> float:
@@ -302,7 +303,7 @@ def test_circuits_run_as_said(nano: Model, drawn: DrawnTasks, plain: tf.PreTrain
         assert share(mask, discovery, kept[1], kept[0]) >= 0.8 - 1e-3  # on the prompts it was found on
         overlap = of["resampled_jaccard"].to_dict("records")[0]
         metric = "probability_difference" if discovery[0].right else "logit_difference"
-        scores = attribute_facts(nano, discovery, "eap_ig", steps=2, metric=metric)
+        scores = score_edges(nano, discovery, "eap_ig", steps=2, metric=metric, per="fact")
         again, _ = smallest_faithful(
             nano, scores.mean(), discovery, 0.8, selection="greedy", stable=True, resolution=0.1, metric=metric
         )
@@ -341,7 +342,7 @@ def test_head_scores_by_seed_and_why_one_is_undefined(nano: Model, drawn: DrawnT
     assert found["seed"].tolist() == [0] * 16 + [1] * 16
     assert found["part"][:5].tolist() == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "a1.h0"]
     for seed in (0, 1):
-        scores = general_head_scores(nano, ("previous_token", "s_inhibition"), seed=seed, keep_undefined=True)
+        scores = head_scores(nano, ("previous_token", "s_inhibition"), seed=seed, keep_undefined=True)
         own = found[found["seed"] == seed]
         expected = scores.scores["previous_token"]
         assert own["value"].tolist() == pytest.approx(expected.scores.flatten().tolist())
@@ -355,7 +356,7 @@ def test_head_scores_by_seed_and_why_one_is_undefined(nano: Model, drawn: DrawnT
 
 def test_a_score_that_is_named_and_undefined_says_why_and_is_no_end(drawn: DrawnTasks) -> None:
     untrained = load_model("nano", checkpoint=0, device="cpu")
-    why = refused(KnowledgeCircuitsError, general_head_scores, untrained, ("s_inhibition",))
+    why = refused(KnowledgeCircuitsError, head_scores, untrained, ("s_inhibition",))
     row, other = head_rows(untrained, drawn, scores=("s_inhibition",)).to_dict("records")
     assert row["note"] == why
     assert (row["seed"], other["seed"], row["part"]) == (0, 1, "")
@@ -409,13 +410,14 @@ def test_a_circuit_of_no_effect_is_undefined_and_says_so(drawn: DrawnTasks) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"which": ["circus"]}, "'circus'"),
-        ({"which": []}, "nothing"),
+        ({"measures": ["circus"]}, "'circus'"),
+        ({"measures": []}, "nothing"),
         ({"scores": ["inductive"]}, "'inductive'"),
         ({"method": "eep"}, "'eep'"),
         ({"metric": "kl"}, "'kl'"),
-        ({"faithfulness": 1.2}, "1.2"),
-        ({"minimal_effect": 0.0}, "minimal_effect 0.0"),
+        ({"faithfulness": 1.2}, "faithfulness is 1.2"),
+        ({"minimal_effect": 0.0}, "minimal_effect is 0.0"),
+        ({"magic": 1}, "'magic'"),
         ({"n_random": 0}, "n_random is 0"),
         ({"n_resamples": 1}, "n_resamples is 1"),
         ({"selection": "threshold"}, "'threshold'"),
@@ -522,7 +524,7 @@ def test_consistency_is_of_the_circuits_heads_on_held_out_prompts(
         seeds.append(seed)
         return GeneralHeadScores(scores, {})
 
-    monkeypatch.setattr("kc_lib.training.measures.general_head_scores", by_hand)
+    monkeypatch.setattr("kc_lib.training.measures.head_scores", by_hand)
     found = consistency_rows(nano, tasks, steps=2).set_index(["part", "quantity"])["value"]
     assert seeds == [draw.seed]
     pairs = load_task("ioi_abc", nano, known_only=False, max_facts=12, seed=draw.seed).test
@@ -661,9 +663,34 @@ def test_figures_draw_what_was_measured(small_run: TrainingResult) -> None:
 
 @pytest.mark.slow
 def test_what_is_said_of_it(small_run: TrainingResult) -> None:
-    said, figures_said = training_conclusion(small_run), training_headline(small_run)
-    assert f"agreement at step {LAST}" in said
-    assert f"ioi at step {LAST}" in said
-    assert "No head ever passes for successor" in said
-    assert figures_said["circuits of ioi"] == "defined at 1 of 3 checkpoints"
-    assert figures_said["agreement appears"].startswith(f"step {LAST}")
+    figures = training_headline(small_run)
+    for task in ("agreement", "ioi"):
+        assert figures[f"{task} appears"].startswith(f"step {LAST}")
+    assert figures["successor heads"] == "none passes"
+    assert figures["circuits of ioi"] == "defined at 1 of 3 checkpoints"
+    summary = small_run.summary()
+    assert (summary.groupby(["measure", "task", "quantity"]).size() <= 2).all()
+    highest = emergence(small_run).groupby(["measure", "task", "quantity"])["maximum"].max()
+    assert summary.groupby(["measure", "task", "quantity"])["maximum"].max().to_dict() == highest.to_dict()
+    table = circuit_table(small_run)
+    sizes = over_draws(small_run.of("circuit", "n_edges"))
+    assert table["n_edges"].to_numpy() == pytest.approx(sizes["value"].to_numpy(), nan_ok=True)
+    assert set(algorithm_table(small_run).index) == {"logits", "name movers' queries", "S-inhibition values"}
+
+
+def test_figures_of_what_was_not_measured_say_so() -> None:
+    heads = frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)])
+    draws = {"behaviour": behaviour_over_training, "circuit": circuit_over_training}
+    draws |= {"circuit ": similarity_over_training, "consistency": consistency_over_training}
+    for measure, draw in draws.items():
+        (note,) = draw(heads).layout.annotations
+        assert note.text.startswith(f"nothing to show: measure {measure.strip()} as well")
+    (note,) = heads_over_training(frame_of([(1, "behaviour", "t", 0, "accuracy", "", 0.1)])).layout.annotations
+    assert "measure heads or direct as well" in note.text
+
+
+def test_tables_of_what_was_not_measured_are_empty() -> None:
+    heads = frame_of([(1, "heads", "", 0, "induction", "a0.h0", 0.1)])
+    assert circuit_table(heads).empty
+    assert algorithm_table(heads).empty
+    assert training_headline(heads) == {"induction heads": "none passes"}

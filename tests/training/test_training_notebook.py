@@ -17,24 +17,27 @@ from helpers import CONFIGS, assert_one_line_and_code_2, assert_refused, kc, run
 from loopback_hub import REPOSITORY, Hub, serving
 
 from kc_lib import cli, runs
-from kc_lib.errors import ModelError
-from kc_lib.training.over_training import TrainingResult
+from kc_lib.errors import KnowledgeCircuitsError, ModelError
+from kc_lib.training.result import TrainingResult
 from tools.train_nano.train import vocabulary
 from tools.train_nano.vocabulary import causal_tokenizer
 
 NOTEBOOK = runs.NOTEBOOKS / "circuits_over_training.ipynb"
+OPTIONS = {
+    "load.device": "cpu",
+    "load.retries": 0,
+    "measure.n_random": 1,
+    "measure.n_resamples": 2,
+    "measure.steps": 2,
+}
 SMALL = {
-    "device": "cpu",
     "out": "out",
     "tasks": "ioi",
     "seeds": 1,
     "n_prompts": 4,
     "measures": "behaviour",
-    "n_random": 1,
-    "n_resamples": 2,
-    "steps": 2,
     "swap_heads": 1,
-    "retries": 0,
+    "options": OPTIONS,
 }
 STEPS = (0, 2, 6)
 
@@ -59,47 +62,52 @@ def usual(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dic
     return SMALL | {"model": str(trained)}
 
 
+def changed(usual: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """The usual parameters with others; of ``options`` those that are given."""
+    return usual | given | {"options": usual["options"] | given.get("options", {})}
+
+
 BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"schedule": "0 5"}, ("no checkpoint at step 5", "nearest: 2 and 6")),
     ({"schedule": "9"}, ("no checkpoint at step 9", "nearest: 6;")),
     ({"schedule": "sparse"}, ("'sparse'", "no step in common", "from 0 to 6")),
     ({"schedule": ""}, ("list of steps is empty", "0 to 6")),
     ({"schedule": "weekly"}, ("'weekly'", "exp_plus_detail")),
-    ({"tokens_per_step": 0}, ("tokens_per_step is 0",)),
+    ({"options": {"checkpoints.tokens_per_step": 0}}, ("tokens_per_step is 0",)),
     ({"model": "./absent"}, ("'./absent'", "folder of checkpoints")),
     ({"model": "."}, ("holds no checkpoints",)),
     ({"model": "./absent ./too"}, ("'absent'", "no folder")),
-    ({"dtype": "float8"}, ("float8",)),
-    ({"device": "toaster"}, ("toaster",)),
-    ({"retries": -1}, ("retries is -1",)),
+    ({"options": {"load.dtype": "float8"}}, ("float8",)),
+    ({"options": {"load.device": "toaster"}}, ("toaster",)),
+    ({"options": {"load.retries": -1}}, ("retries is -1",)),
     ({"tasks": ""}, ("no tasks",)),
     ({"tasks": "ioi ioi"}, ("'ioi' is given twice",)),
     ({"tasks": "no_such_task"}, ("'no_such_task'", "country_capital")),
     ({"tasks": "absent.csv"}, ("absent.csv",)),
     ({"seeds": 0}, ("seeds is 0",)),
     ({"n_prompts": 2}, ("n_prompts is 2",)),
-    ({"known_only": True, "tasks": "country_capital"}, ("no known fact left",)),
+    ({"options": {"draw.known_only": True}, "tasks": "country_capital"}, ("no known fact left",)),
     ({"measures": "behaviour circus"}, ("'circus'", "consistency")),
     ({"measures": ""}, ("nothing is no measure",)),
-    ({"measures": "heads", "scores": "induction inductive"}, ("'inductive'", "previous_token")),
-    ({"method": "eep"}, ("'eep'", "eap_ig")),
-    ({"steps": 0}, ("steps is 0",)),
+    ({"measures": "heads", "options": {"measure.scores": "induction inductive"}}, ("'inductive'", "previous_token")),
+    ({"options": {"measure.method": "eep"}}, ("'eep'", "eap_ig")),
+    ({"options": {"measure.steps": 0}}, ("steps is 0",)),
     ({"metric": "kl"}, ("'kl'", "logit_difference")),
-    ({"selection": "threshold"}, ("'threshold'", "greedy")),
-    ({"faithfulness": 1.5}, ("faithfulness 1.5",)),
-    ({"minimal_effect": 0.0}, ("minimal_effect 0.0",)),
-    ({"n_random": 0}, ("n_random is 0",)),
-    ({"n_resamples": 1}, ("n_resamples is 1",)),
-    ({"batch_size": 0}, ("batch_size is 0",)),
-    ({"swap_heads": -1}, ("n is -1",)),
+    ({"options": {"measure.selection": "threshold"}}, ("'threshold'", "greedy")),
+    ({"faithfulness": 1.5}, ("faithfulness is 1.5",)),
+    ({"options": {"measure.minimal_effect": 0.0}}, ("minimal_effect is 0.0",)),
+    ({"options": {"measure.n_random": 0}}, ("n_random is 0",)),
+    ({"options": {"measure.n_resamples": 1}}, ("n_resamples is 1",)),
+    ({"options": {"measure.batch_size": 0}}, ("batch_size is 0",)),
+    ({"swap_heads": -1}, ("swap_heads is -1",)),
     ({"swap_heads": 13}, ("13 heads", "the model has 12")),
-    ({"swap_components": "a2.h1 a3.h0"}, ("'a3.h0'", "a2.h3", "m2")),
-    ({"swap_components": "a2.h1 a2.h1"}, ("a2.h1 a2.h1", "once")),
-    ({"swap_components": "input"}, ("'input'",)),
-    ({"swap_components": " "}, ("none",)),
+    ({"options": {"swap.components": "a2.h1 a3.h0"}}, ("'a3.h0'", "a2.h3", "m2")),
+    ({"options": {"swap.components": "a2.h1 a2.h1"}}, ("a2.h1 a2.h1", "once")),
+    ({"options": {"swap.components": "input"}}, ("'input'",)),
+    ({"options": {"swap.components": " "}}, ("none",)),
     ({"compare": "absent.parquet also.parquet"}, ("absent.parquet",)),
     ({"compare": "other.parquet spoiled.parquet"}, ("spoiled.parquet",)),
-    ({"compare": "other.parquet table.parquet"}, ("table.parquet", "TrainingResult.save")),
+    ({"compare": "other.parquet table.parquet"}, ("table.parquet", "no TrainingResult", "'checkpoint'")),
 ]
 
 
@@ -110,7 +118,7 @@ def test_bad_values_are_ours_and_leave_no_run(given: dict[str, Any], parts: tupl
     TrainingResult(pd.DataFrame(columns)).save("other.parquet")
     Path("spoiled.parquet").write_bytes(b"no parquet")
     pd.DataFrame({"a": [1]}).to_parquet("table.parquet")
-    assert_refused(NOTEBOOK, parts, **(usual | given))
+    assert_refused(NOTEBOOK, parts, **changed(usual, **given))
 
 
 def test_results_that_cannot_be_compared_are_refused_before_the_work(usual: dict[str, Any]) -> None:
@@ -183,7 +191,7 @@ def hub(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 
 
 def test_a_download_that_fails_half_way_keeps_what_is_done(hub: Hub, usual: dict[str, Any]) -> None:
-    given = usual | {"model": REPOSITORY, "keep_files": False}
+    given = changed(usual, model=REPOSITORY, options={"load.keep_files": False})
     hub.fault = lambda revision, asked: ("status", 500) if revision == "step2" else None
     assert_refused(NOTEBOOK, ("step 2", REPOSITORY, "500"), **given)
     (partial,) = Path("out").rglob("partial.parquet")
@@ -207,7 +215,7 @@ def test_a_run_without_swaps_and_one_with_named_components(usual: dict[str, Any]
     run_cells(NOTEBOOK, **(usual | {"swap_heads": 0}))
     (folder,) = visible_runs(Path("out"))
     assert set(TrainingResult.load(folder / "training.parquet").frame["measure"]) == {"behaviour"}
-    run_cells(NOTEBOOK, **(usual | {"swap_components": "m1 a0.h2"}))
+    run_cells(NOTEBOOK, **changed(usual, options={"swap.components": "m1 a0.h2"}))
     (other,) = [path for path in visible_runs(Path("out")) if path != folder]
     swaps = TrainingResult.load(other / "training.parquet").of("swap")
     assert set(swaps["part"]) == {"", "m1", "a0.h2"}
@@ -215,10 +223,10 @@ def test_a_run_without_swaps_and_one_with_named_components(usual: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "given", [{"seeds": "many"}, {"n_prompts": "few"}, {"swap_heads": "a3.h1"}, {"keep_files": "maybe"}], ids=str
+    "given", [{"seeds": "many"}, {"n_prompts": "few"}, {"swap_heads": "a3.h1"}, {"load.keep_files": "maybe"}], ids=str
 )
 def test_values_of_the_wrong_type_are_ours(given: dict[str, str]) -> None:
-    with pytest.raises(cli.RunError) as error:
+    with pytest.raises(KnowledgeCircuitsError) as error:
         cli.parse_parameters(NOTEBOOK, given)
     assert next(iter(given.values())) in str(error.value)
 
@@ -228,14 +236,14 @@ def test_values_of_the_wrong_type_are_ours(given: dict[str, str]) -> None:
     ("given", "parts"),
     [
         ({"schedule": "0 5"}, ("no checkpoint at step 5", "nearest: 2 and 6")),
-        ({"swap_components": "a2.h1 a3.h0"}, ("'a3.h0'",)),
+        ({"swap.components": "a2.h1 a3.h0"}, ("'a3.h0'",)),
     ],
     ids=str,
 )
 def test_kc_says_so_in_one_line(
     given: dict[str, str], parts: tuple[str, ...], usual: dict[str, Any], tmp_path: Path
 ) -> None:
-    asked = {key: value for key, value in usual.items() if key != "out"} | given
+    asked = {key: value for key, value in usual.items() if key not in ("out", "options")} | usual["options"] | given
     arguments = [part for key, value in asked.items() for part in ("-p", f"{key}={value}")]
     done = kc("run", "circuits_over_training", *arguments, "--out", "out", cwd=tmp_path)
     assert_one_line_and_code_2(done, *parts)

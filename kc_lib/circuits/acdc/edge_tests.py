@@ -17,33 +17,43 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from kc_lib.circuits.acdc.removals import RunningCircuit
+from kc_lib.circuits.options import AcdcOptions
 from kc_lib.errors import MethodError
 
 Edge = tuple[int, int]  # writer, reader: row and column of the graph
 CALL = 1.2  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
-REPEATED = 0.2  # how far a run of the same removal beside others misses, as a share of how far removals of its size move
-POWER = 1.5  # of the share that an edge carries, to which the effects of past removals are in proportion
 REMEMBERED = 128  # outcomes from which the next ones' chances are told
+ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
 class EdgeTests:
     """Tests of edges on a running circuit, with its loss as it stands."""
 
     def __init__(
-        self,
-        running: RunningCircuit,
-        effects: Tensor,
-        ratios: Mapping[str, Sequence[float]],
-        tau: float,
-        absolute: bool,
-        widest: int,
+        self, running: RunningCircuit, effects: Tensor, ratios: Mapping[str, Sequence[float]], asked: AcdcOptions
     ) -> None:
-        self.running, self.effects, self.tau, self.absolute, self.widest = running, effects, tau, absolute, widest
-        self.loss = self._finite(running.full_loss())
+        self.running, self.effects, self.tau, self.absolute = running, effects, asked.tau, asked.absolute
+        self.widest = max(1, min(asked.edges_at_once, ROWS_AT_ONCE // len(running.rows)))
         # by kind of reader, the last effects in proportion to what their edges carried: in a pruned circuit that tells
         # better what will stand than a gradient does, whose sign is hardly more than chance (norms bend what they see)
         kinds = dict.fromkeys(reader.kind for reader in running.graph.readers)
         self.ratios = {kind: deque(ratios.get(kind, (0.0,)), maxlen=REMEMBERED) for kind in kinds}
+        self.loss = self._finite(running.full_loss())
+
+    @property
+    def mask(self) -> Bool[Tensor, "writer reader"]:
+        """The circuit as it stands."""
+        return self.running.mask
+
+    @property
+    def changes_when_unread(self) -> bool:
+        """Whether edges into a reader that nothing reads still matter: to a norm on the layer's output."""
+        return self.running.post_norm
+
+    def refresh(self) -> None:
+        """Compute the circuit's activations and loss afresh from its mask."""
+        self.running.build()
+        self.loss = self._finite(self.running.full_loss())
 
     def n_done(self) -> int:
         """How many edges have been tested."""
@@ -73,7 +83,7 @@ class EdgeTests:
                     accepted, self.loss = place, loss
                 if self._stands(effect) != stands[place]:
                     break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, stands, sizes, expected)
+            self._expect_anew(together, place, stands, expected)
             if accepted is not None:
                 self.running.accept(accepted)
 
@@ -88,8 +98,8 @@ class EdgeTests:
         return removed
 
     def _sizes(self, edges: Sequence[Edge]) -> dict[Edge, float]:
-        """What each edge carries of what its reader sees, to the power that effects follow."""
-        shares = {column: self.running.shares(column).pow(POWER).tolist() for column in {column for _, column in edges}}
+        """What each edge carries of what its reader sees."""
+        shares = {column: self.running.shares(column).tolist() for column in {column for _, column in edges}}
         return {(writer, column): shares[column][writer] for writer, column in edges}
 
     def _ratios(self, column: int) -> deque[float]:
@@ -103,7 +113,6 @@ class EdgeTests:
         together: Sequence[Edge],
         last: int,
         stands: Sequence[bool],
-        sizes: Mapping[Edge, float],
         expected: dict[Edge, tuple[float, float]],
     ) -> None:
         """Better expectations for tests that were run under a wrong assumption: what they showed there."""
@@ -114,7 +123,7 @@ class EdgeTests:
             if stands[place]:
                 before = rises[place]
             if place > last:
-                expected[edge] = (rise, REPEATED * sizes[edge])
+                expected[edge] = (rise, 0.0)
 
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""

@@ -2,8 +2,7 @@
 
 The unembedding is often the larger part of a run that starts high in the model. Where a metric reads the answers' logits
 only, only these are computed. Where it is a cross-entropy (``Metric.target``: log-probability, match-NLL, KL), the loss is
-the logits' logsumexp less a product of the normed stream with one vector per answer, the target's mean unembedding: no table
-of logits is kept, and the vocabulary is gone through in parts that stay in the processor's cache.
+the logits' logsumexp less a product of the normed stream with one vector per answer, the target's mean unembedding.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kc_lib.circuits.acdc.packed import can_pack, packed_linear
+from kc_lib.circuits.acdc.products import can_pack, packed_linear
 from kc_lib.metrics import Metric
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.batches import Batch
 
 StreamLosses = Callable[[Float[Tensor, "run batch answer d_model"]], Iterator[Float[Tensor, ""]]]
-ROWS_AT_ONCE = 80  # vectors unembedded together: enough for a fast product, few enough to stop early
-TOKENS_AT_ONCE = 4096
+ROWS_AT_ONCE = 80  # vectors unembedded together, so that no large table of logits is held
 SMALLEST_SUM = 1e-30  # of exponentials, below which they lose digits
 
 
@@ -71,19 +69,14 @@ def _cross_entropies(
     share = weights[:, None] * real / real.sum(-1, keepdim=True) / len(batch)
     of_full = (reference.logsumexp(-1) - torch.einsum("bav,bav->ba", reference, target)) * share
     constant = (metric.loss(reference, batch, reference) * weights).mean() - of_full.sum()
-    parts = [
-        packed_linear(weight, bias)
-        for weight, bias in zip(decoder.W_U.T.split(TOKENS_AT_ONCE), decoder.b_U.split(TOKENS_AT_ONCE), strict=True)
-    ]
+    logits_of = packed_linear(decoder.W_U.T, decoder.b_U)
 
     def losses(streams: Tensor) -> Iterator[Tensor]:
         normed = decoder.final_norm(streams)
         # float32 holds the exponentials of the logits that models give; else the largest is taken out first
-        total = torch.stack([part(normed).exp_().sum(-1) for part in parts]).sum(0)
-        if bool(((total > SMALLEST_SUM) & total.isfinite()).all()):
-            each = total.log()
-        else:
-            each = torch.stack([part(normed).logsumexp(-1) for part in parts]).logsumexp(0)
+        total = logits_of(normed).exp_().sum(-1)
+        usual = bool(((total > SMALLEST_SUM) & total.isfinite()).all())
+        each = total.log() if usual else logits_of(normed).logsumexp(-1)
         each = each - (normed * direction).sum(-1) - offset
         yield from (each * share).sum((-2, -1)) + constant
 

@@ -1,7 +1,15 @@
-"""What has to run again in a layer of a circuit when some writers below it change, prepared once for many runs.
+"""What of a circuit has to run, at which positions, and from what: rows of a batch, needs of a circuit, plans of runs.
 
-Runs of trials at one reader change the same writers each time. What does not depend on what these write is settled: which
-readers see any of it, what else these see, what the other readers of the same heads hand on.
+Prompts that start alike ("The capital city of ...") hold the same activations at the positions they share, under any
+circuit and any ablation that depends on the prompt to the left only. A run over *rows*, the distinct positions, has each
+once for all prompts, and no pads. Attention runs over the rows too where prompts share enough of them, else prompt
+by prompt.
+
+A head is *needed* where a reader of it is; its keys and values are needed at all rows that such a row may attend to. Needs
+are found from the logits down, so what removals at one reader change lies below it.
+
+Runs of trials at one reader change the same writers each time. What does not depend on what these write is settled in a
+*plan*: which readers see any of it, what else these see, what the other readers of the same heads hand on.
 
 Shapes: ``[row, trial, d_model]``, as in ``removals.py``.
 """
@@ -13,12 +21,129 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kc_lib.circuits.acdc.edge_sums import EdgeSums
+from kc_lib.circuits.acdc.products import EdgeSums
 from kc_lib.graph import Graph
-from kc_lib.residual.parts import Attention, Norm
+from kc_lib.residual.parts import Attention, Norm, Tree
+from kc_lib.residual.prefix_cache import EMPTY, Context
+from kc_lib.tasks.batches import Batch
+
+PAIRS = 2  # how many times the pairs of positions in prompts the pairs of rows may be, for attention over rows to pay
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch: those that predict answers first, the rest from the right end of the prompts to the left.
+
+    ``row_of`` gives the row of every position after the context (pads: any row), ``first`` one flat position (example times
+    positions plus position) of every row, ``sees`` the rows that each row may attend to, ``answers`` the answers' rows.
+    ``tree`` holds the rows for attention, or nothing: a context before them, or so many that all pairs are too many.
+    """
+
+    row_of: Int[Tensor, "batch pos"]
+    first: Int[Tensor, " row"]
+    sees: Bool[Tensor, "row row"]
+    answers: Int[Tensor, "batch answer"]
+    tree: Tree | None
+
+    def __len__(self) -> int:
+        return self.first.shape[0]
+
+    def take(self, x: Tensor) -> Tensor:
+        """``[n, batch, pos, d]`` (or sizes of 1 that broadcast) as ``[n, row, d]``."""
+        return x.expand(x.shape[0], *self.row_of.shape, x.shape[-1]).flatten(1, 2)[:, self.first]
+
+
+def rows_of(batch: Batch, intervention: str, context: Context = EMPTY) -> Rows:
+    """The rows of a batch's clean prompts; under patching, positions are one row only if corrupted prompts agree too."""
+    clean, corrupted = batch.clean.tolist(), batch.corrupted.tolist()
+    lengths, start = batch.lengths.tolist(), context.start
+    answers = {(i, p) for i, positions in enumerate(batch.answer_positions.tolist()) for p in positions}
+    places = [(i, p) for i, length in enumerate(lengths) for p in range(start, length)]
+    key_of = {
+        (i, p): (tuple(clean[i][: p + 1]), tuple(corrupted[i][: p + 1]) if intervention == "patching" else ())
+        for i, p in places
+    }
+    answering = {key_of[place] for place in answers}
+    order = sorted(places, key=lambda place: (key_of[place] not in answering, -place[1], place[0]))
+    row_of_key: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    first: list[int] = []
+    width = batch.clean.shape[1] - start
+    for i, p in order:
+        if key_of[i, p] not in row_of_key:
+            row_of_key[key_of[i, p]] = len(first)
+            first.append(i * width + p - start)
+    row_of = torch.zeros(len(lengths), width, dtype=torch.long)
+    for i, p in places:
+        row_of[i, p - start] = row_of_key[key_of[i, p]]
+    sees = torch.zeros(len(first), len(first), dtype=torch.bool)
+    for i, p in places:
+        sees[row_of[i, p - start], row_of[i, : p - start + 1]] = True
+    at = (batch.answer_positions - start).cpu()
+    device = batch.clean.device
+    firsts = torch.tensor(first, device=device)
+    few = not start and len(first) ** 2 <= PAIRS * row_of.numel() * width
+    tree = Tree(firsts % width, sees.to(device), width) if few else None
+    return Rows(row_of.to(device), firsts, sees, row_of.gather(1, at).to(device), tree)
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """What matters in a layer: its heads, the q, k and v readers (columns of the graph) that serve them, and how many rows.
+
+    Rows are counted from the first: ``head_rows`` of the heads' outputs, ``read_rows`` of their inputs, ``mlp_rows``.
+    """
+
+    heads: list[int]
+    columns: list[int]
+    head_rows: int
+    read_rows: int
+    mlp_rows: int
+
+
+class Needs:
+    """The needs of every layer of a circuit, kept until ``find`` is called again for the layer."""
+
+    def __init__(self, graph: Graph, rows: Rows, tied_heads: bool) -> None:
+        self.graph, self.sees = graph, rows.sees.float()
+        self.tied_heads = tied_heads  # by a norm on the layer's output: if one head matters, all do
+        self.of_writers = torch.zeros(len(graph.writers), len(rows), dtype=torch.bool)
+        self.of_readers = torch.zeros(len(graph.readers), len(rows), dtype=torch.bool)
+        self.of_readers[-1, rows.answers.flatten().cpu()] = True
+        self.layers: dict[int, LayerNeeds] = {}
+
+    def find(self, layer: int, mask: Bool[Tensor, "writer reader"]) -> None:
+        """Find a layer's needs, those of the readers above it being known."""
+        graph = self.graph
+        if layer == graph.n_layers:
+            return
+        heads, mlp = graph.head_writers(layer), graph.reader_columns(layer, "mlp").start
+        columns = {kind: graph.reader_columns(layer, kind) for kind in "qkv"}
+        of_mlp = self.of_readers[mask[heads.stop]].any(0)
+        self.of_writers[heads.stop] = self.of_readers[mlp] = of_mlp
+        of_heads = (mask[heads].float() @ self.of_readers.float()) > 0
+        if self.tied_heads:
+            of_heads = of_heads.any(0, keepdim=True).expand_as(of_heads)
+        self.of_writers[heads] = self.of_readers[columns["q"]] = of_heads
+        of_groups = rearrange(of_heads, "(kv g) row -> kv g row", kv=graph.n_kv_readers).any(1)
+        self.of_readers[columns["k"]] = self.of_readers[columns["v"]] = (of_groups.float() @ self.sees) > 0
+        reading = self.of_readers[columns["q"].start : columns["v"].stop]
+        self.layers[layer] = LayerNeeds(
+            heads=of_heads.any(1).nonzero()[:, 0].tolist(),
+            columns=(columns["q"].start + reading.any(1).nonzero()[:, 0]).tolist(),
+            head_rows=_count(of_heads.any(0)),
+            read_rows=_count(reading.any(0)),
+            mlp_rows=_count(of_mlp),
+        )
+
+
+def _count(needed: Bool[Tensor, " row"]) -> int:
+    """How many of the first rows hold all that are needed."""
+    where = needed.nonzero()
+    return int(where[-1]) + 1 if len(where) else 0
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 A ``RunningCircuit`` holds the activations of a circuit: what every writer adds to the stream, as its difference from the
 ablated value, and what every reader sees. Trials at one reader leave all nodes below it as they are. Above it, a node runs
 again only if an edge of the circuit leads to it from a node that changed, and only at the positions from which the circuit
-leads on to an answer (``needs.py``). All trials of a call are one batch, and positions that prompts share run once
-(``rows.py``). So a trial's cost follows the circuit above the reader, not the model.
+leads on to an answer. All trials of a call are one batch, and positions that prompts share run once
+(``plans.py``). So a trial's cost follows the circuit above the reader, not the model.
 
 Shapes: ``[row, trial, d_model]``, rows first, so that the rows a node needs are the first n of a contiguous block.
 """
@@ -18,17 +18,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kc_lib.circuits.acdc.edge_sums import edge_sums
 from kc_lib.circuits.acdc.losses import StreamLosses
-from kc_lib.circuits.acdc.needs import Needs
-from kc_lib.circuits.acdc.packed import packed_mlp
-from kc_lib.circuits.acdc.plans import Heads, Plan, Projection, Run, Sums, layer_projection, slices
-from kc_lib.circuits.acdc.rows import rows_of
+from kc_lib.circuits.acdc.plans import Heads, Needs, Plan, Projection, Run, Sums, layer_projection, rows_of, slices
+from kc_lib.circuits.acdc.products import edge_sums, packed_mlp
+from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.graph import Graph
-from kc_lib.residual.activations import Ablation, ablated_inputs
+from kc_lib.residual.activations import ablated_inputs
 from kc_lib.residual.decoder import Decoder, frozen
-from kc_lib.residual.prefix_cache import EMPTY, Context
-from kc_lib.tasks.batches import Batch
 
 
 class RunningCircuit:
@@ -44,16 +40,14 @@ class RunningCircuit:
         decoder: Decoder,
         graph: Graph,
         mask: Bool[Tensor, "writer reader"],
-        batch: Batch,
-        ablation: Ablation,
+        prepared: Prepared,
         losses: StreamLosses,
-        context: Context = EMPTY,
     ) -> None:
-        self.decoder, self.graph, self.context, self.losses = decoder, graph, context, losses
+        self.decoder, self.graph, self.prefix, self.losses = decoder, graph, prepared.prefix, losses
         self.mask = mask.clone()
-        self.rows = rows_of(batch, ablation.kind, context)
-        self.ablated = self.rows.take(ablation.outputs)
-        self.embedded = self.rows.take(decoder.embed(batch.clean)[None, :, context.start :])[0]
+        self.rows = rows_of(prepared.batch, prepared.ablation.kind, self.prefix)
+        self.ablated = self.rows.take(prepared.ablation.outputs)
+        self.embedded = self.rows.take(decoder.embed(prepared.batch.clean)[None, :, self.prefix.start :])[0]
         self.post_norm = decoder.blocks[0].attention.post_norm is not None
         self.last = len(graph.readers) - 1
         self.n_answer_rows = int(self.rows.answers.max()) + 1
@@ -232,7 +226,7 @@ class RunningCircuit:
             return rearrange(z, "k row h d -> h (row k) d")
         row_of = self.rows.row_of.clamp(max=needs.read_rows - 1)  # rows beyond are not needed, whatever stands there
         q, k, v = (rearrange(x[:, row_of], "h b p k d -> (k b) p h d") for x in projected)
-        past = self.context.of_layer(layer)
+        past = self.prefix.of_layer(layer)
         if past is not None:
             group = [head // attention.group_size for head in heads.heads]
             past = (past[0][:, :, group], past[1][:, :, group])

@@ -8,7 +8,7 @@ and match-NLL this is the discovery of *Knowledge Circuits* (Yao et al. 2024, ar
 The edge set is the one that testing every edge with a full run gives, and the effects are its effects; the work is less:
 
 1. when a reader of layer l is tested, nothing below l has changed, and above l only what the present circuit reaches from
-   the reader is run (``kernels/removals.py``);
+   the reader is run (``removals.py``);
 2. many tests, into one reader or into those of a layer's attention, run as one batch, in which each assumes that those
    before it turn out as *predicted* (``edge_tests.py``).
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,204 +37,111 @@ from tqdm.auto import tqdm
 from kc_lib.circuits.acdc.edge_tests import Edge, EdgeTests
 from kc_lib.circuits.acdc.losses import stream_losses
 from kc_lib.circuits.acdc.removals import RunningCircuit
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.options import AcdcOptions
+from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
-from kc_lib.metrics import Metric, get_metric
+from kc_lib.metrics import get_metric
 from kc_lib.models.model import Model
-from kc_lib.residual.activations import INTERVENTIONS, ablation
+from kc_lib.residual.activations import ablation
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.results import hash_of
-from kc_lib.tasks.batches import Batch, TokenPair, make_batch
+from kc_lib.tasks.batches import TokenPair, make_batch
 
-ORDERS = ("reverse", "normal", "random")
-NORMALIZATIONS = ("answer", "positions")
 TESTS_PER_CHECKPOINT = 512
-ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
 
 def acdc(
     model: Model,
     pairs: Sequence[TokenPair],
     *,
-    tau: float = 0.01,
-    metric: str | Metric = "match_nll",
-    intervention: str = "zero",
-    order: str = "reverse",
-    absolute: bool = False,
-    normalize: str = "answer",
-    skip: Sequence[str] = (),
-    prefilter: int | None = None,
-    grouped: bool = True,
-    full_answer: bool = False,
-    seed: int = 0,
-    edges_at_once: int = 32,
     checkpoint: str | Path | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Circuit:
     """The circuit ACDC leaves; its scores are the measured effects of the edges (rise of the loss), NaN where untested.
 
-    Args:
-        tau: an edge stays if removing it raises the loss by at least this much, in units of the metric.
-        intervention: what a removed edge carries: "zero", the corrupted prompt's output ("patching"), or the "mean" or
-            "positional_mean" over the pairs' clean prompts.
-        order: in which order a reader's writers are tested: from the latest ("reverse"), from the input ("normal"), random.
-        absolute: undo a removal also if the loss *falls* by tau or more.
-        normalize: the loss is the mean over *answer* tokens; "positions" divides the answer tokens' sum by all positions
-            of the prompt, as the published Knowledge Circuits code does, which dilutes tau by prompt length.
-        skip: nodes ("a3.h5", "m2", "logits") whose incoming edges are kept untested, unless nothing reads the node.
-        prefilter: start from the pruned circuit of the n best edges by EAP-IG (|score|, ``ig_rule="right"``), instead of the
-            whole graph.
-        edges_at_once: tests per batch; changes the speed only.
-        checkpoint: a file that keeps the state; if it is there, work goes on from it.
-
     The circuit is as found, not pruned: under zero ablation a node that nothing feeds still writes what its biases give.
 
+    Args:
+        checkpoint: a file that keeps the state; if it is there, work goes on from it.
+        options: fields of ``AcdcOptions``. A removed edge carries "zero", the corrupted prompt's output ("patching"), or
+            the "mean" or "positional_mean" over the pairs' clean prompts. Nodes in ``skip`` lose their incoming edges
+            only where nothing reads the node. A ``prefilter`` starts from the pruned circuit of the best edges by EAP-IG
+            (|score|, ``ig_rule="right"``).
+
+    Example:
+        >>> circuit = kc.acdc(model, task.discovery, tau=0.01, prefilter=3000)
+        >>> circuit.pruned().to_frame().head()
+
     Raises:
-        MethodError: a parameter out of range, a loss that is not finite, or a checkpoint of another run.
+        MethodError: an option out of range, a loss that is not finite, or a checkpoint of another run.
         ModelError: a model whose residual stream is no sum of writers.
     """
-    metric = get_metric(metric)
-    check_acdc(
-        tau=tau,
-        metric=metric,
-        intervention=intervention,
-        order=order,
-        absolute=absolute,
-        normalize=normalize,
-        prefilter=prefilter,
-        edges_at_once=edges_at_once,
-    )
-    settings = {
-        "model": model.name,
-        "method": "acdc",
-        "tau": tau,
-        "metric": metric.name,
-        "unit": metric.unit,
-        "intervention": intervention,
-        "order": order,
-        "absolute": absolute,
-        "normalize": normalize,
-        "skip": list(skip),
-        "prefilter": prefilter,
-        "full_answer": full_answer,
-        "n_pairs": len(pairs),
-        "seed": seed,
-    }
-    decoder = model.residual
-    graph = decoder.graph(grouped)
-    skipped = _readers_of(graph, skip)
-    batch = make_batch(pairs, full_answer, decoder.device)
-    context = shared_context(decoder, batch, intervention)
-    whole = full_logits(decoder, batch, context)
-    means = reference_means(decoder, intervention, pairs, len(pairs), full_answer)
-    weights = _example_weights(batch, normalize)
-
-    losses = stream_losses(decoder, metric, batch, whole, weights)
+    asked = AcdcOptions.of(options)
+    graph = model.residual.graph(asked.grouped)
+    skipped = _readers_of(graph, asked.skip)
+    settings = _provenance(model, pairs, asked)
+    prepared, weights = _prepared(model, pairs, asked)
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
-    kept = None if file is None else file.read()
-    if kept is None:
-        start = graph.edges if prefilter is None else _prefiltered(model, pairs, graph, prefilter, metric, settings)
-        kept = 0, start, torch.full(start.shape, math.nan), {}
-    first, mask, effects, ratios = kept
-    ablated = ablation(decoder, intervention, batch, means, context)
-    running = RunningCircuit(decoder, graph, mask, batch, ablated, losses, context)
-    widest = max(1, min(edges_at_once, ROWS_AT_ONCE // len(running.rows)))
-    tests = EdgeTests(running, effects, ratios, tau, absolute, widest)
+    place, mask, effects, ratios = (file and file.read()) or _start(model, pairs, graph, asked)
+
+    tests = EdgeTests(_running(model, graph, mask, prepared, weights), effects, ratios, asked)
+    n_refreshed = tests.n_done()
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
-        built = tests.n_done()
-        for place, together in _groups(graph, first):
-            if tests.n_done() // TESTS_PER_CHECKPOINT > built // TESTS_PER_CHECKPOINT:
-                built = tests.n_done()
+        for first, readers in _from_the_logits(graph, place):
+            if tests.n_done() // TESTS_PER_CHECKPOINT > n_refreshed // TESTS_PER_CHECKPOINT:
+                n_refreshed = tests.n_done()
                 if file is not None:
-                    file.write(place, running.mask, effects, tests.ratios)
-                running.build()
-                tests = EdgeTests(running, effects, tests.ratios, tau, absolute, widest)
-            n_before = int(running.mask[:, together].sum())
-            waiting: list[Edge] = []
-            for column in together:
-                name = graph.readers[column].name
-                if _unread(graph, running.mask, column):
-                    if running.post_norm:  # what is removed then changes the loss, and comes in its turn
+                    file.write(first, tests.mask, effects, tests.ratios)
+                tests.refresh()
+            n_before = int(tests.mask[:, readers].sum())
+            waiting: list[Edge] = []  # the readers of a layer's attention are tested together: none reads another
+            for reader in readers:
+                if _is_unread(graph, tests.mask, reader):
+                    if tests.changes_when_unread:  # then what is removed moves the loss, and comes in its turn
                         tests.test(waiting)
                         waiting = []
-                    tests.remove_untested(column)
-                elif column not in skipped:
-                    writers = running.mask[:, column].nonzero()[:, 0].tolist()
-                    waiting += [(writer, column) for writer in _ordered(writers, order, f"{seed} {name}")]
+                    tests.remove_untested(reader)
+                elif reader not in skipped:
+                    waiting += [(writer, reader) for writer in _in_order(tests.mask, graph, reader, asked)]
             tests.test(waiting)
             bar.update(n_before)
-            bar.set_postfix(reader=name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
-    loss_full = float((metric.loss(whole, batch, whole) * weights).mean())
+            bar.set_postfix(reader=graph.readers[readers[-1]].name, kept=int(tests.mask.sum()), loss=f"{tests.loss:.4g}")
+
+    whole = torch.as_tensor(prepared.reference)
+    loss_full = float((prepared.metric.loss(whole, prepared.batch, whole) * weights).mean())
     settings |= {"n_tested": tests.n_done(), "loss_full": loss_full, "loss": tests.loss}
-    return Circuit(graph, running.mask, effects, settings)
+    return Circuit(graph, tests.mask, effects, settings)
 
 
-def check_acdc(
-    *,
-    tau: float = 0.01,
-    metric: str | Metric = "match_nll",
-    intervention: str = "zero",
-    order: str = "reverse",
-    absolute: bool = False,
-    normalize: str = "answer",
-    prefilter: int | None = None,
-    edges_at_once: int = 32,
-) -> None:
-    """Refuse what ``acdc`` would refuse, before a model is loaded.
-
-    Raises:
-        MethodError: a parameter that is unknown or out of range.
-    """
-    get_metric(metric)
-    if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
-        raise MethodError(f"tau is {tau}; it must be a number above 0, in units of the metric (published: 0.005 to 0.02)")
-    for name, value, known in (
-        ("intervention", intervention, INTERVENTIONS),
-        ("order", order, ORDERS),
-        ("normalize", normalize, NORMALIZATIONS),
-    ):
-        if value not in known:
-            raise MethodError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-    if not isinstance(absolute, bool):
-        raise MethodError(f"absolute is {absolute!r}; it must be true or false")
-    if prefilter is not None and (isinstance(prefilter, bool) or not isinstance(prefilter, int) or prefilter < 1):
-        raise MethodError(f"prefilter is {prefilter!r}; give the number of edges that ACDC starts from")
-    if edges_at_once < 1:
-        raise MethodError(f"edges_at_once is {edges_at_once}; it must be at least 1")
-
-
-def _groups(graph: Graph, first: int) -> Iterator[tuple[int, list[int]]]:
-    """Places, from the first on, and the readers there: from the logits down, those of a layer's attention together."""
+def _from_the_logits(graph: Graph, place: int) -> Iterator[tuple[int, list[int]]]:
+    """Readers from the logits down, from a place on; those of a layer's attention together, with the first's place."""
 
     def together(place: int) -> tuple[int, bool]:
         reader = graph.readers[-1 - place]
         return reader.layer, reader.kind in "qkv"
 
-    for _, places in groupby(range(first, len(graph.readers)), together):
+    for _, places in groupby(range(place, len(graph.readers)), together):
         some = list(places)
         yield some[0], [len(graph.readers) - 1 - place for place in some]
 
 
-def _unread(graph: Graph, mask: Bool[Tensor, "writer reader"], column: int) -> bool:
+def _is_unread(graph: Graph, mask: Bool[Tensor, "writer reader"], column: int) -> bool:
     """Does nothing read the nodes that this reader serves?"""
     serves = graph.serves[:, column]
     return bool(serves.any()) and not bool(mask[serves].any())
 
 
-def _ordered(writers: Sequence[int], order: str, seed: str) -> list[int]:
-    ordered = list(reversed(writers)) if order == "reverse" else list(writers)
-    if order == "random":
-        random.Random(seed).shuffle(ordered)
-    return ordered
-
-
-def _example_weights(batch: Batch, normalize: str) -> Tensor:
-    """What turns an example's mean over answer tokens into its part of the loss."""
-    n_answers = batch.answer_mask.sum(-1).float()
-    return torch.ones_like(n_answers) if normalize == "answer" else n_answers / batch.lengths.to(n_answers)
+def _in_order(mask: Bool[Tensor, "writer reader"], graph: Graph, reader: int, asked: AcdcOptions) -> list[int]:
+    """The writers of a reader's edges in the order in which they are tested."""
+    writers: list[int] = mask[:, reader].nonzero()[:, 0].tolist()
+    if asked.order == "random":
+        random.Random(f"{asked.seed} {graph.readers[reader].name}").shuffle(writers)
+    return writers[::-1] if asked.order == "reverse" else writers
 
 
 def _readers_of(graph: Graph, nodes: Sequence[str]) -> set[int]:
@@ -248,26 +155,46 @@ def _readers_of(graph: Graph, nodes: Sequence[str]) -> set[int]:
     return columns
 
 
-def _prefiltered(
-    model: Model, pairs: Sequence[TokenPair], graph: Graph, size: int, metric: Metric, settings: dict[str, Any]
-) -> Bool[Tensor, "writer reader"]:
-    if size > graph.n_edges:
-        raise MethodError(f"prefilter is {size}, but the graph has only {graph.n_edges} edges: leave it out, or use fewer")
-    # "right" leaves out the ablated end of the path: at a zero embedding (zero ablation) a norm has no usable gradient
-    scores = attribute_edges(
-        model,
-        pairs,
-        "eap_ig",
-        ig_rule="right",
-        metric=metric,
-        intervention=settings["intervention"],
-        grouped=graph.grouped,
-        full_answer=settings["full_answer"],
-    )
-    mask = select(scores, "absolute", size, fill=False).mask
-    if not mask.any():
-        raise MethodError(f"prefilter {size}: the {size} best edges make no path from the input to the logits; use more")
-    return mask
+def _prepared(model: Model, pairs: Sequence[TokenPair], asked: AcdcOptions) -> tuple[Prepared, Float[Tensor, " pair"]]:
+    """All pairs as one batch, and what turns an example's mean over answer tokens into its part of the loss."""
+    decoder, intervention = model.residual, asked.intervention
+    batch = make_batch(pairs, asked.full_answer, decoder.device)
+    prefix = shared_context(decoder, batch, intervention)
+    means = reference_means(decoder, intervention, pairs, len(pairs), asked.full_answer)
+    ablated = ablation(decoder, intervention, batch, means, prefix)
+    n_answers = batch.answer_mask.sum(-1).float()
+    weights = torch.ones_like(n_answers) if asked.normalize == "answer" else n_answers / batch.lengths.to(n_answers)
+    return Prepared(batch, get_metric(asked.metric), ablated, full_logits(decoder, batch, prefix), prefix), weights
+
+
+def _running(model: Model, graph: Graph, mask: Tensor, prepared: Prepared, weights: Tensor) -> RunningCircuit:
+    losses = stream_losses(model.residual, prepared.metric, prepared.batch, torch.as_tensor(prepared.reference), weights)
+    return RunningCircuit(model.residual, graph, mask, prepared, losses)
+
+
+State = tuple[int, Bool[Tensor, "writer reader"], Float[Tensor, "writer reader"], Mapping[str, Sequence[float]]]
+
+
+def _start(model: Model, pairs: Sequence[TokenPair], graph: Graph, asked: AcdcOptions) -> State:
+    """The place of the first reader, the edges to start from, no effects, and no outcomes that would predict others."""
+    mask, size = graph.edges, asked.prefilter
+    if size is not None:
+        if size > graph.n_edges:
+            raise MethodError(f"prefilter is {size}; it must be at most {graph.n_edges}, the number of edges, or none")
+        shared = {name: asked[name] for name in ("metric", "intervention", "grouped", "full_answer")}
+        # "right" leaves out the ablated end of the path: at a zero embedding (zero ablation) a norm has no usable gradient
+        scores = score_edges(model, pairs, "eap_ig", ig_rule="right", **shared)
+        mask = select(scores, "absolute", size, fill=False).mask
+        if not mask.any():
+            raise MethodError(f"prefilter {size}: the {size} best edges make no path from the input to the logits; use more")
+    return 0, mask, torch.full(mask.shape, math.nan), {}
+
+
+def _provenance(model: Model, pairs: Sequence[TokenPair], asked: AcdcOptions) -> dict[str, Any]:
+    metric = get_metric(asked.metric)
+    about = {name: value for name, value in asked.determining().items() if name != "grouped"}
+    about |= {"model": model.name, "method": "acdc", "metric": metric.name, "unit": metric.unit, "n_pairs": len(pairs)}
+    return about
 
 
 def _identity(model: Model, graph: Graph, pairs: Sequence[TokenPair], settings: dict[str, Any]) -> str:
@@ -284,7 +211,7 @@ class _Checkpoint:
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
 
-    def read(self) -> tuple[int, Tensor, Tensor, dict[str, list[float]]] | None:
+    def read(self) -> State | None:
         if not self.path.exists():
             return None
         try:

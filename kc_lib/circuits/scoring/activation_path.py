@@ -21,7 +21,7 @@ Where this differs from EAP-IG's code:
 - Batches are scaled as everywhere here: a sum over examples, divided by their number once.
 
 Fast: a run starts from the clean stream at the layer that is interpolated, so blocks below it are neither run nor
-differentiated (half the work), the steps are one batch, and shared positions are left out (``context.py``).
+differentiated (half the work), the steps are one batch, and shared positions are left out (``prefix_cache.py``).
 """
 
 from __future__ import annotations
@@ -29,96 +29,44 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from kc_lib.circuits.scoring.edges import at_positions, mlp_reader_gradient, reader_gradients, recorded_run
-from kc_lib.circuits.scoring.groups import Groups
+from kc_lib.circuits.scoring.edges import Differences, reader_gradients, recorded_run
+from kc_lib.circuits.scoring.prepared import Groups, Prepared
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
-from kc_lib.metrics import Metric
-from kc_lib.residual.activations import Ablation
-from kc_lib.residual.decoder import Decoder, frozen
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.patch import clean_run
-from kc_lib.residual.prefix_cache import EMPTY, Context
-from kc_lib.tasks.batches import Batch
 
 
 @torch.no_grad()
 @checked
 def activation_edge_scores(
-    decoder: Decoder,
-    graph: Graph,
-    batch: Batch,
-    metric: Metric,
-    ablation: Ablation,
-    alphas: Sequence[float],
-    groups: Groups,
-    reference: Float[Tensor, "batch answer vocab"] | None = None,
-    context: Context = EMPTY,
+    decoder: Decoder, graph: Graph, prepared: Prepared, alphas: Sequence[float], groups: Groups
 ) -> Float[Tensor, "group writer reader"]:
-    """Each edge's score summed over the positions of each group, in units of the metric; see the head of this file.
-
-    ``ablation`` covers the positions after the context's.
-    """
-    run = clean_run(decoder, graph, batch, context)
-    difference = ablation.outputs - run.outputs
-    alpha = torch.tensor(alphas, device=difference.device, dtype=difference.dtype)[:, None, None, None]
-    run_groups, answer_groups = groups.after(context.start), groups.at(batch.answer_positions)
-    at_answers = answer_groups.ordered(at_positions(difference, batch.answer_positions - context.start))
-    in_run = run_groups.ordered(difference)
+    """Each edge's score summed over the positions of each group, in units of the metric; see the head of this file."""
+    run = clean_run(decoder, graph, prepared.batch, prepared.prefix)
+    change = prepared.ablation.outputs - run.outputs
+    differences = Differences.of(prepared, run.outputs, groups)
+    alpha = torch.tensor(alphas, device=change.device, dtype=change.dtype)[:, None, None, None]
     scores = torch.zeros(groups.n_groups, len(graph.writers), len(graph.readers), device=decoder.device)
-    for writers, layer, mlp_only in _interpolations(graph):
+    for writers, start in _interpolations(graph):
+        layer, skip_attention = start
         stream = run.streams[layer]
-        if mlp_only:
+        if skip_attention:
             stream = stream + run.outputs[graph.head_writers(layer)].sum(0) + decoder.blocks[layer].attention.b_O
-        path = stream + (1 - alpha) * difference[writers].sum(0)
-        readers = _gradients_above(decoder, graph, path, batch, metric, reference, context, layer, mlp_only)
-        for columns, gradient in readers:
-            if graph.readers[columns.start].kind == "logits":
-                scores[:, writers, columns] = answer_groups.contract(at_answers[writers], gradient)
-            else:
-                scores[:, writers, columns] = run_groups.contract(in_run[writers], gradient)
+        above = recorded_run(decoder, graph, stream + (1 - alpha) * change[writers].sum(0), prepared, start)
+        for columns, gradient in reader_gradients(decoder, graph, above):
+            is_logits = graph.readers[columns.start].kind == "logits"
+            scores[:, writers, columns] = differences.contract(writers, gradient, is_logits)
     return scores
 
 
-def _interpolations(graph: Graph) -> Iterator[tuple[slice, int, bool]]:
+def _interpolations(graph: Graph) -> Iterator[tuple[slice, tuple[int, bool]]]:
     """Layers of writers, each with the first block that reads them, and whether only that block's MLP does."""
-    yield slice(0, 1), 0, False
+    yield slice(0, 1), (0, False)
     for layer in range(graph.n_layers):
         heads = graph.head_writers(layer)
-        yield (heads, layer + 1, False) if graph.parallel else (heads, layer, True)
-        yield slice(heads.stop, heads.stop + 1), layer + 1, False
-
-
-def _gradients_above(
-    decoder: Decoder,
-    graph: Graph,
-    path: Float[Tensor, "step batch pos d_model"],
-    batch: Batch,
-    metric: Metric,
-    reference: Tensor | None,
-    context: Context,
-    layer: int,
-    mlp_only: bool,
-) -> Iterator[tuple[slice, Float[Tensor, "reader batch pos d_model"]]]:
-    """Gradients averaged over the path at every reader from a block (or from its MLP) on, the logits last."""
-    n_steps, block = path.shape[0], decoder.blocks[layer] if mlp_only else None
-    stops: list[Tensor] = []
-    with frozen(decoder.bridge), torch.enable_grad():
-        start = path.requires_grad_()
-        if block is not None:
-            seen = start.flatten(0, 1)
-            stops.append(block.mlp_norm(seen))
-            start = rearrange(seen + block.mlp_output(stops[0]), "(s b) p d -> s b p d", s=n_steps)
-            layer += 1
-        records, final, loss = recorded_run(decoder, graph, start, batch, metric, reference, context, layer)
-        stops += [t for record in records for t in (*record.projections.values(), record.mlp_normed)]
-        gradients = iter(torch.autograd.grad(loss / n_steps, [*stops, final]))
-    if block is not None:
-        columns = graph.reader_columns(layer - 1, "mlp")
-        yield columns, mlp_reader_gradient(block, path.detach().flatten(0, 1), next(gradients), n_steps)
-    yield from reader_gradients(decoder, graph, records, gradients, n_steps, layer)
-    last = len(graph.readers) - 1
-    yield slice(last, last + 1), rearrange(next(gradients), "(s b) a d -> s b a d", s=n_steps).sum(0)[None]
+        yield heads, (layer + 1, False) if graph.parallel else (layer, True)
+        yield slice(heads.stop, heads.stop + 1), (layer + 1, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,49 +10,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kc_lib.circuits.scoring.prepared import prepared_batches
+from kc_lib.circuits.options import ScoreOptions
+from kc_lib.circuits.scoring.prepared import Prepared, prepared_batches
 from kc_lib.graph import Graph
-from kc_lib.metrics import Metric, get_metric
+from kc_lib.metrics import get_metric
 from kc_lib.models.model import Model
-from kc_lib.residual.activations import Ablation
 from kc_lib.residual.decoder import Decoder
-from kc_lib.residual.logits import full_logits, reference_means
+from kc_lib.residual.logits import full_logits
 from kc_lib.residual.patch import clean_run, patch_edges
-from kc_lib.residual.prefix_cache import Context
-from kc_lib.tasks.batches import Batch, TokenPair
+from kc_lib.tasks.batches import TokenPair
 
 EDGES_AT_ONCE = 32  # edges patched as one batch
 
 
-def patch_single_edges(
-    model: Model,
-    pairs: Sequence[TokenPair],
-    edges: Sequence[str],
-    *,
-    metric: str | Metric = "logit_difference",
-    intervention: str = "patching",
-    grouped: bool = True,
-    full_answer: bool = False,
-    batch_size: int = 8,
-) -> pd.DataFrame:
+def patch_single_edges(model: Model, pairs: Sequence[TokenPair], edges: Sequence[str], **options: Any) -> pd.DataFrame:
     """The exact effect of ablating each named edge (``"a3.h5->m7"``) alone: columns edge, writer, reader, score.
+
+    Args:
+        options: fields of ``ScoreOptions``; steps make no difference.
 
     Raises:
         GraphError: an edge the model's graph does not have.
+        MethodError: an option out of range.
     """
-    metric = get_metric(metric)
-    decoder = model.residual
-    graph = decoder.graph(grouped)
+    asked, decoder = ScoreOptions.of(options), model.residual
+    metric, graph = get_metric(asked.metric), decoder.graph(asked.grouped)
     positions = [graph.edge_positions(edge) for edge in edges]
-    means = reference_means(decoder, intervention, pairs, batch_size, full_answer)
     total = torch.zeros(len(edges), device=decoder.device)
-    prepared = prepared_batches(decoder, pairs, metric, intervention, means, batch_size, full_answer)
-    for batch, ablated, reference, context in prepared:
-        run = clean_run(decoder, graph, batch, context)
-        clean_loss = metric.loss(full_logits(decoder, batch, context), batch, reference).sum()
+    for prepared in prepared_batches(decoder, pairs, metric, asked.intervention, asked.batch_size, asked.full_answer):
+        run = clean_run(decoder, graph, prepared.batch, prepared.prefix)
+        clean_loss = prepared.loss(full_logits(decoder, prepared.batch, prepared.prefix))
         for i, (row, column) in enumerate(positions):
-            logits = patch_edges(decoder, graph, batch, run, ablated, graph.readers[column], [row])[0]
-            total[i] += metric.loss(logits, batch, reference).sum() - clean_loss
+            logits = patch_edges(decoder, graph, run, prepared.ablation, graph.readers[column], [row])[0]
+            total[i] += prepared.loss(logits) - clean_loss
     names = [edge.partition("->") for edge in edges]
     return pd.DataFrame(
         {
@@ -65,24 +55,18 @@ def patch_single_edges(
 
 
 def exact_scores(
-    decoder: Decoder,
-    graph: Graph,
-    batch: Batch,
-    metric: Metric,
-    ablated: Ablation,
-    reference: Tensor | None,
-    context: Context,
-    bar: Any,
+    decoder: Decoder, graph: Graph, prepared: Prepared, advance: Callable[[int], Any]
 ) -> Float[Tensor, "writer reader"]:
-    """Sum over the batch's examples of each edge's exact effect on the loss."""
+    """Sum over the batch's examples of each edge's exact effect on the loss.
+
+    After each reader ``advance`` is told the number of examples.
+    """
     scores = torch.zeros(len(graph.writers), len(graph.readers), device=decoder.device)
-    run = clean_run(decoder, graph, batch, context)
-    clean_loss = metric.loss(full_logits(decoder, batch, context), batch, reference).sum()
+    run = clean_run(decoder, graph, prepared.batch, prepared.prefix)
+    clean_loss = prepared.loss(full_logits(decoder, prepared.batch, prepared.prefix))
     for column, reader in enumerate(graph.readers):
-        for start in range(0, reader.n_writers, EDGES_AT_ONCE):
-            rows = range(start, min(start + EDGES_AT_ONCE, reader.n_writers))
-            logits = patch_edges(decoder, graph, batch, run, ablated, reader, rows)
-            for row, edge_logits in zip(rows, logits, strict=True):
-                scores[row, column] = metric.loss(edge_logits, batch, reference).sum() - clean_loss
-        bar.update(len(batch))
+        for rows in torch.arange(reader.n_writers).split(EDGES_AT_ONCE):
+            logits = patch_edges(decoder, graph, run, prepared.ablation, reader, rows.tolist())
+            scores[rows, column] = torch.stack([prepared.loss(of_edge) for of_edge in logits]) - clean_loss
+        advance(len(prepared.batch))
     return scores

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kc_lib.circuits.scoring.groups import Groups
+from kc_lib.circuits.scoring.prepared import Groups
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
 from kc_lib.residual.decoder import Decoder

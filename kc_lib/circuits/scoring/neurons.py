@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kc_lib.circuits.scoring.edges import interpolated, recorded_run
+from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import ModelError, checked
-from kc_lib.metrics import Metric
-from kc_lib.residual.activations import Ablation, Means, ablation
+from kc_lib.residual.activations import Means, ablation
 from kc_lib.residual.backward_rules import NATIVE, BackwardRules
-from kc_lib.residual.decoder import Decoder, frozen
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
@@ -60,31 +59,27 @@ def neuron_ablation(
     return ablation(decoder, kind, batch, means, context, neuron_outputs).outputs
 
 
+@torch.no_grad()
 @checked
 def neuron_scores(
     decoder: Decoder,
-    batch: Batch,
-    metric: Metric,
-    ablation: Ablation,
+    prepared: Prepared,
     ablated_neurons: Float[Tensor, "layer #batch #pos #d_mlp"],
     alphas: Sequence[float],
-    reference: Float[Tensor, "batch answer vocab"] | None = None,
-    context: Context = EMPTY,
     rules: BackwardRules = NATIVE,
 ) -> Float[Tensor, "layer d_mlp"]:
     """Sum over the batch's examples of each neuron's attribution score, in units of the metric.
 
     score = sum over positions of (ablated - clean) . d loss / d neuron, with the loss, the average over the inputs
-    ``ablated + alpha (clean - ablated)`` and ``rules`` as in ``edge_scores``; ``ablation`` gives the ablated input.
+    ``ablated + alpha (clean - ablated)`` and ``rules`` as in ``edge_scores``.
     """
-    difference = ablated_neurons - neuron_outputs(decoder, batch.clean, context)
-    path = interpolated(ablation.outputs[0], decoder.embed(batch.clean)[:, context.start :], alphas)
-    with frozen(decoder.bridge), torch.enable_grad():
-        records, _, loss = recorded_run(decoder, decoder.graph(), path, batch, metric, reference, context, rules=rules)
-        gradients = torch.autograd.grad(loss / len(alphas), [record.mlp_write for record in records])
+    clean, prefix = prepared.batch.clean, prepared.prefix
+    difference = ablated_neurons - neuron_outputs(decoder, clean, prefix)
+    path = interpolated(prepared.ablation.outputs[0], decoder.embed(clean)[:, prefix.start :], alphas)
+    run = recorded_run(decoder, decoder.graph(), path, prepared, rules=rules)
+    gradients = torch.autograd.grad(run.loss, [record.mlp_write for record in run.blocks])
     scores = torch.zeros(decoder.n_layers, difference.shape[-1], device=decoder.device)
     for layer, (block, gradient) in enumerate(zip(decoder.blocks, gradients, strict=True)):
-        at_output = rearrange(gradient.float(), "(s b) p d -> s b p d", s=len(alphas)).sum(0)
-        at_neurons = at_output @ block.mlp_parts.W_out.float().T
+        at_neurons = run.over_steps(gradient.float()) @ block.mlp_parts.W_out.float().T
         scores[layer] = (difference[layer].float() * at_neurons).sum((0, 1))
     return scores

@@ -28,15 +28,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.circuits.scoring.edges import edge_scores
+from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
-from kc_lib.metrics import Metric
-from kc_lib.residual.activations import Ablation
 from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.logits import logits_at_answers
 from kc_lib.residual.patch import clean_run
-from kc_lib.residual.prefix_cache import EMPTY, Context
-from kc_lib.tasks.batches import Batch
+from kc_lib.residual.prefix_cache import Context
 
 WRITERS_AT_ONCE = 32  # writers whose patterns are computed as one batch
 
@@ -51,34 +49,24 @@ class _Heads:
 
 
 @checked
-def qk_fix_scores(
-    decoder: Decoder,
-    graph: Graph,
-    batch: Batch,
-    metric: Metric,
-    ablation: Ablation,
-    reference: Float[Tensor, "batch answer vocab"] | None = None,
-    context: Context = EMPTY,
-) -> Float[Tensor, "writer reader"]:
+def qk_fix_scores(decoder: Decoder, graph: Graph, prepared: Prepared) -> Float[Tensor, "writer reader"]:
     """Sum over the batch's examples of each edge's score, in units of the metric; see the head of this file.
 
-    Values, MLPs and logits have the scores of ``edge_scores`` at the clean input (EAP). ``ablation`` covers the positions
-    after the context's. At most ``WRITERS_AT_ONCE`` patterns per example and layer are in memory.
+    Values, MLPs and logits have the scores of ``edge_scores`` at the clean input (EAP). At most ``WRITERS_AT_ONCE``
+    patterns per example and layer are in memory.
     """
-    scores = edge_scores(decoder, graph, batch, metric, ablation, [1.0], reference, context)
+    (scores,) = edge_scores(decoder, graph, prepared, [1.0])
     with torch.no_grad():
-        run = clean_run(decoder, graph, batch, context)
-        difference = ablation.outputs - run.outputs
-        for layer, heads in enumerate(_clean_heads(decoder, batch, metric, reference, context)):
-            before = graph.writers_before(layer)
-            for rows in torch.arange(before).split(WRITERS_AT_ONCE):
+        run = clean_run(decoder, graph, prepared.batch, prepared.prefix)
+        difference = prepared.ablation.outputs - run.outputs
+        for layer, heads in enumerate(_clean_heads(decoder, prepared)):
+            for rows in torch.arange(graph.writers_before(layer)).split(WRITERS_AT_ONCE):
                 seen = run.streams[layer] + difference[rows]
                 for kind in "qk":
-                    effects = _pattern_effects(decoder, layer, heads, kind, seen, context)
+                    effects = _pattern_effects(decoder, layer, heads, kind, seen, prepared.prefix)
                     n_readers = graph.n_heads if kind == "q" else graph.n_kv_readers
                     of_readers = reduce(effects, "writer (reader copy) -> writer reader", "sum", reader=n_readers)
-                    columns = graph.reader_columns(layer, kind)
-                    scores[rows[0] : rows[-1] + 1, columns] = of_readers
+                    scores[rows[0] : rows[-1] + 1, graph.reader_columns(layer, kind)] = of_readers
     return scores
 
 
@@ -88,35 +76,34 @@ def _pattern_effects(
     heads: _Heads,
     kind: str,
     seen: Float[Tensor, "writer batch pos d_model"],
-    context: Context,
+    prefix: Context,
 ) -> Float[Tensor, "writer head"]:
     """Each head's ``(z_ablated - z_clean) . gradient`` when its query or key projection sees another stream."""
     attention, n_writers = decoder.blocks[layer].attention, seen.shape[0]
     projections = {name: x.repeat(n_writers, 1, 1, 1) for name, x in heads.projections.items() if name != kind}
     projections[kind] = attention.project(kind, attention.norm(seen.flatten(0, 1)))
-    z = attention.attend(projections["q"], projections["k"], projections["v"], context.of_layer(layer))
+    z = attention.attend(projections["q"], projections["k"], projections["v"], prefix.of_layer(layer))
     change = rearrange(z, "(w b) p h e -> w b p h e", w=n_writers).float() - heads.z.float()
     return torch.einsum("wbphe,bphe->wh", change, heads.gradient.float())
 
 
-def _clean_heads(
-    decoder: Decoder, batch: Batch, metric: Metric, reference: Tensor | None, context: Context
-) -> Iterator[_Heads]:
+def _clean_heads(decoder: Decoder, prepared: Prepared) -> Iterator[_Heads]:
     """The attention of every layer in a plain run of the clean prompts."""
+    batch, prefix = prepared.batch, prepared.prefix
     projections, outputs = [], []
     with frozen(decoder.bridge), torch.enable_grad():
-        resid = decoder.embed(batch.clean)[:, context.start :].requires_grad_()
+        resid = decoder.embed(batch.clean)[:, prefix.start :].requires_grad_()
         for layer, block in enumerate(decoder.blocks):
             attention = block.attention
             x = attention.norm(resid)
             q, k, v = (attention.project(kind, x) for kind in "qkv")
-            z = attention.attend(q, k, v, context.of_layer(layer))
+            z = attention.attend(q, k, v, prefix.of_layer(layer))
             after_attention = resid + attention.output(z)
             mlp_input = resid if block.parallel else after_attention
             resid = after_attention + block.mlp_output(block.mlp_norm(mlp_input))
             projections.append({"q": q.detach(), "k": k.detach(), "v": v.detach()})
             outputs.append(z)
-        logits = logits_at_answers(decoder, resid, batch, context)
-        gradients = torch.autograd.grad(metric.loss(logits, batch, reference).sum(), outputs)
+        loss = prepared.loss(logits_at_answers(decoder, resid, batch, prefix))
+        gradients = torch.autograd.grad(loss, outputs)
     for layer, gradient in enumerate(gradients):
         yield _Heads(projections[layer], outputs[layer].detach(), gradient)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import FOUND, SmallModel, faithful, resamples, single_values
 
-from kc_lib.circuits.attribution import attribute_edges
+from kc_lib.circuits.attribution import score_edges
 from kc_lib.circuits.scores import EdgeScores
 from kc_lib.circuits.selection import select
 from kc_lib.circuits.smallest import smallest_faithful
@@ -19,7 +19,7 @@ PAIRS = FOUND[:3]
 
 @pytest.fixture(scope="module")
 def scores(small_model: SmallModel) -> EdgeScores:
-    return attribute_edges(small_model("llama"), PAIRS, steps=2)
+    return score_edges(small_model("llama"), PAIRS, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +120,11 @@ def test_without_an_effect_there_is_no_faithfulness_to_keep(small_model: SmallMo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": "threshold"}, "selection 'threshold'"),
-        ({"selection": "bootstrap"}, "selection 'bootstrap'"),
-        ({"at_once": 0}, "0 at once"),
-        ({"faithfulness": 0.0}, "above 0"),
-        ({"faithfulness": float("nan")}, "above 0"),
+        ({"selection": "threshold"}, "unknown selection 'threshold'"),
+        ({"selection": "bootstrap"}, "unknown selection 'bootstrap'"),
+        ({"at_once": 0}, "at_once is 0"),
+        ({"faithfulness": 0.0}, "faithfulness is 0.0; it must be a number, above 0"),
+        ({"faithfulness": float("nan")}, "faithfulness is nan; it must be a number, above 0"),
         ({"metric": "accuracy"}, "unknown metric"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The judge's figures show what the judge found, on a real judgement of a small model: points, whiskers, counts, words."""
+"""Figures of an evaluation show what it found, on a real one of a small model: points, whiskers, counts, words."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ import plotly.graph_objects as go
 import pytest
 from helpers import FOUND, SPLITS, SmallModel
 
-from kc_lib.circuits.areas import areas
-from kc_lib.circuits.attribution import attribute_facts
-from kc_lib.circuits.baselines import circuits_by_size, complements, random_nulls
-from kc_lib.circuits.evaluate import Evaluation, evaluate_circuits
-from kc_lib.circuits.evaluation_figures import (
-    area_curves,
-    baseline_figure,
-    completeness_figure,
-    method_bars,
-    minimality_figure,
-    overlap_figure,
-)
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.baselines import circuits_by_size, complements, random_baselines
+from kc_lib.circuits.criteria import Minimality, Stability, jaccard_matrix, minimality, resampled_circuits, stability
+from kc_lib.circuits.criteria_figures import method_bars, minimality_figure, overlap_figure
+from kc_lib.circuits.evaluate import Evaluation, evaluate
+from kc_lib.circuits.evaluation_figures import area_curves, baseline_figure, completeness_figure
 from kc_lib.circuits.figures import verdict_table
-from kc_lib.circuits.minimality import Minimality, minimality
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.selection import select
-from kc_lib.circuits.stability import Stability, jaccard_matrix, resampled_circuits, stability
+from kc_lib.circuits.smallest import areas
 from kc_lib.circuits.verdict import verdict
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
@@ -36,15 +29,15 @@ from kc_lib.plotting import NEUTRAL, TEMPLATE
 from kc_lib.stats import empirical_p
 
 SIZES = (0.001, 0.05, 0.2, 0.5)  # the smallest is too small for any path: a circuit without edges
-N_NULLS, N_EDGES = 3, 8
+N_DRAWS, N_EDGES = 3, 8
 DEFINED = list(SPLITS)
 UNDEFINED = [replace(pair, corrupted=pair.clean) for pair in FOUND]  # corruption does nothing
-KINDS = {"connected": "null", "profile": "profile null"}
+KINDS = ("random baseline", "layer-matched baseline")
 
 
 @pytest.fixture(scope="module")
 def fact_scores(small_model: SmallModel) -> FactScores:
-    return attribute_facts(small_model("llama"), FOUND, steps=2)
+    return score_edges(small_model("llama"), FOUND, steps=2, per="fact")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +47,12 @@ def circuit(fact_scores: FactScores) -> Circuit:
 
 @pytest.fixture(scope="module")
 def evaluation(small_model: SmallModel, fact_scores: FactScores, circuit: Circuit) -> Evaluation:
-    named = {"circuit": circuit} | random_nulls(circuit, N_NULLS) | random_nulls(circuit, N_NULLS, kind="profile")
+    named = {"circuit": circuit} | random_baselines(circuit, N_DRAWS)
+    named |= random_baselines(circuit, N_DRAWS, kind="layer-matched")
     sizes = circuits_by_size(fact_scores.mean(), "absolute", SIZES, n_random=2)
     sizes |= circuits_by_size(fact_scores.mean(), "signed", SIZES, n_random=0, label="by <sign>")
     circuits = named | complements(named) | sizes
-    return evaluate_circuits(small_model("llama"), circuits, SPLITS | {"same": UNDEFINED})
+    return evaluate(small_model("llama"), circuits, SPLITS | {"same": UNDEFINED})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def resamples(fact_scores: FactScores) -> dict[str, Circuit]:
 
 def only(evaluation: Evaluation, keep: Callable[[pd.DataFrame], pd.Series]) -> Evaluation:
     """The evaluation of some circuits or splits."""
-    parts = (frame[keep(frame)] for frame in (evaluation.summary, evaluation.examples))
+    parts = (frame[keep(frame)] for frame in (evaluation.table, evaluation.examples))
     return Evaluation(*parts, evaluation.metric)
 
 
@@ -99,16 +93,16 @@ def whisker(trace: go.Scatter, axis: str = "y") -> list[tuple[float, float]]:
     return [(v - down, v + up) for v, up, down in zip(values, error.array, error.arrayminus, strict=True)]
 
 
-def test_area_curves_go_through_every_judged_size(evaluation: Evaluation) -> None:
+def test_area_curves_go_through_every_size(evaluation: Evaluation) -> None:
     figure = area_curves(evaluation)
-    table = areas(evaluation).set_index(["split", "ranking"])
+    table = areas(evaluation).set_index(["split", "ranking", "draw"])
     for column, split in enumerate(DEFINED, start=1):
         traces = panel(figure, column)
         for ranking, circuit_name in {
             "top": "top {}",
             "by <sign>": "by <sign> {}",
-            "random #1": "random {} #1",
-            "random #2": "random {} #2",
+            "top, random 1": "random baseline 1 of top {}",
+            "top, random 2": "random baseline 2 of top {}",
         }.items():
             (curve,), (band,) = named(traces, ranking), named(traces, f"band of {ranking}")
             rows = [evaluation.row(circuit_name.format(share), split) for share in SIZES]
@@ -118,18 +112,19 @@ def test_area_curves_go_through_every_judged_size(evaluation: Evaluation) -> Non
             ends = [row["faithfulness_low"] for row in rows] + [row["faithfulness_high"] for row in rows[::-1]]
             assert band.x == (*SIZES, 1.0, 1.0, *SIZES[::-1])
             assert band.y == pytest.approx(ends, abs=1e-12)
-            own = table.loc[(split, ranking)]
-            for name, key in (("CPR", "cpr"), ("CMD", "cmd"), ("log area", "log_area")):
-                text = f"{name} {own[key]:.3f} [{own[f'{key}_low']:.3f}, {own[f'{key}_high']:.3f}]"
+            name, _, draw = ranking.partition(", random ")
+            own = table.loc[(split, name, int(draw or 0))]
+            for shown_as, key in (("CPR", "cpr"), ("CMD", "cmd"), ("log area", "log_area")):
+                text = f"{shown_as} {own[key]:.3f} [{own[f'{key}_low']:.3f}, {own[f'{key}_high']:.3f}]"
                 assert all(text.replace("-0.000", "0.000") in hover for hover in curve.hovertext)
-            assert (curve.line.color == NEUTRAL) == ranking.startswith("random")
-            if not ranking.startswith("random"):
+            assert (curve.line.color == NEUTRAL) == bool(draw)
+            if not draw:
                 entry = f"CPR {own.cpr:.2f} [{own.cpr_low:.2f}, {own.cpr_high:.2f}], CMD {own.cmd:.2f} ["
                 assert html.unescape(curve.name).startswith(f"{ranking}: {entry}")
                 assert curve.showlegend
-        (first,), (second,) = named(traces, "random #1"), named(traces, "random #2")
-        means = table.loc[[(split, "random #1"), (split, "random #2")]].mean(numeric_only=True)
-        assert first.name == f"random: CPR {means.cpr:.2f}, CMD {means.cmd:.2f} (mean of 2 draws)"
+        (first,), (second,) = named(traces, "top, random 1"), named(traces, "top, random 2")
+        means = table.loc[[(split, "top", 1), (split, "top", 2)]].mean(numeric_only=True)
+        assert first.name == f"top, random: CPR {means.cpr:.2f}, CMD {means.cmd:.2f} (mean of 2 draws)"
         assert (first.showlegend, second.showlegend) == (True, False)
         assert {trace.legend for trace in traces} == {"legend" if column == 1 else f"legend{column}"}
     assert evaluation.row("top 0.001", "discovery")["n_edges"] == 0
@@ -140,21 +135,21 @@ def test_area_curves_go_through_every_judged_size(evaluation: Evaluation) -> Non
     assert "logit_difference (logits)" in subtitle(figure)
 
 
-def test_nulls_are_drawn_one_by_one(evaluation: Evaluation) -> None:
+def test_baselines_are_drawn_one_by_one(evaluation: Evaluation) -> None:
     figure = baseline_figure(evaluation)
-    summary = evaluation.summary
+    table = evaluation.table
     for column, split in enumerate(DEFINED, start=1):
-        (own,), nulls = named(panel(figure, column), "circuit"), named(panel(figure, column), "null")
+        (own,), baselines = named(panel(figure, column), "circuit"), named(panel(figure, column), "baseline")
         row = evaluation.row("circuit", split)
         assert own.x == pytest.approx([row["faithfulness"]])
         assert whisker(own, "x")[0] == pytest.approx((row["faithfulness_low"], row["faithfulness_high"]))
-        assert [trace.name for trace in nulls] == list(KINDS)
-        for trace, kind in zip(nulls, KINDS.values(), strict=True):
-            draws = summary[(summary["kind"] == kind) & (summary["split"] == split)]["faithfulness"]
-            assert len(draws) == N_NULLS
+        assert [trace.name for trace in baselines] == list(KINDS)
+        for trace, kind in zip(baselines, KINDS, strict=True):
+            draws = table[(table["kind"] == kind) & (table["of"] == "circuit") & (table["split"] == split)]["faithfulness"]
+            assert len(draws) == N_DRAWS
             assert trace.x == pytest.approx(draws.tolist(), abs=1e-12)
             assert trace.marker.color == NEUTRAL
-            label = {"null": "random<br>circuits", "profile null": "heads<br>shuffled<br>in layers"}[kind]
+            label = dict(zip(KINDS, ("random<br>circuits", "heads<br>shuffled<br>in layers"), strict=True))[kind]
             assert {figure.layout.yaxis.ticktext[round(y)] for y in trace.y} == {label}
             mean, best = (f"{round(value, 2) + 0.0:.2f}" for value in (draws.mean(), draws.max()))
             p = empirical_p(row["faithfulness"], draws.tolist())
@@ -164,10 +159,10 @@ def test_nulls_are_drawn_one_by_one(evaluation: Evaluation) -> None:
     assert boxes == [pytest.approx((row["faithfulness_low"], row["faithfulness_high"])) for row in rows]
 
 
-def test_one_kind_of_null_on_one_split(evaluation: Evaluation) -> None:
-    part = only(evaluation, lambda frame: (frame["split"] == "discovery") & ~frame["circuit"].str.contains("profile"))
+def test_one_kind_of_baseline_on_one_split(evaluation: Evaluation) -> None:
+    part = only(evaluation, lambda frame: (frame["split"] == "discovery") & ~frame["circuit"].str.contains("matched"))
     figure = baseline_figure(part)
-    assert [trace.name for trace in named(list(figure.data), "null")] == ["connected"]
+    assert [trace.name for trace in named(list(figure.data), "baseline")] == ["random baseline"]
     assert annotations(figure)[0] == "discovery, n = 5 facts"
     assert "undefined" not in subtitle(figure)
     assert {trace.xaxis for trace in completeness_figure(part).data} == {"x"}
@@ -176,15 +171,16 @@ def test_one_kind_of_null_on_one_split(evaluation: Evaluation) -> None:
 
 def test_the_circuit_alone_beside_the_model_without_it(evaluation: Evaluation) -> None:
     figure = completeness_figure(evaluation)
-    summary = evaluation.summary
+    table = evaluation.table
     for column, split in enumerate(DEFINED, start=1):
         for run, prefix in (("the circuit alone", ""), ("the model without it", "without ")):
             traces = [trace for trace in panel(figure, column) if trace.name == run]
-            (means,), draws = named(traces, "means"), named(traces, "null")
+            (means,), draws = named(traces, "means"), named(traces, "baseline")
             row = evaluation.row(f"{prefix}circuit", split)
             expected = [row["faithfulness"]]
-            for trace, kind in zip(draws, KINDS.values(), strict=True):
-                found = summary[(summary["kind"] == f"{prefix}{kind}") & (summary["split"] == split)]["faithfulness"]
+            for trace, kind in zip(draws, KINDS, strict=True):
+                names = [f"{prefix}{kind} {draw} of circuit" for draw in range(1, N_DRAWS + 1)]
+                found = table[table["circuit"].isin(names) & (table["split"] == split)]["faithfulness"]
                 assert trace.y == pytest.approx(found.tolist(), abs=1e-12)
                 expected.append(found.mean())
             assert means.y == pytest.approx(expected, abs=1e-12)
@@ -198,21 +194,21 @@ def test_the_circuit_alone_beside_the_model_without_it(evaluation: Evaluation) -
     assert figure.layout.xaxis.ticktext[0] == "circuit"
 
 
-def test_completeness_without_nulls(evaluation: Evaluation) -> None:
-    figure = completeness_figure(only(evaluation, lambda frame: ~frame["circuit"].str.contains("null")))
+def test_completeness_without_baselines(evaluation: Evaluation) -> None:
+    figure = completeness_figure(only(evaluation, lambda frame: ~frame["circuit"].str.contains("baseline")))
     assert all(len(trace.y) == 1 for trace in named(list(figure.data), "means"))
-    assert not named(list(figure.data), "null")
+    assert not named(list(figure.data), "baseline")
     no_complement = only(evaluation, lambda frame: frame["circuit"] != "without circuit")
-    with pytest.raises(MethodError, match="complement of 'circuit' was not judged"):
+    with pytest.raises(MethodError, match="complement of 'circuit' was not evaluated"):
         completeness_figure(no_complement)
 
 
 def test_every_sampled_edge_has_its_drop(taken_out: Minimality) -> None:
     figure = minimality_figure(taken_out)
-    summary = taken_out.summary.set_index(["split", "kind"])
+    summary = taken_out.totals.set_index(["split", "kind"])
     titles = annotations(figure)
     for row, split in enumerate(DEFINED, start=1):
-        for column, kind in enumerate(("circuit", "null"), start=1):
+        for column, kind in enumerate(("circuit", "random"), start=1):
             edges = taken_out.edges[(taken_out.edges["split"] == split) & (taken_out.edges["kind"] == kind)]
             edges = edges.sort_values("drop", ascending=False).reset_index(drop=True)
             seen = {}
@@ -239,17 +235,17 @@ def test_every_sampled_edge_has_its_drop(taken_out: Minimality) -> None:
     assert sorted(shown) == sorted({trace.name for trace in figure.data})
 
 
-def test_minimality_without_null_edges_or_intervals(taken_out: Minimality) -> None:
-    own = Minimality(*(frame[frame["kind"] == "circuit"] for frame in (taken_out.edges, taken_out.summary)))
+def test_minimality_without_random_edges_or_intervals(taken_out: Minimality) -> None:
+    own = Minimality(*(frame[frame["kind"] == "circuit"] for frame in (taken_out.edges, taken_out.totals)))
     figure = minimality_figure(own, n_labels=0)
     assert sum(len(trace.x) for trace in figure.data) == 2 * N_EDGES
     assert not any("→" in text for text in annotations(figure))
     single = taken_out.edges.assign(drop_low=np.nan, drop_high=np.nan)
-    figure = minimality_figure(Minimality(single, taken_out.summary.assign(share=np.nan)))
+    figure = minimality_figure(Minimality(single, taken_out.totals.assign(share=np.nan)))
     assert {trace.name for trace in figure.data} == {"not told from 0"}
     assert not any("differ" in text for text in annotations(figure))
     with pytest.raises(MethodError, match="no edge with a defined drop"):
-        minimality_figure(Minimality(taken_out.edges[taken_out.edges["split"] == "same"], taken_out.summary))
+        minimality_figure(Minimality(taken_out.edges[taken_out.edges["split"] == "same"], taken_out.totals))
     with pytest.raises(MethodError, match="no edge with a defined drop"):
         minimality_figure(Minimality(pd.DataFrame(), pd.DataFrame()))
 
@@ -278,7 +274,7 @@ def test_overlaps_of_a_stability(resamples: dict[str, Circuit], circuit: Circuit
     expected = jaccard_matrix(resamples | {"reference": circuit})
     assert np.array(heat.z) == pytest.approx(expected.to_numpy())
     assert figure.layout.yaxis.ticktext[-1] == "reference"
-    mean = found.summary.set_index("against").loc["each other", "jaccard"]
+    mean = found.summary().set_index("against").loc["each other", "jaccard"]
     assert f"found on n = {len(FOUND)} facts · mean overlap {mean:.2f} [" in subtitle(figure)
 
 
@@ -310,17 +306,17 @@ def test_the_table_of_verdicts(
     figure = verdict_table(found)
     (table,) = figure.data
     headers = [text.removeprefix("<b>").removesuffix("</b>") for text in table.header["values"]]
-    assert headers == ["criterion", "split", "figure [95%]", "null", "bar", "verdict", "note"]
+    assert headers == ["criterion", "split", "figure [95%]", "baseline", "bar", "verdict", "note"]
     cells = [[plain(cell) for cell in column] for column in table.cells["values"]]
     fills = table.cells.fill.color[5]
     colours = {"yes": "#C6E2F2", "no": "#F9D3BC", "undefined": "#E4E4E4"}
     for i, row in enumerate(found.itertuples()):
-        criterion, split, value, null, bar, word, note = (column[i] for column in cells)
+        criterion, split, value, baseline, bar, word, note = (column[i] for column in cells)
         assert criterion == f"{row.criterion} {row.measure}"
         assert split == row.split.replace("_", "-")
         interval = f" [{shown(row.low)}, {shown(row.high)}]" if not np.isnan(row.low) else ""
         assert value == f"{shown(row.figure)}{interval}"
-        assert null == ("none" if np.isnan(row.null) else shown(row.null))
+        assert baseline == ("none" if np.isnan(row.baseline) else shown(row.baseline))
         assert (bar, note) == (row.bar, row.note)
         assert word.split()[-1] == row.verdict
         assert fills[i] == colours[row.verdict]
@@ -415,27 +411,27 @@ def test_method_tables_that_cannot_be_shown() -> None:
 
 def test_what_an_evaluation_lacks_is_said_in_one_line(evaluation: Evaluation) -> None:
     undefined = only(evaluation, lambda frame: frame["split"] == "same")
-    empty = Evaluation(evaluation.summary.iloc[:0], evaluation.examples.iloc[:0], evaluation.metric)
+    empty = Evaluation(evaluation.table.iloc[:0], evaluation.examples.iloc[:0], evaluation.metric)
     for function in (area_curves, baseline_figure, completeness_figure):
         with pytest.raises(MethodError, match="undefined on every split"):
             function(undefined)
         with pytest.raises(MethodError, match="is empty"):
             function(empty)
     named_only = only(evaluation, lambda frame: frame["circuit"].isin(["full", "empty", "circuit"]))
-    with pytest.raises(MethodError, match="no nulls"):
+    with pytest.raises(MethodError, match="no baselines of 'circuit'"):
         baseline_figure(named_only)
-    with pytest.raises(MethodError, match="no ranking was judged"):
+    with pytest.raises(MethodError, match="no ranking was evaluated"):
         area_curves(named_only)
-    with pytest.raises(MethodError, match="no complement was judged"):
+    with pytest.raises(MethodError, match="no complement was evaluated"):
         completeness_figure(named_only)
-    with pytest.raises(MethodError, match="'other' was not judged"):
+    with pytest.raises(MethodError, match="'other' was not evaluated"):
         baseline_figure(evaluation, "other")
 
 
 def test_one_fact_has_no_intervals_and_is_shown(small_model: SmallModel, fact_scores: FactScores, circuit: Circuit) -> None:
-    circuits = {"circuit": circuit} | random_nulls(circuit, 1)
+    circuits = {"circuit": circuit} | random_baselines(circuit, 1)
     circuits |= complements(circuits) | circuits_by_size(fact_scores.mean(), shares=(0.1,), n_random=0)
-    evaluation = evaluate_circuits(small_model("llama"), circuits, {"discovery": FOUND[:1]})
+    evaluation = evaluate(small_model("llama"), circuits, {"discovery": FOUND[:1]})
     curves, nulls = area_curves(evaluation), baseline_figure(evaluation)
     assert not named(list(curves.data), "band of top")[0].x
     assert "[" not in named(list(curves.data), "top")[0].name

@@ -1,4 +1,4 @@
-"""Products with the same weights over and over, their weights packed once.
+"""Products that run over and over: with the same weights, packed once, and sums of writers' outputs over edges.
 
 On the processor torch's own product packs a weight matrix in each call, a third of the time where some hundred rows are
 multiplied. oneDNN, which comes with torch, keeps it packed: the same sums in float32, up to rounding. Where it is not to be
@@ -8,17 +8,17 @@ had (another device or type, a torch without it) and where a gradient is asked f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.activations import SiLUActivation
 
 from kc_lib.errors import ModelError
 from kc_lib.residual.parts import Block, Mlp, Norm
 
-ROWS_AT_ONCE = 256
 Linear = Callable[[Float[Tensor, "*batch d_in"]], Float[Tensor, "*batch d_out"]]
 Activation = Callable[[Tensor], Tensor]
 
@@ -70,19 +70,14 @@ def packed_mlp(block: Block) -> Callable[[Float[Tensor, "*batch d_model"]], Floa
 
 
 def _packed_parts(mlp: Mlp, norm: Norm) -> Callable[[Tensor], Tensor]:
-    """So many rows at a time that the neurons stay in the processor's cache."""
     into = _after_norm(norm, mlp.W_in, mlp.b_in, mlp.activation if mlp.W_gate is None else None)
     gate = None if mlp.W_gate is None else _after_norm(norm, mlp.W_gate, mlp.b_gate, mlp.activation)
     out = packed_linear(mlp.W_out.T, mlp.b_out)
 
-    def run(rows: Tensor) -> Tensor:
-        scaled = rows * norm.scale(rows)
+    def mlp_of(x: Tensor) -> Tensor:
+        scaled = x * norm.scale(x)
         neurons = into(scaled)
         return out(neurons if gate is None else neurons.mul_(gate(scaled)))
-
-    def mlp_of(x: Tensor) -> Tensor:
-        parts = [run(rows) for rows in x.flatten(0, -2).split(ROWS_AT_ONCE)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x)
 
     return mlp_of
 
@@ -91,3 +86,28 @@ def _after_norm(norm: Norm, weight: Tensor, bias: Tensor, activation: Activation
     """A layer that reads what a norm gives, from the stream times the norm's scale."""
     folded, offset = norm.folded(weight, bias)
     return packed_linear(folded.T, offset, activation)
+
+
+@dataclass(frozen=True)
+class EdgeSums:
+    """How readers' edges are summed: one by one, a bag of entries for each reader and row, and where each bag starts."""
+
+    n_rows: int
+    entries: Int[Tensor, " entry"]
+    starts: Int[Tensor, " bag"]
+
+    def of(self, outputs: Float[Tensor, "writer row trial d_model"]) -> Float[Tensor, "reader n_rows trial d_model"]:
+        """The sums, at the first rows."""
+        summed = F.embedding_bag(self.entries, outputs.flatten(2).flatten(0, 1), self.starts, mode="sum")
+        return summed.view(-1, self.n_rows, *outputs.shape[2:])
+
+
+def edge_sums(
+    edges: Bool[Tensor, "writer reader"], n_rows: int, like: Float[Tensor, "writer row trial d_model"]
+) -> EdgeSums:
+    """Sums of writers' outputs, held by a tensor ``like`` this one, over each reader's edges."""
+    n_edges = edges.sum(0)
+    of_reader = [some * like.shape[1] for some in edges.T.nonzero()[:, 1].split(n_edges.tolist())]
+    entries = torch.cat([(torch.arange(n_rows)[:, None] + some).flatten() for some in of_reader])
+    sizes = n_edges.repeat_interleave(n_rows)
+    return EdgeSums(n_rows, entries.to(like.device), (sizes.cumsum(0) - sizes).to(like.device))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import FOUND, HELD_OUT, SPLITS, SmallModel, faithful, resamples, single_values
 
-from kc_lib.circuits.attribution import attribute_edges
-from kc_lib.circuits.minimality import Minimality, edges_between_nodes, minimality
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.criteria import Minimality, edges_between_nodes, minimality
 from kc_lib.circuits.selection import select
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
@@ -22,7 +22,7 @@ N = 12
 
 @pytest.fixture(scope="module")
 def circuit(small_model: SmallModel) -> Circuit:
-    return select(attribute_edges(small_model("llama"), FOUND, steps=2), size=60)
+    return select(score_edges(small_model("llama"), FOUND, steps=2), size=60)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def changed(circuit: Circuit, edge: str, kept: bool) -> Circuit:
 @pytest.mark.parametrize("split", list(SPLITS))
 def test_drops_by_single_runs(small_model: SmallModel, circuit: Circuit, found: Minimality, split: str) -> None:
     edges = found.edges[found.edges["split"] == split]
-    assert edges["kind"].tolist() == ["circuit"] * N + ["null"] * N
+    assert edges["kind"].tolist() == ["circuit"] * N + ["random"] * N
     assert edges["edge"].is_unique
-    variants = {row.edge: changed(circuit, row.edge, row.kind == "null") for row in edges.itertuples()}
+    variants = {row.edge: changed(circuit, row.edge, row.kind == "random") for row in edges.itertuples()}
     values = single_values(small_model("llama"), {"circuit": circuit} | variants, SPLITS[split])
     draws = resamples(len(SPLITS[split]))
-    drops: dict[str, list[np.ndarray]] = {"circuit": [], "null": []}
+    drops: dict[str, list[np.ndarray]] = {"circuit": [], "random": []}
     for row in edges.itertuples():
         sign = 1 if row.kind == "circuit" else -1
         drop = sign * (faithful(values, "circuit") - faithful(values, row.edge))
@@ -56,7 +56,7 @@ def test_drops_by_single_runs(small_model: SmallModel, circuit: Circuit, found: 
         assert f"{row.writer}->{row.reader}" == row.edge
         drops[row.kind].append(np.concatenate([[drop], drawn]))
     assert edges["drop"].abs().max() > 0.02
-    summary = found.summary[found.summary["split"] == split].set_index("kind")
+    summary = found.totals[found.totals["split"] == split].set_index("kind")
     assert summary["n_edges"].tolist() == [circuit.n_edges, int(edges_between_nodes(circuit).sum())]
     for kind, drawn in drops.items():
         row, own = summary.loc[kind], edges[edges["kind"] == kind]
@@ -85,10 +85,10 @@ def test_edges_are_sampled_by_seed_or_taken_whole(small_model: SmallModel, circu
     frame = circuit.to_frame()
     whole = edges(10**6, 0)
     assert whole["circuit"] == set(frame["writer"] + "->" + frame["reader"])
-    assert len(whole["null"]) == int(edges_between_nodes(circuit).sum())
+    assert len(whole["random"]) == int(edges_between_nodes(circuit).sum())
 
 
-def test_null_edges_run_between_the_circuits_nodes() -> None:
+def test_random_edges_run_between_the_circuits_nodes() -> None:
     graph = Graph(2, 2, 1, 8)
     mask = torch.zeros_like(graph.edges)
     for edge in ("input->a0.h1<q>", "a0.h1->m1", "m1->logits"):
@@ -102,16 +102,16 @@ def test_a_whole_model_has_no_edge_to_add(small_model: SmallModel) -> None:
     graph = Graph(3, 4, 2, 32)
     found = minimality(small_model("llama"), Circuit(graph, graph.edges), {"held_out": HELD_OUT}, n=3)
     assert found.edges["kind"].tolist() == ["circuit"] * 3
-    null = found.summary.set_index("kind").loc["null"]
-    assert (null["n_edges"], null["n_sampled"]) == (0, 0)
-    assert null[["mean_drop", "share", "share_low"]].isna().all()
+    random = found.totals.set_index("kind").loc["random"]
+    assert (random["n_edges"], random["n_sampled"]) == (0, 0)
+    assert random[["mean_drop", "share", "share_low"]].isna().all()
 
 
 def test_one_fact_has_drops_without_intervals(small_model: SmallModel, circuit: Circuit) -> None:
     found = minimality(small_model("llama"), circuit, {"held_out": HELD_OUT[:1]}, n=3)
     assert found.edges["drop"].notna().all()
     assert found.edges["drop_low"].isna().all()
-    row = found.summary.iloc[0]
+    row = found.totals.iloc[0]
     assert row["mean_drop"] == pytest.approx(found.edges["drop"][:3].mean())
     assert np.isnan([row["share"], row["mean_drop_low"]]).all()
 
@@ -119,9 +119,9 @@ def test_one_fact_has_drops_without_intervals(small_model: SmallModel, circuit: 
 def test_it_survives_a_file(tmp_path: Path, found: Minimality) -> None:
     loaded = Minimality.load(found.save(tmp_path / ".minimality.parquet"))
     pd.testing.assert_frame_equal(loaded.edges, found.edges)
-    pd.testing.assert_frame_equal(loaded.summary, found.summary)
-    undefined = Minimality(found.edges, found.summary.assign(share=float("nan")))
-    assert Minimality.load(undefined.save(tmp_path / "undefined.parquet")).summary["share"].isna().all()
+    pd.testing.assert_frame_equal(loaded.totals, found.totals)
+    undefined = Minimality(found.edges, found.totals.assign(share=float("nan")))
+    assert Minimality.load(undefined.save(tmp_path / "undefined.parquet")).totals["share"].isna().all()
 
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"metric": "accuracy"}, {"intervention": "noise"}])

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ground_truth.known_circuit import edge_auroc, recovery
 
+from kc_lib.circuits.baselines import random_circuit
+from kc_lib.circuits.criteria import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
 from kc_lib.circuits.scores import EdgeScores, FactScores
-from kc_lib.circuits.selection import random_circuit, select, select_bootstrap
-from kc_lib.circuits.stability import Stability, jaccard, jaccard_matrix, resampled_circuits, stability
-from kc_lib.circuits.truth import edge_auroc, recovery
+from kc_lib.circuits.selection import select, select_bootstrap
 from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 
@@ -91,7 +92,7 @@ def test_stability_by_pairs() -> None:
     assert found.pairs["jaccard"].tolist() == pairs + against
     assert found.pairs["against"].tolist() == ["each other"] * 10 + ["reference"] * 5
     expected = [("each other", 10, pairs), ("reference", 5, against)]
-    for (_, row), (name, n, values) in zip(found.summary.iterrows(), expected, strict=True):
+    for (_, row), (name, n, values) in zip(found.summary().iterrows(), expected, strict=True):
         assert (row["against"], row["n_pairs"]) == (name, n)
         assert row["jaccard"] == pytest.approx(np.mean(values))
         assert [row["jaccard_low"], row["jaccard_high"]] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist())
@@ -100,8 +101,10 @@ def test_stability_by_pairs() -> None:
 def test_facts_that_agree_give_one_circuit() -> None:
     scores = fact_scores(noise=0.0)
     found = stability(resampled_circuits(scores, size=30), select(scores.mean(), size=30))
-    assert found.summary["jaccard"].tolist() == [1.0, 1.0]
-    noisy = [stability(resampled_circuits(fact_scores(noise=noise), size=30)).summary["jaccard"][0] for noise in (0.3, 3.0)]
+    assert found.summary()["jaccard"].tolist() == [1.0, 1.0]
+    noisy = [
+        stability(resampled_circuits(fact_scores(noise=noise), size=30)).summary()["jaccard"][0] for noise in (0.3, 3.0)
+    ]
     assert 1.0 > noisy[0] > noisy[1]
 
 

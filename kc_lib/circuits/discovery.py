@@ -1,4 +1,4 @@
-"""Ensembles: one ranking of the edges from several methods' scores.
+"""Discovery beyond one ranking: ensembles of several methods' scores, and circuits that need more than scores.
 
 Mondorf et al. 2025 (arXiv:2510.06811) combine the scores that several methods give an edge by mean, minimum or maximum
 ("parallel ensembling") and find the mean best: methods fail on different edges. The minimum keeps what every method
@@ -18,14 +18,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kc_lib.circuits.attribution import score_edges
+from kc_lib.circuits.options import ChooseOptions, ScoreOptions
 from kc_lib.circuits.scores import EdgeScores
+from kc_lib.circuits.selection import select, select_bootstrap
+from kc_lib.circuits.smallest import smallest_faithful
 from kc_lib.errors import MethodError
+from kc_lib.graph import Circuit
+from kc_lib.models.model import Model
+from kc_lib.tasks.batches import TokenPair
 
 COMBINATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda standardised: standardised.mean(0),
     "min": lambda standardised: standardised.amin(0),
     "max": lambda standardised: standardised.amax(0),
 }
+
+
+def choose(
+    model: Model, pairs: Sequence[TokenPair], scores: EdgeScores, asked: ChooseOptions, scoring: ScoreOptions
+) -> Circuit:
+    """The circuit that any selection makes of scores, also those that need more than scores.
+
+    Args:
+        scoring: how the scores were found on the pairs. Selection "bootstrap" scores them again, each fact by itself;
+            "faithful" runs circuits under the same metric and intervention.
+
+    Raises:
+        MethodError: as ``select``, ``select_bootstrap`` or ``smallest_faithful``.
+    """
+    if asked.selection == "bootstrap":
+        method = str(scores.provenance["method"])
+        return select_bootstrap(score_edges(model, pairs, method, per="fact", **scoring), seed=asked.seed)
+    if asked.selection == "faithful":
+        same = {name: scoring[name] for name in ("metric", "intervention", "full_answer")}
+        return smallest_faithful(model, scores, pairs, asked.faithfulness, **same)[0]
+    return select(scores, asked.selection, asked.size, asked.threshold, asked.fill)
 
 
 def ensemble(scores: Sequence[EdgeScores], how: str, absolute: bool = False) -> EdgeScores:
