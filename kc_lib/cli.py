@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +28,10 @@ from kc_lib.reading import read_text
 
 EXECUTION_TIMEOUT = 4 * 3600  # seconds for one cell
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-out_option = typer.Option("--out", help="folder for results (default: outputs/ of the project)")
+out_option = typer.Option(
+    "--out",
+    help="folder for results (default: outputs/ of the checkout, or of the current folder where kc_lib is installed)",
+)
 
 
 class ThisPython(AsyncKernelManager):
@@ -316,3 +320,37 @@ def _told_folder(document: nbformat.NotebookNode, source: Path) -> tuple[Path, d
             if told:
                 return Path(told["folder"]), dict(told["headline"])
     raise RunError(f"{source.name} did not end by finishing a run: its last cell must show run.finish(...)")
+
+
+notebooks_app = typer.Typer(invoke_without_command=True, help="List the notebooks, or copy them to a folder of yours.")
+app.add_typer(notebooks_app, name="notebooks")
+
+
+@notebooks_app.callback()
+def list_notebooks(context: typer.Context) -> None:
+    """List the notebooks, or copy them to a folder of yours."""
+    if context.invoked_subcommand is None:
+        for path in sorted(runs.NOTEBOOKS.glob("*.ipynb")):
+            typer.echo(f"{path.stem:<24} {_title(path)}")
+
+
+@notebooks_app.command(name="copy")
+def copy_notebooks(folder: Annotated[Path, typer.Argument(help="where to; it is made if it is not there")]) -> None:
+    """Copy the notebooks to a folder, to be opened and changed there; files that are there already stay as they are."""
+    sources = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
+    there = [source.name for source in sources if (folder / source.name).exists()]
+    if there:
+        raise RunError(f"{folder} already holds {', '.join(there)}: name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copyfile(source, folder / source.name)
+    except OSError as error:
+        raise RunError(f"the notebooks cannot be copied to {folder} ({error}): name another folder") from error
+    typer.echo(f"{len(sources)} notebooks in {folder}: jupyter lab {folder}")
+
+
+def _title(path: Path) -> str:
+    """The first heading of a notebook."""
+    lines = nbformat.read(path, as_version=4).cells[0].source.splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")

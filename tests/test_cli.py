@@ -33,6 +33,7 @@ from kc_lib.circuits.baselines import random_circuit
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError, TaskError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.models.smollm2 import wheel_file
+from kc_lib.resources import DATA
 
 # ---------------------------------------------------------------------------------------------------- one good run
 
@@ -523,7 +524,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     done = called(monkeypatch, capsys, "tasks")
     assert done.code == 0
-    names = [path.stem for path in (runs.PROJECT / "data" / "relations").glob("*/*.json")]
+    names = [path.stem for path in (DATA / "relations").glob("*/*.json")]
     for name in [*names, "ioi"]:
         assert name in done.out
     assert "The capital city of … is" in done.out

@@ -15,8 +15,8 @@ from typing import Any
 
 from kc_lib.errors import TaskError
 from kc_lib.reading import read_json
+from kc_lib.resources import DATA
 
-DATA = Path(__file__).resolve().parents[2] / "data"
 SLOT = "{}"
 TEMPLATE_KEYS = ("prompt_templates", "prompt_templates_zs", "reverse_templates", "paraphrase_templates")
 KEYS = {"name", *TEMPLATE_KEYS, "properties", "samples"}
