@@ -103,7 +103,9 @@ def test_a_run_keeps_its_scores_circuit_and_evaluation(good: Finished) -> None:
     document = json.loads((good.folder / "circuit.json").read_text())
     assert document
     summary = pd.read_parquet(good.folder / "evaluation.parquet")
-    assert {"circuit", "full", "empty", "null #1", "null #2"} <= set(summary["circuit"])
+    assert {"circuit", "full", "empty"} <= set(summary["circuit"])
+    baselines = summary[(summary["kind"] == "random baseline") & (summary["of"] == "circuit")]
+    assert set(baselines["draw"]) == {1, 2}
     assert set(summary["split"]) == {"discovery", "held_out"}
     whole = summary[summary["circuit"] == "full"]
     assert (whole["faithfulness"] - 1).abs().max() < 1e-4
