@@ -149,7 +149,7 @@ def test_the_report_loads_nothing_from_elsewhere(good: Finished) -> None:
 @pytest.mark.slow
 def test_the_same_call_finds_the_run(good: Finished) -> None:
     before = {path.name: path.read_bytes() for path in good.folder.iterdir() if path.suffix in (".parquet", ".json")}
-    again = kc(*good.arguments, "-p", "batch_size", 3, cwd=good.out.parent)
+    again = kc(*good.arguments, "-p", "score.batch_size", 3, cwd=good.out.parent)
     assert again.code == 0, again.err[-3000:]
     assert visible_runs(good.out) == [good.folder]
     assert str(good.folder) in again.out
