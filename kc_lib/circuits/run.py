@@ -9,7 +9,9 @@ a plain forward and a small one costs less.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +21,7 @@ from kc_lib.errors import checked
 from kc_lib.graph import Graph
 from kc_lib.residual.activations import Ablation
 from kc_lib.residual.decoder import Decoder
+from kc_lib.residual.logits import at_answers
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
@@ -51,12 +54,12 @@ class _Stream:
         self,
         mask: Bool[Tensor, "writer reader"],
         bias: Float[Tensor, " d_model"],
-        at: tuple[Tensor, Tensor] | None = None,
+        at: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "reader batch pos d_model"]:
         """The residual inputs of some readers: ablated stream and biases, plus the differences their edges carry."""
         differences, ablated = self.differences[: len(self.rows) + 1], self.ablated + bias
         if at is not None:
-            differences, ablated = differences[:, at[0], at[1]], ablated[at]
+            differences, ablated = at(differences), at(ablated)
         edges = mask[self.rows].T.to(differences)  # reader x active
         from_above = edges.sum(1, keepdim=True) > len(self.rows) / 2
         coefficients = torch.cat([from_above.to(edges), torch.where(from_above, edges - 1, edges)], 1)
@@ -90,8 +93,7 @@ def run_circuit(
         stream.add(0, resid - ablation.outputs[0])
     for layer in range(graph.n_layers):
         _run_layer(circuit, layer, active, stream)
-    rows = torch.arange(len(batch), device=resid.device)[:, None]
-    at = (rows, batch.answer_positions - context.start)
+    at = partial(at_answers, batch=batch, context=context)
     return decoder.unembed(stream.reader_inputs(mask[:, -1:], decoder.bias_before[-1], at)[0]).float()
 
 
@@ -167,9 +169,6 @@ def _head_outputs(
         own = readers // ((graph.n_heads if kind == "q" else graph.n_kv_readers) // weight.shape[0])
         y = torch.einsum("rbpd,rdh->bprh", x, weight[own]) + bias[own]
         projected[kind] = y if kind == "q" else y[:, :, torch.searchsorted(readers, reader_of)]
-    past = circuit.prefix.of_layer(layer)
-    if past is not None:
-        group = kept // attention.group_size
-        past = (past[0][:, :, group], past[1][:, :, group])
+    past = circuit.prefix.of_heads(layer, kept // attention.group_size)
     z = attention.attend(projected["q"], projected["k"], projected["v"], past=past)
     return attention.contributions(torch.einsum("bphd,hde->hbpe", z, attention.W_O[kept]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -34,12 +35,10 @@ def writer_outputs(
     row = 1
     for layer, block in enumerate(decoder.blocks):
         attention = block.attention
-        x = attention.norm(resid)
-        q, k, v = (attention.project(kind, x) for kind in "qkv")
-        z = attention.attend(q, k, v, context.of_layer(layer))
+        z = attention.attend(*attention.projections(resid), context.of_layer(layer))
         heads = attention.contributions(attention.head_outputs(z))
         after_attention = resid + heads.sum(0) + attention.b_O
-        mlp = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
+        mlp = block.mlp_output(decoder.mlp_input(layer, resid, after_attention))
         outputs[row : row + decoder.n_heads] = heads
         outputs[row + decoder.n_heads] = mlp
         resid = after_attention + mlp
@@ -82,22 +81,17 @@ def mean_outputs(
     across nodes and reads the last token only (known fault); this is the mean over examples and positions, per node.
     ``outputs_of`` gives what else is to be averaged, neurons say, from decoder and tokens.
     """
-    total: Tensor | None = None
-    count: Tensor | None = None
+    total, count = decoder.W_U.new_zeros(1, 1, 0, 1), decoder.W_U.new_zeros(0)
     for batch in reference:
         outputs = outputs_of(decoder, batch.clean)
         n_pos = outputs.shape[2]
         real = torch.arange(n_pos, device=outputs.device) < batch.lengths[:, None]
-        summed = (outputs * real[:, :, None]).sum(1, keepdim=True)
-        seen = real.sum(0).to(outputs.dtype)
-        if total is None or count is None:
-            total, count = summed, seen
-            continue
-        width = max(n_pos, total.shape[2])
-        total, summed = _widen(total, width, 2), _widen(summed, width, 2)
-        count, seen = _widen(count, width, 0), _widen(seen, width, 0)
-        total, count = total + summed, count + seen
-    if total is None or count is None:
+        summed, seen = (outputs * real[:, :, None]).sum(1, keepdim=True), real.sum(0)
+        longer = max(n_pos - len(count), 0)
+        total, count = F.pad(total, (0, 0, 0, longer)), F.pad(count, (0, longer))
+        total = total + F.pad(summed, (0, 0, 0, len(count) - n_pos))
+        count = count + F.pad(seen, (0, len(count) - n_pos))
+    if not len(count):
         raise MethodError("a mean intervention needs at least one reference prompt")
     if positional:
         return Means(total / count[:, None])
@@ -152,12 +146,3 @@ def ablated_inputs(
         streams += [(total + biases[layer]).expand(n_columns - 1, -1, -1), below_mlp[None]]
         total = with_heads + ablated[heads.stop]
     return torch.cat([*streams, (total + biases[-1])[None]])
-
-
-def _widen(x: Tensor, width: int, dim: int) -> Tensor:
-    missing = width - x.shape[dim]
-    if not missing:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x, x.new_zeros(shape)], dim)

@@ -130,9 +130,7 @@ class Decoder:
     ) -> Float[Tensor, "batch pos d_model"]:
         """The stream after a block's attention, from the stream before the block."""
         attention = self.blocks[layer].attention
-        x = attention.norm(resid)
-        q, k, v = (attention.project(kind, x) for kind in "qkv")
-        return resid + attention.output(attention.attend(q, k, v, past))
+        return resid + attention.output(attention.attend(*attention.projections(resid), past))
 
     def keys_values(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
         """A block's keys and values from the stream before it: the ``past`` of positions that follow."""

@@ -24,11 +24,18 @@ def full_logits(decoder: Decoder, batch: Batch, context: Context = EMPTY) -> Flo
 
 
 def logits_at_answers(
-    decoder: Decoder, final: Float[Tensor, "batch pos d_model"], batch: Batch, context: Context = EMPTY
-) -> Float[Tensor, "batch answer vocab"]:
+    decoder: Decoder, final: Float[Tensor, "*run batch pos d_model"], batch: Batch, context: Context = EMPTY
+) -> Float[Tensor, "*run batch answer vocab"]:
     """The logits at the answer positions, in float32, from the final residual stream after the context."""
-    rows = torch.arange(len(batch), device=final.device)[:, None]
-    return decoder.unembed(final[rows, batch.answer_positions - context.start]).float()
+    return decoder.unembed(at_answers(final, batch, context)).float()
+
+
+def at_answers(
+    x: Float[Tensor, "*n batch pos d"], batch: Batch, context: Context = EMPTY
+) -> Float[Tensor, "*n batch answer d"]:
+    """What stands at the positions that predict answers; ``x`` begins after the context."""
+    rows = torch.arange(len(batch), device=x.device)[:, None]
+    return x[..., rows, batch.answer_positions - context.start, :]
 
 
 def reference_means(

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kc_lib.errors import ModelError
@@ -71,28 +71,6 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Positions of prompts as one list, those that prompts share once: what stands before ``"batch pos"`` elsewhere.
-
-    ``depth`` is each one's position in its prompts, of ``n_pos`` at most; ``sees`` are the ones at or before it in them.
-    """
-
-    depth: Int[Tensor, " node"]
-    sees: Bool[Tensor, "node node"]
-    n_pos: int
-
-    def visible(self, n_queries: int, window: int | None) -> Bool[Tensor, "query node"]:
-        """What the first nodes may attend to."""
-        if window is None:
-            return self.sees[:n_queries]
-        return self.sees[:n_queries] & (self.depth[:n_queries, None] - self.depth < window)
-
-    def first(self, n: int) -> Tree:
-        """The tree of the first n nodes."""
-        return Tree(self.depth[:n], self.sees[:n, :n], self.n_pos)
-
-
-@dataclass(frozen=True)
 class Attention:
     """One attention layer: weights per head (W_K, W_V per key-value head) and what lies between them."""
 
@@ -132,6 +110,13 @@ class Attention:
         flat = F.linear(x, rearrange(weight, "head d_model d_head -> (head d_head) d_model"), bias.flatten())
         return rearrange(flat, "b p (head d_head) -> b p head d_head", head=weight.shape[0])
 
+    def projections(
+        self, resid: Float[Tensor, "batch pos d_model"], rules: BackwardRules = NATIVE
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads from the stream before the layer."""
+        x = self.norm(resid, rules)
+        return self.project("q", x), self.project("k", x), self.project("v", x)
+
     def attend(
         self,
         q: Float[Tensor, "batch query head d_head"],
@@ -139,19 +124,17 @@ class Attention:
         v: Float[Tensor, "batch new kv d_head"],
         past: tuple[Float[Tensor, "rows past kv d_head"], Float[Tensor, "rows past kv d_head"]] | None = None,
         rules: BackwardRules = NATIVE,
-        tree: Tree | None = None,
     ) -> Float[Tensor, "batch query head d_head"]:
         """Head outputs z from queries, keys and values; keys and values may come per group or per query head.
 
         ``past`` holds keys and values of the positions before these (``rows`` divides ``batch``, and repeats over it).
-        With a ``tree`` the positions are its nodes, of which queries may come for the first only; it has no past.
         """
         if self.soft_cap is None and not torch.is_grad_enabled():  # no gradient to bend: scores and mixing in one
-            q, k, visible = self._placed(q, k, None if past is None else past[0], rules, tree)
+            q, k, visible = self._placed(q, k, None if past is None else past[0], rules)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v if past is None else _after(past[1], v)))
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale, enable_gqa=True)
             return z.transpose(1, 2)
-        pattern = self.pattern(q, k, None if past is None else past[0], rules, tree)
+        pattern = self.pattern(q, k, None if past is None else past[0], rules)
         v = shared(v, rules.v_share)
         return self.mix(pattern, v if past is None else _after(past[1], v))
 
@@ -161,10 +144,9 @@ class Attention:
         k: Float[Tensor, "batch new kv d_head"],
         past_keys: Float[Tensor, "rows past kv d_head"] | None = None,
         rules: BackwardRules = NATIVE,
-        tree: Tree | None = None,
     ) -> Float[Tensor, "batch head query key"]:
         """Every head's attention from these positions to all keys; arguments as in ``attend``."""
-        q, k, visible = self._placed(q, k, past_keys, rules, tree)
+        q, k, visible = self._placed(q, k, past_keys, rules)
         # query heads that share keys and values are one matrix product with them, not one each with a copy
         q = rearrange(q, "b q (kv group) d -> b q kv group d", kv=k.shape[2])
         scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * self.scale
@@ -180,7 +162,6 @@ class Attention:
         k: Float[Tensor, "batch new kv d_head"],
         past_keys: Float[Tensor, "rows past kv d_head"] | None,
         rules: BackwardRules,
-        tree: Tree | None,
     ) -> tuple[
         Float[Tensor, "batch query head d_head"], Float[Tensor, "batch key kv d_head"], Bool[Tensor, "query key"] | None
     ]:
@@ -193,14 +174,11 @@ class Attention:
         q = _head_norm(self.q_norm, self.q_norm_parts, q, rules)
         k = _head_norm(self.k_norm, self.k_norm_parts, k, rules)
         if self.rope is not None:
-            cos, sin = self.rope(n_pos) if tree is None else (of_pos[tree.depth] for of_pos in self.rope(tree.n_pos))
-            new = slice(n_pos - n_new, n_pos) if tree is None else slice(n_new)
-            q = _rotate(q, cos[new], sin[new], self.adjacent_pairs)
+            cos, sin = self.rope(n_pos)
+            q = _rotate(q, cos[-n_new:], sin[-n_new:], self.adjacent_pairs)
             k = _rotate(k, cos, sin, self.adjacent_pairs)
         if not self.causal:
             return q, k, None
-        if tree is not None:
-            return q, k, tree.visible(n_new, self.window)
         return q, k, _causal_mask(n_pos, self.window, q.device)[-n_new:]
 
     def mix(

@@ -55,9 +55,7 @@ def patch_edges(
     """
     rows = list(writers)
     change = ablation.outputs[rows] - run.outputs[rows]
-    n_edges, n_examples = len(rows), len(run.batch)
-    positions = (run.batch.answer_positions - run.context.start).repeat(n_edges, 1)
-    index = torch.arange(n_edges * n_examples, device=positions.device)[:, None]
+    n_edges = len(rows)
 
     def flat(x: Tensor) -> Tensor:
         return rearrange(x.expand(n_edges, *x.shape[-3:]), "e b p d -> (e b) p d")
@@ -78,8 +76,7 @@ def patch_edges(
             after_attention = before + _attention_with(decoder, graph, reader, before, flat(change), run.context)
             seen = before if block.parallel else after_attention
         final = decoder.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.context.past)
-    logits = decoder.unembed(final[index, positions]).float()
-    return rearrange(logits, "(e b) a v -> e b a v", e=n_edges)
+    return logits_at_answers(decoder, final.unflatten(0, (n_edges, -1)), run.batch, run.context)
 
 
 @torch.no_grad()
@@ -101,15 +98,13 @@ def patch_writers(
     for layer in range(first, graph.n_layers):
         block, heads = decoder.blocks[layer], graph.head_writers(layer)
         attention = block.attention
-        x = attention.norm(resid)
-        q, k, v = (attention.project(kind, x) for kind in "qkv")
-        z = attention.attend(q, k, v, run.context.of_layer(layer))
+        z = attention.attend(*attention.projections(resid), run.context.of_layer(layer))
         after_attention = resid + attention.output(z)
         own = [writer for writer in chosen if heads.start <= writer < heads.stop]
         if own:
             written = attention.contributions(attention.head_outputs(z))[[writer - heads.start for writer in own]]
             after_attention = after_attention - (written - change[own]).sum(0)
-        out = block.mlp_output(block.mlp_norm(resid if block.parallel else after_attention))
+        out = block.mlp_output(decoder.mlp_input(layer, resid, after_attention))
         resid = after_attention + (change[heads.stop] if heads.stop in chosen else out)
     return logits_at_answers(decoder, resid, batch, run.context)
 
@@ -120,9 +115,7 @@ def _attention_with(
     """The attention layer's write when one q, k or v reader sees ``stream + change`` and the others ``stream``."""
     attention = decoder.blocks[reader.layer].attention
     x, changed = attention.norm(stream), attention.norm(stream + change)
-    past = context.of_layer(reader.layer)
-    if past is not None:
-        past = (past[0].repeat_interleave(attention.group_size, 2), past[1].repeat_interleave(attention.group_size, 2))
+    past = context.of_heads(reader.layer, torch.arange(graph.n_heads) // attention.group_size)
     projections = []
     for kind in "qkv":
         y = attention.project(kind, x)

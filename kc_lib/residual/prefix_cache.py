@@ -28,6 +28,10 @@ class Context:
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor] | None:
         return self.past[layer] if self.past else None
 
+    def of_heads(self, layer: int, kv_heads: Int[Tensor, " head"]) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of these key-value heads, one for each query head."""
+        return (self.past[layer][0][:, :, kv_heads], self.past[layer][1][:, :, kv_heads]) if self.past else None
+
 
 EMPTY = Context()
 

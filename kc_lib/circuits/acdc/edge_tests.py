@@ -21,7 +21,6 @@ from kc_lib.circuits.options import AcdcOptions
 from kc_lib.errors import MethodError
 
 Edge = tuple[int, int]  # writer, reader: row and column of the graph
-CALL = 1.2  # what a batch costs beside its tests, in tests: reading the weights, starting the operations
 REMEMBERED = 128  # outcomes from which the next ones' chances are told
 ROWS_AT_ONCE = 1024  # rows times tests of one batch: more only costs memory
 
@@ -39,16 +38,6 @@ class EdgeTests:
         kinds = dict.fromkeys(reader.kind for reader in running.graph.readers)
         self.ratios = {kind: deque(ratios.get(kind, (0.0,)), maxlen=REMEMBERED) for kind in kinds}
         self.loss = self._finite(running.full_loss())
-
-    @property
-    def mask(self) -> Bool[Tensor, "writer reader"]:
-        """The circuit as it stands."""
-        return self.running.mask
-
-    @property
-    def changes_when_unread(self) -> bool:
-        """Whether edges into a reader that nothing reads still matter: to a norm on the layer's output."""
-        return self.running.post_norm
 
     def refresh(self) -> None:
         """Compute the circuit's activations and loss afresh from its mask."""
@@ -69,7 +58,7 @@ class EdgeTests:
         remaining = list(edges)
         while remaining:
             next_ones = remaining[: self.widest]
-            chances = [self._chance(column, expected[writer, column]) for writer, column in next_ones]
+            chances = [chance_to_stand(expected[edge], self._ratios(edge[1]), self.tau, self.absolute) for edge in next_ones]
             stands = [chance > 0.5 for chance in chances]
             together = next_ones[: how_many(chances)]
             accepted = None
@@ -105,9 +94,6 @@ class EdgeTests:
     def _ratios(self, column: int) -> deque[float]:
         return self.ratios[self.running.graph.readers[column].kind]
 
-    def _chance(self, column: int, expected: tuple[float, float]) -> float:
-        return chance_to_stand(expected, self._ratios(column), self.tau, self.absolute)
-
     def _expect_anew(
         self,
         together: Sequence[Edge],
@@ -128,7 +114,7 @@ class EdgeTests:
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
         if not self.running.post_norm:
-            self.running.drop(column)
+            self.running.mask[:, column] = False
             return
         self.loss = self._finite(next(self.running.trial_losses({column: self.running.mask[:, column][None]})))
         self.running.accept(0)
@@ -154,11 +140,14 @@ def chance_to_stand(expected: tuple[float, float], ratios: Sequence[float], tau:
 
 
 def how_many(chances: Sequence[float]) -> int:
-    """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted."""
+    """How many tests to batch, so that the most count for the work: a test counts if all before are as predicted.
+
+    A batch costs about one test beside its own: reading the weights, starting the operations.
+    """
     best, n_best, sure, counting = 0.0, 1, 1.0, 0.0
     for n, chance in enumerate(chances, start=1):
         counting += sure
-        if counting / (CALL + n) > best:
-            best, n_best = counting / (CALL + n), n
+        if counting / (n + 1) >= best:
+            best, n_best = counting / (n + 1), n
         sure *= max(chance, 1 - chance)
     return n_best

@@ -2,8 +2,7 @@
 
 Prompts that start alike ("The capital city of ...") hold the same activations at the positions they share, under any
 circuit and any ablation that depends on the prompt to the left only. A run over *rows*, the distinct positions, has each
-once for all prompts, and no pads. Attention runs over the rows too where prompts share enough of them, else prompt
-by prompt.
+once for all prompts, and no pads. Attention alone runs prompt by prompt.
 
 A head is *needed* where a reader of it is; its keys and values are needed at all rows that such a row may attend to. Needs
 are found from the logits down, so what removals at one reader change lies below it.
@@ -27,11 +26,9 @@ from torch import Tensor
 
 from kc_lib.circuits.acdc.products import EdgeSums
 from kc_lib.graph import Graph
-from kc_lib.residual.parts import Attention, Norm, Tree
+from kc_lib.residual.parts import Attention, Norm
 from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
-
-PAIRS = 2  # how many times the pairs of positions in prompts the pairs of rows may be, for attention over rows to pay
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,12 @@ class Rows:
 
     ``row_of`` gives the row of every position after the context (pads: any row), ``first`` one flat position (example times
     positions plus position) of every row, ``sees`` the rows that each row may attend to, ``answers`` the answers' rows.
-    ``tree`` holds the rows for attention, or nothing: a context before them, or so many that all pairs are too many.
     """
 
     row_of: Int[Tensor, "batch pos"]
     first: Int[Tensor, " row"]
     sees: Bool[Tensor, "row row"]
     answers: Int[Tensor, "batch answer"]
-    tree: Tree | None
 
     def __len__(self) -> int:
         return self.first.shape[0]
@@ -84,10 +79,7 @@ def rows_of(batch: Batch, intervention: str, context: Context = EMPTY) -> Rows:
         sees[row_of[i, p - start], row_of[i, : p - start + 1]] = True
     at = (batch.answer_positions - start).cpu()
     device = batch.clean.device
-    firsts = torch.tensor(first, device=device)
-    few = not start and len(first) ** 2 <= PAIRS * row_of.numel() * width
-    tree = Tree(firsts % width, sees.to(device), width) if few else None
-    return Rows(row_of.to(device), firsts, sees, row_of.gather(1, at).to(device), tree)
+    return Rows(row_of.to(device), torch.tensor(first, device=device), sees, row_of.gather(1, at).to(device))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class RunningCircuit:
         self.rows = rows_of(prepared.batch, prepared.ablation.kind, self.prefix)
         self.ablated = self.rows.take(prepared.ablation.outputs)
         self.embedded = self.rows.take(decoder.embed(prepared.batch.clean)[None, :, self.prefix.start :])[0]
-        self.post_norm = decoder.blocks[0].attention.post_norm is not None
+        self.post_norm = decoder.blocks[0].attention.post_norm is not None  # then heads nothing reads still move the others
         self.last = len(graph.readers) - 1
         self.n_answer_rows = int(self.rows.answers.max()) + 1
         self._base = ablated_inputs(decoder, graph, self.ablated)
@@ -120,10 +120,6 @@ class RunningCircuit:
             self.mask[some[trial], column] = False
         self._take(run, trial)
         self.final = final[:, trial].clone()
-
-    def drop(self, column: int) -> None:
-        """Remove all edges into a reader whose nodes nothing reads."""
-        self.mask[:, column] = False
 
     @torch.no_grad()
     def shares(self, column: int) -> Float[Tensor, " writer"]:
@@ -218,18 +214,11 @@ class RunningCircuit:
     def _attend(
         self, layer: int, heads: Heads, projected: Sequence[Float[Tensor, "head n_rows trial d_head"]]
     ) -> Float[Tensor, "head n_rows_trial d_head"]:
-        """Outputs z of some heads from their queries, keys and values: from and to rows, or prompt by prompt."""
+        """Outputs z of some heads from their queries, keys and values, prompt by prompt, from and to rows."""
         attention, needs = self.decoder.blocks[layer].attention, self.needs.layers[layer]
-        if self.rows.tree is not None:
-            q, k, v = (rearrange(x, "h row k d -> k row h d") for x in projected)
-            z = attention.attend(q[:, : needs.head_rows], k, v, tree=self.rows.tree.first(needs.read_rows))
-            return rearrange(z, "k row h d -> h (row k) d")
         row_of = self.rows.row_of.clamp(max=needs.read_rows - 1)  # rows beyond are not needed, whatever stands there
         q, k, v = (rearrange(x[:, row_of], "h b p k d -> (k b) p h d") for x in projected)
-        past = self.prefix.of_layer(layer)
-        if past is not None:
-            group = [head // attention.group_size for head in heads.heads]
-            past = (past[0][:, :, group], past[1][:, :, group])
+        past = self.prefix.of_heads(layer, torch.tensor(heads.heads) // attention.group_size)
         z = rearrange(attention.attend(q, k, v, past), "(k b) p h d -> (b p) k h d", k=projected[0].shape[2])
         return rearrange(z[self.rows.first[: needs.head_rows]], "row k h d -> h (row k) d")
 

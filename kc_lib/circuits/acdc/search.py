@@ -86,36 +86,39 @@ def acdc(
     skipped = _readers_of(graph, asked.skip)
     settings = _provenance(model, pairs, asked)
     prepared, weights = _prepared(model, pairs, asked)
-    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), _identity(model, graph, pairs, settings))
+    identity = hash_of([model.hash, asdict(graph), [asdict(pair) for pair in pairs], settings])
+    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), identity)
     place, mask, effects, ratios = (file and file.read()) or _start(model, pairs, graph, asked)
 
-    tests = EdgeTests(_running(model, graph, mask, prepared, weights), effects, ratios, asked)
+    whole = torch.as_tensor(prepared.reference)
+    losses = stream_losses(model.residual, prepared.metric, prepared.batch, whole, weights)
+    running = RunningCircuit(model.residual, graph, mask, prepared, losses)
+    tests = EdgeTests(running, effects, ratios, asked)
     n_refreshed = tests.n_done()
     with tqdm(total=int(mask.sum()), desc="ACDC", unit="edge", disable=not progress) as bar:
         for first, readers in _from_the_logits(graph, place):
             if tests.n_done() // TESTS_PER_CHECKPOINT > n_refreshed // TESTS_PER_CHECKPOINT:
                 n_refreshed = tests.n_done()
                 if file is not None:
-                    file.write(first, tests.mask, effects, tests.ratios)
+                    file.write(first, running.mask, effects, tests.ratios)
                 tests.refresh()
-            n_before = int(tests.mask[:, readers].sum())
+            n_before = int(running.mask[:, readers].sum())
             waiting: list[Edge] = []  # the readers of a layer's attention are tested together: none reads another
             for reader in readers:
-                if _is_unread(graph, tests.mask, reader):
-                    if tests.changes_when_unread:  # then what is removed moves the loss, and comes in its turn
+                if _is_unread(graph, running.mask, reader):
+                    if running.post_norm:  # then what is removed moves the loss, and comes in its turn
                         tests.test(waiting)
                         waiting = []
                     tests.remove_untested(reader)
                 elif reader not in skipped:
-                    waiting += [(writer, reader) for writer in _in_order(tests.mask, graph, reader, asked)]
+                    waiting += [(writer, reader) for writer in _in_order(running.mask, graph, reader, asked)]
             tests.test(waiting)
             bar.update(n_before)
-            bar.set_postfix(reader=graph.readers[readers[-1]].name, kept=int(tests.mask.sum()), loss=f"{tests.loss:.4g}")
+            bar.set_postfix(reader=graph.readers[readers[-1]].name, kept=int(running.mask.sum()), loss=f"{tests.loss:.4g}")
 
-    whole = torch.as_tensor(prepared.reference)
     loss_full = float((prepared.metric.loss(whole, prepared.batch, whole) * weights).mean())
     settings |= {"n_tested": tests.n_done(), "loss_full": loss_full, "loss": tests.loss}
-    return Circuit(graph, tests.mask, effects, settings)
+    return Circuit(graph, running.mask, effects, settings)
 
 
 def _from_the_logits(graph: Graph, place: int) -> Iterator[tuple[int, list[int]]]:
@@ -167,11 +170,6 @@ def _prepared(model: Model, pairs: Sequence[TokenPair], asked: AcdcOptions) -> t
     return Prepared(batch, get_metric(asked.metric), ablated, full_logits(decoder, batch, prefix), prefix), weights
 
 
-def _running(model: Model, graph: Graph, mask: Tensor, prepared: Prepared, weights: Tensor) -> RunningCircuit:
-    losses = stream_losses(model.residual, prepared.metric, prepared.batch, torch.as_tensor(prepared.reference), weights)
-    return RunningCircuit(model.residual, graph, mask, prepared, losses)
-
-
 State = tuple[int, Bool[Tensor, "writer reader"], Float[Tensor, "writer reader"], Mapping[str, Sequence[float]]]
 
 
@@ -195,11 +193,6 @@ def _provenance(model: Model, pairs: Sequence[TokenPair], asked: AcdcOptions) ->
     about = {name: value for name, value in asked.determining().items() if name != "grouped"}
     about |= {"model": model.name, "method": "acdc", "metric": metric.name, "unit": metric.unit, "n_pairs": len(pairs)}
     return about
-
-
-def _identity(model: Model, graph: Graph, pairs: Sequence[TokenPair], settings: dict[str, Any]) -> str:
-    described = [model.hash, asdict(graph), [asdict(pair) for pair in pairs], settings]
-    return hash_of(described)
 
 
 class _Checkpoint:

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from kc_lib.graph import Graph
 from kc_lib.residual.activations import writer_outputs
 from kc_lib.residual.backward_rules import NATIVE, BackwardRules
 from kc_lib.residual.decoder import Decoder, frozen
+from kc_lib.residual.logits import at_answers
 from kc_lib.residual.parts import Attention, Norm
 
 
@@ -43,6 +43,7 @@ class RecordedBlock:
     layer: int
     attention_input: Tensor
     projections: dict[str, Tensor]  # "q", "k", "v" -> step*batch pos head d_head; empty where the run starts at the MLP
+    z: Tensor  # of all heads; empty where the run starts at the MLP
     mlp_input: Tensor
     mlp_normed: Tensor
     mlp_write: Tensor  # before the norm on it, where there is one
@@ -56,7 +57,7 @@ class RecordedRun:
     """
 
     blocks: list[RecordedBlock]
-    final: Float[Tensor, "step_batch answer d_model"]
+    final: Float[Tensor, "step batch answer d_model"]
     loss: Float[Tensor, ""]
     n_steps: int
     rules: BackwardRules
@@ -80,8 +81,8 @@ class Differences:
         """The differences of a batch; ``groups`` are those of all its positions."""
         difference = prepared.ablation.outputs - clean
         in_run, answers = groups.after(prepared.prefix.start), groups.at(prepared.batch.answer_positions)
-        at_answers = at_positions(difference, prepared.answer_positions)
-        return cls(in_run.ordered(difference), in_run, answers.ordered(at_answers), answers)
+        read = at_answers(difference, prepared.batch, prepared.prefix)
+        return cls(in_run.ordered(difference), in_run, answers.ordered(read), answers)
 
     def contract(
         self, writers: slice, gradient: Float[Tensor, "reader batch pos d_model"], is_logits: bool
@@ -144,24 +145,23 @@ def recorded_run(
     with frozen(decoder.bridge), torch.enable_grad():
         resid = path.flatten(0, 1).requires_grad_()
         for layer, block in enumerate(decoder.blocks[first:], first):
-            stream, projections, after_attention = resid, {}, resid
+            stream, projections, z, after_attention = resid, {}, resid.new_empty(0), resid
             if layer > first or not skip_attention:
                 attention = block.attention
-                x = attention.norm(resid, rules)
-                projections = {kind: attention.project(kind, x) for kind in "qkv"}
+                projections = dict(zip("qkv", attention.projections(resid, rules), strict=True))
                 past = prepared.prefix.of_layer(layer)
                 if repeat > 1:
                     projections |= {kind: projections[kind].repeat_interleave(repeat, dim=2) for kind in "kv"}
-                    past = past and (past[0].repeat_interleave(repeat, 2), past[1].repeat_interleave(repeat, 2))
+                    past = prepared.prefix.of_heads(layer, torch.arange(graph.n_kv_readers) // repeat)
                 z = attention.attend(projections["q"], projections["k"], projections["v"], past, rules)
                 after_attention = resid + attention.output(z, rules)
             mlp_input = resid if block.parallel else after_attention
             normed = block.mlp_norm(mlp_input, rules)
             write = block.mlp_write(normed, rules)
-            records.append(RecordedBlock(layer, stream.detach(), projections, mlp_input.detach(), normed, write))
+            records.append(RecordedBlock(layer, stream.detach(), projections, z, mlp_input.detach(), normed, write))
             resid = after_attention + block.mlp_contribution(write, rules)
-        final = at_positions(resid[None], prepared.answer_positions.repeat(n_steps, 1))[0]
-        logits = rearrange(decoder.unembed(final, rules).float(), "(s b) a v -> s b a v", s=n_steps)
+        final = at_answers(resid.unflatten(0, (n_steps, -1)), prepared.batch, prepared.prefix)
+        logits = decoder.unembed(final, rules).float()
         loss = torch.stack([prepared.loss(step) for step in logits]).sum() / n_steps
     return RecordedRun(records, final, loss, n_steps, rules)
 
@@ -182,7 +182,7 @@ def reader_gradients(
         at_mlp = block.mlp_norm.vjp(record.mlp_input, next(grads), run.rules)
         yield graph.reader_columns(record.layer, "mlp"), run.over_steps(at_mlp)[None]
     last = len(graph.readers) - 1
-    yield slice(last, last + 1), run.over_steps(next(grads))[None]
+    yield slice(last, last + 1), next(grads).sum(0, keepdim=True)
 
 
 def _head_reader_gradient(
@@ -214,8 +214,3 @@ def _constant(norm: Norm, weight: Tensor, bias: Tensor) -> Float[Tensor, "reader
     if norm.bias is None:
         return bias
     return bias + torch.einsum("d,rdh->rh", norm.bias.float(), weight)
-
-
-def at_positions(x: Float[Tensor, "n batch pos d"], positions: Tensor) -> Float[Tensor, "n batch answer d"]:
-    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    return x[:, rows, positions]

@@ -27,6 +27,7 @@ from kc_lib.circuits.scoring.prepared import Groups
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
 from kc_lib.residual.decoder import Decoder
+from kc_lib.residual.logits import at_answers
 from kc_lib.residual.patch import clean_run
 from kc_lib.tasks.batches import Batch
 
@@ -52,8 +53,7 @@ def flow_scores(decoder: Decoder, graph: Graph, batch: Batch, groups: Groups) ->
             seen, before = seen + run.outputs[heads].sum(0) + decoder.blocks[layer].attention.b_O, heads.stop
             shares = _shares(run.outputs[:before], seen, real, groups)
         scores[:, :before, graph.reader_columns(layer, "mlp")] = shares
-    rows = torch.arange(len(batch), device=run.outputs.device)[:, None]
-    outputs, seen = run.outputs[:, rows, batch.answer_positions], run.streams[-1][rows, batch.answer_positions]
+    outputs, seen = at_answers(run.outputs, batch), at_answers(run.streams[-1], batch)
     scores[:, :, -1:] = _shares(outputs, seen, batch.answer_mask, groups.at(batch.answer_positions))
     return scores
 

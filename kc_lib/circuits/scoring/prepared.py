@@ -39,11 +39,6 @@ class Prepared:
     reference: Float[Tensor, "batch answer vocab"] | None = None
     prefix: Context = EMPTY
 
-    @property
-    def answer_positions(self) -> Int[Tensor, "batch answer"]:
-        """The positions that predict answers, counted from the end of the prefix."""
-        return self.batch.answer_positions - self.prefix.start
-
     def loss(self, logits: Float[Tensor, "batch answer vocab"]) -> Float[Tensor, ""]:
         """The metric's loss, summed over the examples."""
         return self.metric.loss(logits, self.batch, self.reference).sum()

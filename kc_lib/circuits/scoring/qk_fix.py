@@ -19,33 +19,20 @@ together, where the paper adds up the effects of changing them one by one. Its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from kc_lib.circuits.scoring.edges import edge_scores
+from kc_lib.circuits.scoring.edges import RecordedBlock, edge_scores, recorded_run
 from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
-from kc_lib.residual.decoder import Decoder, frozen
-from kc_lib.residual.logits import logits_at_answers
+from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.patch import clean_run
 from kc_lib.residual.prefix_cache import Context
 
 WRITERS_AT_ONCE = 32  # writers whose patterns are computed as one batch
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Queries, keys and values of one layer of the clean run, its heads' outputs and the loss's gradient there."""
-
-    projections: dict[str, Tensor]  # "q", "k", "v" -> batch pos head d_head
-    z: Float[Tensor, "batch pos head d_head"]
-    gradient: Float[Tensor, "batch pos head d_head"]
 
 
 @checked
@@ -59,11 +46,13 @@ def qk_fix_scores(decoder: Decoder, graph: Graph, prepared: Prepared) -> Float[T
     with torch.no_grad():
         run = clean_run(decoder, graph, prepared.batch, prepared.prefix)
         difference = prepared.ablation.outputs - run.outputs
-        for layer, heads in enumerate(_clean_heads(decoder, prepared)):
+        recorded = recorded_run(decoder, decoder.graph(), run.streams[:1], prepared)
+        gradients = torch.autograd.grad(recorded.loss, [record.z for record in recorded.blocks])
+        for layer, (record, gradient) in enumerate(zip(recorded.blocks, gradients, strict=True)):
             for rows in torch.arange(graph.writers_before(layer)).split(WRITERS_AT_ONCE):
                 seen = run.streams[layer] + difference[rows]
                 for kind in "qk":
-                    effects = _pattern_effects(decoder, layer, heads, kind, seen, prepared.prefix)
+                    effects = _pattern_effects(decoder, record, gradient, kind, seen, prepared.prefix)
                     n_readers = graph.n_heads if kind == "q" else graph.n_kv_readers
                     of_readers = reduce(effects, "writer (reader copy) -> writer reader", "sum", reader=n_readers)
                     scores[rows[0] : rows[-1] + 1, graph.reader_columns(layer, kind)] = of_readers
@@ -72,38 +61,16 @@ def qk_fix_scores(decoder: Decoder, graph: Graph, prepared: Prepared) -> Float[T
 
 def _pattern_effects(
     decoder: Decoder,
-    layer: int,
-    heads: _Heads,
+    clean: RecordedBlock,
+    gradient: Float[Tensor, "batch pos head d_head"],
     kind: str,
     seen: Float[Tensor, "writer batch pos d_model"],
     prefix: Context,
 ) -> Float[Tensor, "writer head"]:
     """Each head's ``(z_ablated - z_clean) . gradient`` when its query or key projection sees another stream."""
-    attention, n_writers = decoder.blocks[layer].attention, seen.shape[0]
-    projections = {name: x.repeat(n_writers, 1, 1, 1) for name, x in heads.projections.items() if name != kind}
+    attention, n_writers = decoder.blocks[clean.layer].attention, seen.shape[0]
+    projections = {name: x.repeat(n_writers, 1, 1, 1) for name, x in clean.projections.items() if name != kind}
     projections[kind] = attention.project(kind, attention.norm(seen.flatten(0, 1)))
-    z = attention.attend(projections["q"], projections["k"], projections["v"], prefix.of_layer(layer))
-    change = rearrange(z, "(w b) p h e -> w b p h e", w=n_writers).float() - heads.z.float()
-    return torch.einsum("wbphe,bphe->wh", change, heads.gradient.float())
-
-
-def _clean_heads(decoder: Decoder, prepared: Prepared) -> Iterator[_Heads]:
-    """The attention of every layer in a plain run of the clean prompts."""
-    batch, prefix = prepared.batch, prepared.prefix
-    projections, outputs = [], []
-    with frozen(decoder.bridge), torch.enable_grad():
-        resid = decoder.embed(batch.clean)[:, prefix.start :].requires_grad_()
-        for layer, block in enumerate(decoder.blocks):
-            attention = block.attention
-            x = attention.norm(resid)
-            q, k, v = (attention.project(kind, x) for kind in "qkv")
-            z = attention.attend(q, k, v, prefix.of_layer(layer))
-            after_attention = resid + attention.output(z)
-            mlp_input = resid if block.parallel else after_attention
-            resid = after_attention + block.mlp_output(block.mlp_norm(mlp_input))
-            projections.append({"q": q.detach(), "k": k.detach(), "v": v.detach()})
-            outputs.append(z)
-        loss = prepared.loss(logits_at_answers(decoder, resid, batch, prefix))
-        gradients = torch.autograd.grad(loss, outputs)
-    for layer, gradient in enumerate(gradients):
-        yield _Heads(projections[layer], outputs[layer].detach(), gradient)
+    z = attention.attend(projections["q"], projections["k"], projections["v"], prefix.of_layer(clean.layer))
+    change = rearrange(z, "(w b) p h e -> w b p h e", w=n_writers).float() - clean.z.float()
+    return torch.einsum("wbphe,bphe->wh", change, gradient.float())
