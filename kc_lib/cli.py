@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -23,12 +23,15 @@ from tqdm import tqdm
 
 from kc_lib import errors, runs
 from kc_lib.errors import KnowledgeCircuitsError, RunError, first_line
-from kc_lib.options import read_value, shown
+from kc_lib.options import plain_value, read_value, shown
 from kc_lib.reading import read_text
 
 EXECUTION_TIMEOUT = 4 * 3600  # seconds for one cell
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-out_option = typer.Option("--out", help="folder for results (default: outputs/ of the project)")
+out_option = typer.Option(
+    "--out",
+    help="folder for results (default: outputs/ of the checkout, or of the current folder where kc_lib is installed)",
+)
 
 
 class ThisPython(AsyncKernelManager):
@@ -279,7 +282,8 @@ def _of_foreign(source: Path, given: dict[str, str]) -> dict[str, Any]:
     for key, text in given.items():
         if key not in known:
             raise RunError(f"{source.stem} has no parameter {key!r}; its parameters are {', '.join(known)}")
-        values[key] = _like_default(key, text, _literal(known[key]["default"]))
+        is_text = known[key]["default"].startswith(("'", '"'))
+        values[key] = text if is_text else plain_value(text)
     return values
 
 
@@ -294,37 +298,11 @@ def notebook_help(name: str) -> Table:
     return table
 
 
-def _like_default(key: str, text: str, default: Any) -> Any:
-    """A value of the default's type; where the default is None, whatever the text reads as."""
-    if isinstance(default, str):
-        return text
-    value = _literal(text)
-    kinds: dict[type, tuple[Any, str]] = {
-        bool: (bool, "true or false"),
-        int: (int, "a whole number"),
-        float: ((int, float), "a number"),
-    }
-    kind, wanted = kinds.get(type(default), (object, ""))
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-        raise RunError(f"parameter {key} is {text!r}; it must be {wanted}")
-    return value
-
-
 def to_html(document: nbformat.NotebookNode) -> str:
     """A notebook as one HTML page that loads nothing from anywhere."""
     exporter = HTMLExporter(require_js_url="", mathjax_url="", mermaid_js_url="", jquery_url="", widget_renderer_url="")
     body, _ = exporter.from_notebook_node(document)
     return re.sub(r'<script src="https?://[^"]*"></script>', "", str(body))  # plotly asks for MathJax; no figure uses it
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "yes": True, "no": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _as_ours(error: PapermillExecutionError) -> Exception:
@@ -342,3 +320,37 @@ def _told_folder(document: nbformat.NotebookNode, source: Path) -> tuple[Path, d
             if told:
                 return Path(told["folder"]), dict(told["headline"])
     raise RunError(f"{source.name} did not end by finishing a run: its last cell must show run.finish(...)")
+
+
+notebooks_app = typer.Typer(invoke_without_command=True, help="List the notebooks, or copy them to a folder of yours.")
+app.add_typer(notebooks_app, name="notebooks")
+
+
+@notebooks_app.callback()
+def list_notebooks(context: typer.Context) -> None:
+    """List the notebooks, or copy them to a folder of yours."""
+    if context.invoked_subcommand is None:
+        for path in sorted(runs.NOTEBOOKS.glob("*.ipynb")):
+            typer.echo(f"{path.stem:<24} {_title(path)}")
+
+
+@notebooks_app.command(name="copy")
+def copy_notebooks(folder: Annotated[Path, typer.Argument(help="where to; it is made if it is not there")]) -> None:
+    """Copy the notebooks to a folder, to be opened and changed there; files that are there already stay as they are."""
+    sources = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
+    there = [source.name for source in sources if (folder / source.name).exists()]
+    if there:
+        raise RunError(f"{folder} already holds {', '.join(there)}: name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copyfile(source, folder / source.name)
+    except OSError as error:
+        raise RunError(f"the notebooks cannot be copied to {folder} ({error}): name another folder") from error
+    typer.echo(f"{len(sources)} notebooks in {folder}: jupyter lab {folder}")
+
+
+def _title(path: Path) -> str:
+    """The first heading of a notebook."""
+    lines = nbformat.read(path, as_version=4).cells[0].source.splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")

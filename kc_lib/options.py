@@ -98,19 +98,26 @@ def names_in(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def read_value(declared: Field[Any], text: str) -> Any:
-    """The value that a text on the command line stands for, by the option's type."""
-    kinds = _kinds(declared)
-    if text.lower() in WORDS and (WORDS[text.lower()] is not None or "None" in kinds) and "str" not in kinds - {"None"}:
+def plain_value(text: str) -> Any:
+    """None, a truth value, a number, a text or a list of them: what a text on the command line reads as."""
+    if text.lower() in WORDS:
         return WORDS[text.lower()]
-    if "str" in kinds:
-        return None if "None" in kinds and text.lower() in ("none", "null") else text
-    if "list" in kinds and not text.lstrip().startswith("["):
-        return names_in(text)
     try:
         return json.loads(text)
     except ValueError:
-        return text  # the check says what it must be
+        return text
+
+
+def read_value(declared: Field[Any], text: str) -> Any:
+    """The value that a text on the command line stands for, by the option's type; the check says what it must be."""
+    kinds = _kinds(declared)
+    is_none = "None" in kinds and text.lower() in ("none", "null")
+    if "str" in kinds:
+        return None if is_none else text
+    if "list" in kinds and not is_none and not text.lstrip().startswith("["):
+        return names_in(text)
+    value = plain_value(text)
+    return text if value is None and not is_none else value
 
 
 def shown(declared: Field[Any]) -> str:

@@ -87,6 +87,23 @@ class Result:
         except (KeyError, TypeError, ValueError) as error:
             raise MethodError(f"{path} holds no {cls.__name__} ({first_line(error)}); give a file that it wrote") from error
 
+    @classmethod
+    def resumed(cls, file: Path | None, identity: str) -> Self | None:
+        """What an interrupted run left in its file; None where there is no file.
+
+        Raises:
+            MethodError: the file cannot be read, or the ``identity`` in its provenance is another one.
+        """
+        if file is None or not file.exists():
+            return None
+        try:
+            done = cls.load(file)
+        except MethodError as error:
+            raise MethodError(f"{file}: cannot be read as what is done of a run ({error}); delete it") from error
+        if done.about()["provenance"].get("identity") != identity:
+            raise MethodError(f"{file}: is of another model, task or set of parameters; delete it or name another file")
+        return done
+
 
 def save_table(frame: pd.DataFrame, path: str | Path, about: Mapping[str, Any]) -> Path:
     """Write a table, and what is to be known of it (values that json can hold)."""

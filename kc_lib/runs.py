@@ -31,14 +31,13 @@ import pandas as pd
 from kc_lib import __version__
 from kc_lib.errors import RunError, first_line
 from kc_lib.options import Notebook, Options
+from kc_lib.resources import CHECKOUT, OUTPUTS
+from kc_lib.resources import NOTEBOOKS as NOTEBOOKS  # asked for as runs.NOTEBOOKS
 from kc_lib.results import Savable, hash_of, kept
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and ``kc`` needs them only inside notebooks
     from kc_lib.models.model import Model
 
-PROJECT = Path(__file__).resolve().parents[1]
-OUTPUTS = PROJECT / "outputs"
-NOTEBOOKS = PROJECT / "notebooks"
 DECLARED_IN = {  # which module says what a notebook asks for
     "circuit_discovery": "kc_lib.circuits.options",
     "circuit_evaluation": "kc_lib.circuits.options",
@@ -337,11 +336,13 @@ def code_hash() -> str:
 
 
 def git_commit() -> str | None:
-    """The project's commit, marked ``-dirty`` when files differ from it; None outside a repository."""
+    """The project's commit, marked ``-dirty`` when files differ from it; None in a wheel or outside git."""
+    if CHECKOUT is None:
+        return None
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=PROJECT,
+            cwd=CHECKOUT,
             capture_output=True,
             text=True,
             timeout=20,

@@ -25,10 +25,15 @@ def resampled_means(
     n = len(values)
     if n < 2:
         return np.full((n_resamples, values.shape[1]), np.nan)
+    return times_drawn(n, seed, n_resamples) @ values / n
+
+
+def times_drawn(n: int, seed: int, n_resamples: int = RESAMPLES) -> Float[np.ndarray, "resample fact"]:
+    """How often each of ``n`` facts is drawn, with replacement, in every resample."""
     drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
     counts = np.zeros((n_resamples, n))
     np.add.at(counts, (np.arange(n_resamples)[:, None], drawn), 1.0)
-    return counts @ values / n
+    return counts
 
 
 def interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,7 @@ from kc_lib.circuits.baselines import random_circuit
 from kc_lib.errors import KnowledgeCircuitsError, MethodError, RunError, TaskError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.models.smollm2 import wheel_file
+from kc_lib.resources import DATA
 
 # ---------------------------------------------------------------------------------------------------- one good run
 
@@ -102,7 +103,9 @@ def test_a_run_keeps_its_scores_circuit_and_evaluation(good: Finished) -> None:
     document = json.loads((good.folder / "circuit.json").read_text())
     assert document
     summary = pd.read_parquet(good.folder / "evaluation.parquet")
-    assert {"circuit", "full", "empty", "null #1", "null #2"} <= set(summary["circuit"])
+    assert {"circuit", "full", "empty"} <= set(summary["circuit"])
+    baselines = summary[(summary["kind"] == "random baseline") & (summary["of"] == "circuit")]
+    assert set(baselines["draw"]) == {1, 2}
     assert set(summary["split"]) == {"discovery", "held_out"}
     whole = summary[summary["circuit"] == "full"]
     assert (whole["faithfulness"] - 1).abs().max() < 1e-4
@@ -113,7 +116,7 @@ def test_a_run_records_its_parameters(good: Finished) -> None:
     record = runs.read_record(good.folder)
     assert record["run_id"] == good.folder.name
     parameters = record["parameters"]
-    assert parameters["known_only"] is False
+    assert parameters["task.known_only"] is False
     assert parameters["size"] == 0.1
     assert parameters["n_random"] == 2
     assert parameters["metric"] == "logit_difference"
@@ -146,7 +149,7 @@ def test_the_report_loads_nothing_from_elsewhere(good: Finished) -> None:
 @pytest.mark.slow
 def test_the_same_call_finds_the_run(good: Finished) -> None:
     before = {path.name: path.read_bytes() for path in good.folder.iterdir() if path.suffix in (".parquet", ".json")}
-    again = kc(*good.arguments, "-p", "batch_size", 3, cwd=good.out.parent)
+    again = kc(*good.arguments, "-p", "score.batch_size", 3, cwd=good.out.parent)
     assert again.code == 0, again.err[-3000:]
     assert visible_runs(good.out) == [good.folder]
     assert str(good.folder) in again.out
@@ -523,7 +526,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     done = called(monkeypatch, capsys, "tasks")
     assert done.code == 0
-    names = [path.stem for path in (runs.PROJECT / "data" / "relations").glob("*/*.json")]
+    names = [path.stem for path in (DATA / "relations").glob("*/*.json")]
     for name in [*names, "ioi"]:
         assert name in done.out
     assert "The capital city of … is" in done.out

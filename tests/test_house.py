@@ -13,7 +13,8 @@ from tools.loc import code_lines
 
 LIBRARY = ROOT / "kc_lib"
 FILES = sorted(LIBRARY.rglob("*.py"))
-CORE = {"errors", "stats", "options", "reading", "results", "metrics", "plotting", "graph", "models", "tasks", "residual"}
+CORE = {"errors", "stats", "options", "reading", "resources", "results", "metrics", "plotting", "graph"}
+CORE |= {"models", "tasks", "residual"}
 ABOVE = {"cli", "runs", "sweep"}  # what starts notebooks stands on everything, and nothing stands on it
 ARROWS = {
     "circuits": set(),

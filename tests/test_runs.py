@@ -287,12 +287,12 @@ def test_the_record_says_what_the_run_was_made_from(opener: Opener, model: Model
 
 
 def test_the_record_names_the_commit(opener: Opener) -> None:
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=runs.PROJECT, capture_output=True, text=True, check=False)
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=runs.CHECKOUT, capture_output=True, text=True, check=False)
     if asked.returncode:
         pytest.skip("no git repository here")
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"],
-        cwd=runs.PROJECT,
+        cwd=runs.CHECKOUT,
         capture_output=True,
         text=True,
         check=True,
@@ -302,7 +302,7 @@ def test_the_record_names_the_commit(opener: Opener) -> None:
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    monkeypatch.setattr(runs, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert runs.git_commit() is None
 

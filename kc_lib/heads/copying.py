@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kc_lib.components.head_runs import copies_in_top
 from kc_lib.errors import MethodError
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
+from kc_lib.heads.head_scores import HeadScores, best_by_chance, described
 from kc_lib.heads.options import COPIES
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
@@ -29,7 +29,6 @@ from kc_lib.tasks.generated import ioi_pairs
 from kc_lib.tasks.tokens import tokenizer_of
 
 THRESHOLD, TOP = 0.10, 5
-SHUFFLES = 200
 
 
 def copy_scores(model: Model, *, n_prompts: int = 50, top: int = TOP, seed: int = 0) -> dict[str, HeadScores]:
@@ -50,8 +49,8 @@ def copy_scores(model: Model, *, n_prompts: int = 50, top: int = TOP, seed: int 
     )
     vocabulary, row_names = names.unique(return_inverse=True)
     layers = [copies_in_top(decoder, layer, resid, vocabulary, top).cpu() for layer in range(decoder.n_layers)]
-    provenance = {"model": model.name, "n_prompts": n_prompts, "top": top, "n_names": len(names), "seed": seed}
-    provenance |= {"criterion": "above 10% (Tigges et al. 2024)", "null": "other names of the task, shuffled over the rows"}
+    criterion, null = "above 10% (Tigges et al. 2024)", "other names of the task, shuffled over the rows"
+    provenance = described(model, seed, criterion, null, n_prompts=n_prompts, top=top, n_names=len(names))
     result = {}
     for name, in_top in zip(COPIES, torch.stack(layers, 1), strict=True):
         scores = in_top[..., torch.arange(len(row_names)), row_names].float().mean(-1)
@@ -75,15 +74,12 @@ def names_after_block_0(
 
 
 def _null(in_top: Bool[Tensor, "layer head row name"], row_names: Int[Tensor, " row"], seed: int) -> float:
-    """The 99th percentile, over shuffles, of the best head's score when every row asks for another row's name."""
+    """What the best head's score is by chance: every row asks for another row's name."""
     row_names = row_names.cpu()
-    generator = torch.Generator().manual_seed(seed)
-    n_rows = len(row_names)
-    best = []
-    for _ in range(SHUFFLES):
-        others = row_names[torch.randperm(n_rows, generator=generator)]
-        differs = others != row_names
-        if differs.any():
-            rows = torch.arange(n_rows)[differs]
-            best.append(in_top[..., rows, others[differs]].float().mean(-1).max())
-    return float(torch.stack(best).quantile(NULL_LEVEL)) if best else 0.0
+
+    def shuffled(generator: torch.Generator) -> Tensor:
+        others = row_names[torch.randperm(len(row_names), generator=generator)]
+        rows = (others != row_names).nonzero()[:, 0]
+        return in_top[..., rows, others[rows]].float().mean(-1)  # NaN where no row has another name
+
+    return best_by_chance(shuffled, seed)

@@ -28,7 +28,7 @@ from torch import Tensor
 from kc_lib.components.head_runs import mean_pattern_by_offset
 from kc_lib.errors import KnowledgeCircuitsError, MethodError
 from kc_lib.heads.copying import copy_scores
-from kc_lib.heads.head_scores import NULL_LEVEL, GeneralHeadScores, HeadScores
+from kc_lib.heads.head_scores import NULL_LEVEL, GeneralHeadScores, HeadScores, described
 from kc_lib.heads.inhibition import s_inhibition_scores
 from kc_lib.heads.options import COPIES, REPEATS, SCORES, HeadScoreOptions
 from kc_lib.heads.successor import successor_scores
@@ -109,14 +109,8 @@ def repeat_scores(
     offsets = dict(zip(REPEATS, (1, n_tokens, n_tokens - 1), strict=True))
     others = [offset for offset in range(1, first_query) if offset not in offsets.values()]
     null = float(by_offset[:, :, others].double().quantile(NULL_LEVEL)) if others else None
-    provenance = {
-        "model": model.name,
-        "n_tokens": n_tokens,
-        "n_sequences": n_sequences,
-        "seed": seed,
-        "criterion": "more than half of the attention (ours)",
-        "null": "99th percentile over heads and offsets that mean nothing",
-    }
+    criterion, chance = "more than half of the attention (ours)", "99th percentile over heads and offsets that mean nothing"
+    provenance = described(model, seed, criterion, chance, n_tokens=n_tokens, n_sequences=n_sequences)
     return {
         name: HeadScores.of(name, by_offset[:, :, offset], THRESHOLD, null, provenance=provenance)
         for name, offset in offsets.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,9 +16,11 @@ from torch import Tensor
 from kc_lib.components.attention import Head, head_table
 from kc_lib.errors import MethodError
 from kc_lib.heads.options import SCORES
+from kc_lib.models.model import Model
 from kc_lib.results import Result
 
 NULL_LEVEL = 0.99
+SHUFFLES = 200
 
 
 @dataclass(frozen=True)
@@ -157,3 +159,15 @@ class GeneralHeadScores:
         paths = {name: folder / f"{name}.parquet" for name in SCORES}
         scores = {name: HeadScores.load(path) for name, path in paths.items() if path.exists()}
         return cls(scores, json.loads((folder / "undefined.json").read_text()))
+
+
+def described(model: Model, seed: int, criterion: str, null: str, **figures: Any) -> dict[str, Any]:
+    """A score's provenance: the model, the seed, what counts as high, what was left to chance, and further figures."""
+    return {"model": model.name, "seed": seed, "criterion": criterion, "null": null, **figures}
+
+
+def best_by_chance(shuffled: Callable[[torch.Generator], Tensor], seed: int) -> float:
+    """The 99th percentile, over shuffles, of the best head's score ``[layer, head]``; 0 where none is defined."""
+    generator = torch.Generator().manual_seed(seed)
+    best = torch.stack([shuffled(generator).max() for _ in range(SHUFFLES)])
+    return float(best[best.isfinite()].quantile(NULL_LEVEL)) if best.isfinite().any() else 0.0

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kc_lib.components.attention import Head, check_heads
 from kc_lib.components.head_runs import run_layers
-from kc_lib.errors import MethodError
+from kc_lib.errors import MethodError, check_counts
 from kc_lib.heads.copying import copy_scores
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, described
 from kc_lib.heads.path_patching import Paths, patch_queries
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
@@ -94,17 +94,11 @@ def s_inhibition_scores(
             f"the model's mean logit difference on IOI is {clean[0]:.2f}: it prefers the subject and has nothing to lose"
         )
     lost, io, s1 = (_per_head(decoder, values) for values in (-total[0] / clean[0], total[1], total[2]))
-    provenance = {
-        "model": model.name,
-        "name_movers": [list(head) for head in receivers],
-        "n_prompts": n,
-        "seed": seed,
-        "logit_difference": float(clean[0]),
-        "io_attention": float(clean[1]),
-        "s1_attention": float(clean[2]),
-        "criterion": "all three effects have their sign (Tigges et al. 2024), and the null (ours)",
-        "null": "99th percentile over heads for prompts that differ in the thing given",
-    }
+    criterion = "all three effects have their sign (Tigges et al. 2024), and the null (ours)"
+    chance = "99th percentile over heads for prompts that differ in the thing given"
+    figures = dict(zip(("logit_difference", "io_attention", "s1_attention"), clean.tolist(), strict=True))
+    figures |= {"name_movers": [list(head) for head in receivers], "n_prompts": n}
+    provenance = described(model, seed, criterion, chance, **figures)
     null = float((-control / clean[0]).double().quantile(NULL_LEVEL))
     detail = {"io_attention": io, "s1_attention": s1}
     return HeadScores.of("s_inhibition", lost, 0.0, null, also=(io < 0) & (s1 > 0), detail=detail, provenance=provenance)
@@ -133,8 +127,7 @@ def name_movers(model: Model, *, copies: HeadScores | None = None, n_prompts: in
 def ioi_prompts(model: Model, n_prompts: int, seed: int) -> list[IoiPrompts]:
     """Generated IOI prompts with their two counterparts, by token length."""
     tokenizer = tokenizer_of(model)
-    if n_prompts < 1:
-        raise MethodError(f"n_prompts is {n_prompts}; path patching needs at least 1")
+    check_counts(1, n_prompts=n_prompts)
     by_length: dict[int, list[IoiPrompts]] = defaultdict(list)
     for pair in ioi_pairs(tokenizer, n_prompts, seed):
         prompt = _prompt(tokenizer, pair)

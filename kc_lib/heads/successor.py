@@ -16,18 +16,17 @@ from collections.abc import Callable
 from string import ascii_lowercase
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from kc_lib.components.head_runs import copied
 from kc_lib.errors import TaskError
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
+from kc_lib.heads.head_scores import HeadScores, best_by_chance, described
 from kc_lib.models.model import Model
 from kc_lib.residual.decoder import Decoder
 from kc_lib.tasks.tokens import Tokenizer, tokenizer_of
 
 THRESHOLD = 0.5
-SHUFFLES = 200
 LEAST_PAIRS = 5
 # fmt: off
 ORDINALS = {
@@ -87,8 +86,8 @@ def successor_scores(model: Model, *, seed: int = 0) -> HeadScores:
         targets.append(target)
     scores = torch.cat(right, -1).float().mean(-1)
     by_list = {f"{name} ({len(lists[name])})": part.float().mean(-1) for name, part in zip(lists, right, strict=True)}
-    provenance = {"model": model.name, "n_pairs": n_pairs, "seed": seed}
-    provenance |= {"criterion": "more than half of the pairs (ours)", "null": "successors shuffled within their list"}
+    criterion, shuffle = "more than half of the pairs (ours)", "successors shuffled within their list"
+    provenance = described(model, seed, criterion, shuffle, n_pairs=n_pairs)
     null = _null(chosen, targets, seed)
     return HeadScores.of("successor", scores, THRESHOLD, null, detail=by_list, provenance=provenance)
 
@@ -132,13 +131,11 @@ def successor_choices(
 
 
 def _null(chosen: list[Tensor], targets: list[Tensor], seed: int) -> float:
-    """The 99th percentile, over shuffles, of the best head's score."""
-    generator = torch.Generator().manual_seed(seed)
-    best = []
-    for _ in range(SHUFFLES):
-        shuffled = [target[torch.randperm(len(target), generator=generator)] for target in targets]
-        hits: list[Float[Tensor, "layer head word"]] = [
-            (choice == target).float() for choice, target in zip(chosen, shuffled, strict=True)
-        ]
-        best.append(torch.cat(hits, -1).mean(-1).max())
-    return float(torch.stack(best).quantile(NULL_LEVEL))
+    """What the best head's score is by chance: every word has the successor of another of its list."""
+
+    def shuffled(generator: torch.Generator) -> Tensor:
+        others = [target[torch.randperm(len(target), generator=generator)] for target in targets]
+        hits = [(choice == target).float() for choice, target in zip(chosen, others, strict=True)]
+        return torch.cat(hits, -1).mean(-1)
+
+    return best_by_chance(shuffled, seed)

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.errors import MethodError, TaskError, check_counts
-from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores
+from kc_lib.heads.head_scores import NULL_LEVEL, HeadScores, described
 from kc_lib.heads.suppression_runs import mean_head_outputs, suppression_divergences
 from kc_lib.models.model import Model
 from kc_lib.stats import interval, resampled_means
@@ -92,16 +92,9 @@ def copy_suppression_scores(
     scores = torch.where(acts, 1 - preserved.mean(-1) / ablated.mean(-1), 0.0)
     chance = torch.where(acts, 1 - random.mean(-1) / ablated.mean(-1), 0.0)
     low, high = _interval(ablated, preserved, seed)
-    provenance = {
-        "model": model.name,
-        "text": "the project's" if text is None else "given",
-        "n_tokens": windows.numel(),
-        "n_destinations": scored[:, 1:].numel(),
-        "share": share,
-        "seed": seed,
-        "criterion": "above 0.10 (Tigges et al. 2024)",
-        "null": "99th percentile over heads with random source tokens kept",
-    }
+    criterion, null = "above 0.10 (Tigges et al. 2024)", "99th percentile over heads with random source tokens kept"
+    given = {"text": "the project's" if text is None else "given", "share": share}
+    counts = {"n_tokens": windows.numel(), "n_destinations": scored[:, 1:].numel()}
     return HeadScores.of(
         "copy_suppression",
         scores,
@@ -115,7 +108,7 @@ def copy_suppression_scores(
             "kl_preserved": preserved.mean(-1),
             "random_tokens": chance,
         },
-        provenance=provenance,
+        provenance=described(model, seed, criterion, null, **given, **counts),
     )
 
 

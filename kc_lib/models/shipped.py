@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kc_lib.errors import ModelError
-from kc_lib.tasks.relations import DATA
+from kc_lib.resources import DATA
 
 MODELS = DATA / "models"
 CAUSAL, MASKED = "nano", "nano-bert"

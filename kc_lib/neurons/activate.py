@@ -146,9 +146,7 @@ def activating_prompts(
     frame = pd.DataFrame(rows, columns=list(NeuronActivations.columns))
     frame = frame.sort_values(["fact", "sentences", "sentence", "kind", "draw"], ignore_index=True)
     provenance = {
-        "model": model.name,
-        "n_random": asked.n_random,
-        "seed": asked.seed,
+        **{"model": model.name, **asked.determining()},
         "n_facts": len(sets.facts),
         "empty": n_empty(of_facts),
         "without_sentences": sum(not any(sentences.get(int(fact), {}).values()) for fact in sets.facts["fact"]),
@@ -173,8 +171,7 @@ def activation_means(activations: NeuronActivations, seed: int = 0) -> pd.DataFr
         return with_interval("activation", means[0], means[1:])
 
     levels = {"kind": KINDS, "sentences": (*SENTENCES, *CONTRASTS)}
-    columns = ["relation", *levels, "n", *ends("activation")]
-    return pd.DataFrame(by_relation(long, activations.facts, levels, measure), columns=columns)
+    return by_relation(long, activations.facts, levels, measure, ends("activation"))
 
 
 def trigger_sentences(

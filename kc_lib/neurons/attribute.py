@@ -102,17 +102,14 @@ def knowledge_neurons(
         "model": model.name,
         "n_layers": residual.n_layers,
         "d_mlp": neurons_per_layer(residual),
-        "rule": asked.rule,
-        "steps": None if asked.rule == ADAPTIVE else asked.steps,
-        "tolerance": asked.tolerance if asked.rule == ADAPTIVE else None,
-        "target": asked.target,
-        "kept": asked.kept,
         "n_facts": len(facts),
+        **asked.determining(),
+        ("steps" if asked.rule == ADAPTIVE else "tolerance"): None,  # has no part in the other rule
     }
     file = None if checkpoint is None else Path(checkpoint)
     # the identity hashes every weight
     identity = "" if file is None else hash_of([model.hash, provenance, [asdict(fact) for fact in facts]])
-    done = _resumed(file, identity)
+    done = NeuronAttributions.resumed(file, identity)
     groups = [] if done is None else [done]
     first = 0 if done is None else len(done.facts)
     bar = tqdm(total=len(facts), initial=first, desc="attribution", unit="fact", disable=not progress)
@@ -198,18 +195,3 @@ def _joined(groups: Sequence[NeuronAttributions], provenance: Mapping[str, Any])
         pd.concat([getattr(group, name) for group in groups], ignore_index=True) for name in ("frame", "prompts", "facts")
     )
     return NeuronAttributions(frame, prompts, facts, provenance)
-
-
-def _resumed(file: Path | None, identity: str) -> NeuronAttributions | None:
-    """What an earlier run left in its checkpoint."""
-    if file is None or not file.exists():
-        return None
-    try:
-        done = NeuronAttributions.load(file)
-    except MethodError as error:
-        raise MethodError(f"{file}: cannot be read as a checkpoint of attribution ({error}); delete it") from error
-    if done.provenance.get("identity") != identity:
-        raise MethodError(
-            f"{file}: is a checkpoint of another model, task or set of parameters; delete it or name another file"
-        )
-    return done

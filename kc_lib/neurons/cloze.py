@@ -154,9 +154,7 @@ def load_cloze(name_or_path: str, model: Model, *, relation: str | None = None, 
     facts: list[ClozeFact] = []
     report = dict.fromkeys(("rows", "facts", "used", "unknown_words", "prompts", "prompts_dropped"), 0)
     for relation_name, texts in sources.items():
-        of_relation, counts = cloze_facts(
-            relation_name, texts, tokenizer, n_prompts=asked.n_prompts, n_held_out=asked.n_held_out
-        )
+        of_relation, counts = cloze_facts(relation_name, texts, tokenizer, asked)
         facts += of_relation
         report |= {key: report[key] + count for key, count in counts.items()}
     n_wanted = len(facts) if asked.max_facts is None else min(asked.max_facts, len(facts))
@@ -191,12 +189,7 @@ def joined_clozes(tasks: Sequence[ClozeTask]) -> ClozeTask:
 
 
 def cloze_facts(
-    relation: str,
-    texts: Sequence[FactText],
-    tokenizer: Tokenizer,
-    *,
-    n_prompts: int | None = None,
-    n_held_out: int = 0,
+    relation: str, texts: Sequence[FactText], tokenizer: Tokenizer, asked: ClozeOptions
 ) -> tuple[list[ClozeFact], dict[str, int]]:
     """The distinct facts of a relation as one model reads them, and counts of rows, facts, prompts and prompts dropped.
 
@@ -217,9 +210,9 @@ def cloze_facts(
         report["prompts"] += len(prompts)
         report["prompts_dropped"] += len(text.sentences) - len(prompts)
         kept = list(prompts.values())
-        _check_enough(relation, text, len(kept), 1 if n_prompts is None else n_prompts, n_held_out)
-        n_finding = len(kept) - n_held_out if n_prompts is None else n_prompts
-        held_out = kept[n_finding : n_finding + n_held_out]
+        _check_enough(relation, text, len(kept), asked)
+        n_finding = len(kept) - asked.n_held_out if asked.n_prompts is None else asked.n_prompts
+        held_out = kept[n_finding : n_finding + asked.n_held_out]
         facts.append(ClozeFact(relation, text.subject, text.answer, tuple(kept[:n_finding]), tuple(held_out)))
     return facts, report
 
@@ -310,16 +303,17 @@ def _outside(tokenizer: Tokenizer, answer: str) -> str:
     )
 
 
-def _check_enough(relation: str, text: FactText, n_serve: int, n_prompts: int, n_held_out: int) -> None:
+def _check_enough(relation: str, text: FactText, n_serve: int, asked: ClozeOptions) -> None:
+    n_prompts = 1 if asked.n_prompts is None else asked.n_prompts
     if not n_serve:
         raise TaskError(
             f"{text.where}: no sentence of {relation} ends with the answer, as a causal model needs, e.g. "
             f"{text.sentences[0]!r}; use a masked LM, or patterns that end with {ANSWER}"
         )
-    if n_serve < n_prompts + n_held_out:
+    if n_serve < n_prompts + asked.n_held_out:
         raise TaskError(
             f"{text.where}: {relation} has {n_serve} paraphrases that serve this model (of {len(text.sentences)}), fewer "
-            f"than asked for: n_prompts {n_prompts} and n_held_out {n_held_out}; ask for fewer or give patterns"
+            f"than asked for: n_prompts {n_prompts} and n_held_out {asked.n_held_out}; ask for fewer or give patterns"
         )
 
 

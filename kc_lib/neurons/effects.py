@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,14 +36,8 @@ class OfFacts(Result):
         return self.frame.merge(self.facts[["fact", *names]], on="fact")
 
 
-class HasHeadline(Protocol):
-    """A result with figures that a run is remembered by."""
-
-    def headline(self, seed: int = 0) -> dict[str, str]: ...
-
-
-def headline(*results: HasHeadline, seed: int = 0) -> dict[str, str]:
-    """The figures that a run is remembered by, of several results."""
+def headline(*results: Any, seed: int = 0) -> dict[str, str]:
+    """The figures that a run is remembered by, of several results that each have a ``headline(seed)``."""
     return {name: figure for result in results for name, figure in result.headline(seed).items()}
 
 
@@ -58,25 +52,24 @@ def by_relation(
     facts: pd.DataFrame,
     levels: Mapping[str, Sequence[Any]],
     measure: Callable[[pd.DataFrame], dict[str, float]],
-) -> list[dict[str, Any]]:
+    figures: Sequence[str],
+) -> pd.DataFrame:
     """Rows of what ``measure`` says of facts, of all relations pooled and of each one, and of each value of the levels.
 
     Args:
         by_fact: one row per fact and value of the levels; its index has them and "fact" by name.
         levels: the values of each level, in the order of the rows.
         measure: from the rows of a group of facts; groups without facts have no row.
+        figures: what it says, which are the columns beside relation, the levels and n (facts).
     """
     rows = []
     for relation, numbers in relations_of(facts) if len(by_fact) else []:
-        of_relation = by_fact[by_fact.index.isin(numbers, level="fact")]
+        groups = dict(iter(by_fact[by_fact.index.isin(numbers, level="fact")].groupby(list(levels))))
         for values in product(*levels.values()):
-            group = of_relation
-            for level, value in zip(levels, values, strict=True):
-                group = group[group.index.isin([value], level=level)]
-            if len(group):
+            if values in groups:
                 named = dict(zip(levels, values, strict=True))
-                rows.append({"relation": relation, **named, "n": len(group)} | measure(group))
-    return rows
+                rows.append({"relation": relation, **named, "n": len(groups[values])} | measure(groups[values]))
+    return pd.DataFrame(rows, columns=["relation", *levels, "n", *figures])
 
 
 def means_with_draws(values: Float[np.ndarray, "fact column"], seed: int) -> Float[np.ndarray, "draw column"]:

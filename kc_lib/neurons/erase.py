@@ -91,20 +91,10 @@ def erase_relation(
                 named = (*variant, seen.fact, facts[seen.fact].relation, seen.number, seen.held_out)
                 rows.append((*named, right_before, right, nll_before, nll))
     zeroed = [(*variant, *neuron) for variant, neurons in to_zero.items() for neuron in neurons]
-    provenance = {
-        "model": model.name,
-        "relation": relation,
-        "n_neurons": asked.n_neurons,
-        "n_other": asked.n_other,
-        "n_random": asked.n_random,
-        "seed": asked.seed,
-        "n_found": {"knowledge": len(knowledge), "base": len(base)},
-    }
-    return RelationErasure(
-        pd.DataFrame(rows, columns=list(RelationErasure.columns)),
-        pd.DataFrame(zeroed, columns=["kind", "draw", "layer", "neuron"]),
-        provenance,
-    )
+    found = {"knowledge": len(knowledge), "base": len(base)}
+    provenance = {"model": model.name, "relation": relation, "n_found": found, **asked.determining()}
+    frame = pd.DataFrame(rows, columns=list(RelationErasure.columns))
+    return RelationErasure(frame, pd.DataFrame(zeroed, columns=["kind", "draw", "layer", "neuron"]), provenance)
 
 
 def relations_to_erase(facts: Sequence[ClozeFact], given: Sequence[str] | None = None) -> list[str]:
@@ -130,20 +120,17 @@ def erasure_effects(erasures: Sequence[RelationErasure], seed: int = 0) -> pd.Da
     rows: list[dict[str, Any]] = []
     for erasure in erasures:
         erased = str(erasure.provenance["relation"])
-        sizes = erasure.neurons.groupby(["kind", "draw"]).size().groupby("kind").first()
+        sizes = erasure.neurons.groupby(["kind", "draw"]).size().groupby("kind").first().to_dict()
         frame = erasure.frame.astype(dict.fromkeys(numbers, float))
         by_fact = frame.groupby(["kind", "relation", "fact"], sort=False, as_index=False)[numbers].mean()
-        for kind in KINDS:
-            of_kind = by_fact[by_fact["kind"] == kind]
-            others = of_kind[of_kind["relation"] != erased]
-            groups = [("erased", erased, of_kind[of_kind["relation"] == erased]), ("others", "others", others)]
-            groups += [("other", str(name), of_other) for name, of_other in others.groupby("relation", sort=False)]
-            for on, relation, group in groups:
-                if len(group):
-                    named = {"erased": erased, "on": on, "relation": relation, "kind": kind}
-                    counts = {"n_neurons": int(sizes[kind]), "n": len(group)}
-                    rates = rate("right_before", group["right_before"]) | rate("right", group["right"])
-                    rows.append(named | counts | rates | perplexities(group, seed))
+        of_erased, others = (by_fact[(by_fact["relation"] == erased) == is_erased] for is_erased in (True, False))
+        every = [of_erased.assign(on="erased"), others.assign(on="others", relation="others"), others.assign(on="other")]
+        groups = pd.concat(every).sort_values("kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable")
+        for (kind, on, relation), group in groups.groupby(["kind", "on", "relation"], sort=False):
+            named = {"erased": erased, "on": on, "relation": relation, "kind": kind}
+            counts = {"n_neurons": sizes[kind], "n": len(group)}
+            rates = rate("right_before", group["right_before"]) | rate("right", group["right"])
+            rows.append(named | counts | rates | perplexities(group, seed))
     columns = ["erased", "on", "relation", "kind", "n_neurons", "n", *ends("right_before", "right"), *PERPLEXITIES]
     return pd.DataFrame(rows, columns=columns)
 
@@ -168,9 +155,5 @@ def _seen_on(facts: Sequence[ClozeFact], relation: str, asked: EraseOptions) -> 
 
 def _right_and_nll(answers: Answers, prompts: Sequence[_Seen]) -> list[tuple[bool, float]]:
     """Of every prompt whether all tokens of its answer have rank 1, and their mean -log p."""
-    by_prompt, start = [], 0
-    for seen in prompts:
-        rows = slice(start, start + len(seen.prompt.clozes))
-        by_prompt.append((bool((answers.rank[rows, 0] == 1).all()), -float(answers.log_p[rows, 0].double().mean())))
-        start = rows.stop
-    return by_prompt
+    by_prompt = answers.split([len(seen.prompt.clozes) for seen in prompts])
+    return [(bool((rank[:, 0] == 1).all()), -float(log_p[:, 0].double().mean())) for _, log_p, rank in by_prompt]

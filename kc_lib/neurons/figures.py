@@ -18,6 +18,7 @@ from kc_lib.errors import MethodError
 from kc_lib.neurons.activate import SENTENCES, NeuronActivations, activation_means
 from kc_lib.neurons.attribute import NeuronAttributions
 from kc_lib.neurons.effects import ALL, KINDS, METHODS
+from kc_lib.neurons.effects import figure as figure_of
 from kc_lib.neurons.erase import RelationErasure, erasure_effects
 from kc_lib.neurons.options import RefineOptions
 from kc_lib.neurons.refine import coarse_neurons
@@ -58,10 +59,7 @@ def neuron_layer_figure(sets: NeuronSets, seed: int = 0) -> go.Figure:
     figure = go.Figure()
     for method in METHODS:
         rows = table[(table["method"] == method) & table["share"].notna()]
-        hover = [
-            f"layer {row['layer']}: {row['neurons']} {method} neurons<br>{_percent(row, 'share')}"
-            for row in rows.to_dict("records")
-        ]
+        hover = _hover(rows, "layer {layer}: {neurons} {method} neurons<br>{figure}", "share", ".1%")
         plot.bars(figure, rows, "layer", "share", COLOURS[method], hover, name=method)
     chance, n_layers = table.loc[table["method"] == "random", "share"].iloc[0], int(sets.provenance["n_layers"])
     ends = pd.DataFrame({"layer": [-0.5, n_layers - 0.5], "share": float(chance)})
@@ -101,10 +99,7 @@ def neuron_overlap_figure(sets: NeuronSets, n_random: int = 10, seed: int = 0) -
     figure = go.Figure()
     for kind in KINDS:
         rows = table[table["kind"] == kind]
-        hover = [
-            f"{kind}, {row['pair']}<br>{plot.figure_text(row, 'shared')} ({row['n_pairs']} pairs)"
-            for row in rows.to_dict("records")
-        ]
+        hover = _hover(rows, "{kind}, {pair}<br>{figure} ({n_pairs} pairs)", "shared", "z.2f")
         plot.bars(figure, rows, "pair", "shared", COLOURS[kind], hover, name=kind)
     figure.update_yaxes(title_text="shared neurons, mean over pairs", rangemode="tozero")
     about = [*_about(sets), plot.OVER_FACTS, "random: same layers"]
@@ -195,11 +190,9 @@ def update_figure(updates: FactUpdates) -> go.Figure:
         for row in table[table["on"] == on].to_dict("records"):
             kind = str(row["kind"])
             rates = [{f"rate{end}": row[f"{name}{end}"] for end in plot.ENDS} for name in RATES]
-            rows = pd.DataFrame(rates).assign(rate_of=list(RATES.values()))
-            hover = [
-                f"{kind}, {rate['rate_of'].replace('<br>', ' ')}<br>{_percent(rate, 'rate')}"
-                for rate in rows.to_dict("records")
-            ]
+            rows = pd.DataFrame(rates).assign(rate_of=list(RATES.values()), kind=kind)
+            rows["words"] = rows["rate_of"].str.replace("<br>", " ")
+            hover = _hover(rows, "{kind}, {words}<br>{figure}", "rate", ".1%")
             group: dict[str, Any] = {"row": 1, "col": column, "showlegend": column == 1, "legendgroup": kind}
             plot.bars(figure, rows, "rate_of", "rate", COLOURS[kind], hover, name=kind, **group)
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%").update_yaxes(title_text="share of facts", col=1)
@@ -224,10 +217,9 @@ def side_effect_figure(updates: FactUpdates, seed: int = 0) -> go.Figure:
     figure = go.Figure()
     for kind in KINDS:
         rows = times[times["kind"] == kind]
-        records = rows.to_dict("records")
-        hover = [f"{kind}, {row['others']}<br>{plot.figure_text(row, 'times', 3)} times" for row in records]
-        if records:
-            look = {"size": 11, "name": kind, "error_y": plot.whiskers(records, "times")}
+        if len(rows):
+            hover = _hover(rows, "{kind}, {others}<br>{figure} times", "times", "z.3f")
+            look = {"size": 11, "name": kind, "error_y": plot.whiskers(rows.to_dict("records"), "times")}
             plot.points(figure, rows["others"], rows["times"], COLOURS[kind], hover, **look)
     plot.level_lines(figure, "y", 1)
     figure.update_xaxes(range=[-0.5, table["on"].nunique() - 0.5])
@@ -268,9 +260,8 @@ def _by_relation(table: pd.DataFrame, value: str, looks: Mapping[str, tuple[str,
     for column, panel in enumerate(panels, start=1):
         for kind in reversed(list(looks)):  # bars of a group go up from the bottom
             rows = table[(table["panel"] == panel) & (table["kind"] == kind) & table[value].notna()]
-            records = rows.to_dict("records")
-            texts = [f"{row['name']}, {kind} (n = {row['n']})<br>{plot.figure_text(row, value, 3)}" for row in records]
-            if records:
+            texts = _hover(rows, "{name}, {kind} (n = {n})<br>{figure}", value, "z.3f")
+            if texts:
                 look = {"orientation": "h", "name": looks[kind][0], "legendgroup": kind, "showlegend": column == 1}
                 plot.bars(figure, rows, "name", value, looks[kind][1], texts, row=1, col=column, **look)
     plot.level_lines(figure, "x", 0, dash="solid")
@@ -281,10 +272,10 @@ def _by_relation(table: pd.DataFrame, value: str, looks: Mapping[str, tuple[str,
     return figure.update_layout(height=190 + height, margin={"t": 115, "b": 85}, barmode="group", bargap=0.25, legend=legend)
 
 
-def _percent(row: plot.Row, name: str) -> str:
-    """A share as a percentage with its interval."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:.1%}" + ("" if pd.isna(low) else f" [{low:.1%}, {high:.1%}]")
+def _hover(rows: pd.DataFrame, text: str, name: str, form: str) -> list[str]:
+    """A text for every row from its columns; ``figure`` is the column ``name`` with its interval, written as ``form``."""
+    records: list[dict[Any, Any]] = rows.to_dict("records")
+    return [text.format_map(row | {"figure": figure_of(row, name, form)}) for row in records]
 
 
 def _about(sets: NeuronSets) -> list[str]:

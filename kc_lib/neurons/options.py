@@ -75,23 +75,21 @@ class RefineOptions(Options):
 
 
 @dataclass(frozen=True)
-class ChangeOptions(Options):
-    """Keywords of ``change_neurons``."""
-
-    factors: list[float] = option((0.0, 2.0), "by which neurons are multiplied: 0 suppresses, 2 amplifies")
-    n_other: int = option(20, "prompts of other relations on which a fact's neurons are changed, at most", least=0)
-    n_random: int = option(3, "draws of random neurons of the same layers", least=0)
-    seed: int = option(0, "of the other prompts and random neurons")
-    batch_size: int = option(64, "prompts at once", least=1, determines=False)
-
-
-@dataclass(frozen=True)
 class ReadOptions(Options):
     """Keywords of ``activating_prompts``."""
 
     n_random: int = option(3, "draws of random neurons of the same layers", least=0)
-    seed: int = option(0, "of the random neurons")
-    batch_size: int = option(32, "sentences at once", least=1, determines=False)
+    seed: int = option(0, "of the random neurons, and of what else is drawn")
+    batch_size: int = option(32, "prompts or sentences at once", least=1, determines=False)
+
+
+@dataclass(frozen=True)
+class ChangeOptions(ReadOptions):
+    """Keywords of ``change_neurons``."""
+
+    factors: list[float] = option((0.0, 2.0), "by which neurons are multiplied: 0 suppresses, 2 amplifies")
+    n_other: int = option(20, "prompts of other relations on which a fact's neurons are changed, at most", least=0)
+    batch_size: int = option(64, "prompts at once", least=1, determines=False)
 
 
 @dataclass(frozen=True)
@@ -117,24 +115,18 @@ class EditOptions(Options):
 
 
 @dataclass(frozen=True)
-class UpdateOptions(EditOptions):
+class UpdateOptions(EditOptions, ReadOptions):
     """Keywords of ``update_facts`` and ``update_answers``."""
 
     n_other: int = option(20, "prompts of other facts that are asked again, of the relation and of others each", least=0)
-    n_random: int = option(3, "draws of random neurons of the same layers", least=0)
-    seed: int = option(0, "of the new answers, the other prompts and random neurons")
-    batch_size: int = option(32, "prompts at once", least=1, determines=False)
 
 
 @dataclass(frozen=True)
-class EraseOptions(Options):
+class EraseOptions(ReadOptions):
     """Keywords of ``erase_relation``."""
 
     n_neurons: int = option(20, "neurons erased, at most", least=1)
     n_other: int = option(100, "prompts of every other relation that are asked again, at most", least=0)
-    n_random: int = option(3, "draws of random neurons of the same layers", least=0)
-    seed: int = option(0, "of the other prompts and random neurons")
-    batch_size: int = option(32, "prompts at once", least=1, determines=False)
 
 
 RELATION = "one or several: the project's, an LRE .json, ParaRel's data_1-1.json"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,13 @@ def own_sentences(
         raise TaskError(f"task {task.name!r} has no held-out paraphrases to make sentences of; load it with n_held_out")
     tokenizer = None if model is None else tokenizer_of(model)
     relations = [load_relation(name) for name in relation_files()]
-    statements = {relation.name: _known_words(tokenizer, [*_statements(relation)]) for relation in relations}
+    statements = {one.name: _known_words(tokenizer, _statements(one, one.paraphrases[:1])) for one in relations}
     corpus = _known_words(tokenizer, corpus)
     sentences = []
     for fact in task.facts:
         others = [relation for relation in relations if relation.name != fact.relation]
-        of_subject = _known_words(tokenizer, [*_statements_of(fact.subject, others)])
+        about_subject = [text for other in others for text in _statements(other, other.paraphrases, fact.subject)]
+        of_subject = _known_words(tokenizer, about_subject)
         of_subject += [sentence for sentence in corpus if holds(sentence, fact.subject)]
         pool = corpus or [sentence for relation in others for sentence in statements[relation.name]]
         filled = [prompt.filled(fact.answer) for prompt in fact.held_out]
@@ -292,16 +293,10 @@ def _known_words(tokenizer: Tokenizer | None, sentences: Sequence[str]) -> list[
     return [sentence for sentence, row in zip(sentences, rows, strict=True) if unknown not in row]
 
 
-def _statements_of(subject: str, relations: Sequence[Relation]) -> Iterator[str]:
-    for relation in relations:
-        for fact in relation.facts:
-            if fact.subject == subject:
-                yield from (f"{template.replace(SLOT, subject)} {fact.object}." for template in relation.paraphrases)
-
-
-def _statements(relation: Relation) -> Iterator[str]:
-    template = relation.paraphrases[0]
-    yield from (f"{template.replace(SLOT, fact.subject)} {fact.object}." for fact in relation.facts)
+def _statements(relation: Relation, templates: Sequence[str], subject: str | None = None) -> list[str]:
+    """Every fact of the relation, or of one subject, in every wording."""
+    facts = [fact for fact in relation.facts if subject in (None, fact.subject)]
+    return [f"{template.replace(SLOT, fact.subject)} {fact.object}." for fact in facts for template in templates]
 
 
 def _read_bags(path: Path) -> list[tuple[list[str], list[str]]]:

@@ -19,9 +19,9 @@ from jaxtyping import Float
 
 from kc_lib.errors import MethodError
 from kc_lib.neurons.cloze import ClozeFact
-from kc_lib.neurons.effects import KINDS, METHODS, OfFacts, figure, means_with_draws, relations_of
+from kc_lib.neurons.effects import KINDS, METHODS, OfFacts, by_relation, ends, figure, means_with_draws
 from kc_lib.residual.encoder import Residual
-from kc_lib.stats import RESAMPLES, resampled_means, with_interval
+from kc_lib.stats import times_drawn, with_interval
 
 Neuron = tuple[int, int]  # layer, index in the layer
 Variant = tuple[str, int]  # kind, draw; only random neurons have several draws
@@ -169,16 +169,14 @@ def set_sizes(sets: NeuronSets) -> pd.DataFrame:
 
 def neurons_per_fact(sets: NeuronSets, seed: int = 0) -> pd.DataFrame:
     """Mean number of neurons of a fact with its interval, per relation and pooled: relation, method, n, n_empty, neurons."""
-    sizes = set_sizes(sets)
-    rows: list[dict[str, Any]] = []
-    for relation, facts in relations_of(sets.facts):
-        of_relation = sizes.loc[facts]
-        draws = resampled_means(of_relation.to_numpy(), seed)
-        for i, method in enumerate(METHODS):
-            counts = {"n": len(of_relation), "n_empty": int((of_relation[method] == 0).sum())}
-            mean = with_interval("neurons", of_relation[method].mean(), draws[:, i])
-            rows.append({"relation": relation, "method": method} | counts | mean)
-    return pd.DataFrame(rows)
+    sizes = set_sizes(sets).melt(ignore_index=False, var_name="method", value_name="neurons")
+    by_fact = sizes.set_index("method", append=True)
+
+    def measure(group: pd.DataFrame) -> dict[str, float]:
+        means = means_with_draws(group.to_numpy(), seed)[:, 0]
+        return {"n_empty": int((group["neurons"] == 0).sum())} | with_interval("neurons", means[0], means[1:])
+
+    return by_relation(by_fact, sets.facts, {"method": METHODS}, measure, ["n_empty", *ends("neurons")])
 
 
 def layer_shares(sets: NeuronSets, seed: int = 0) -> pd.DataFrame:
@@ -221,7 +219,7 @@ def overlaps(sets: NeuronSets, n_random: int = 10, seed: int = 0) -> pd.DataFram
     different = ~np.eye(n_facts, dtype=bool)
     same = relations[:, None] == relations[None]
     masks = {"intra": different & same, "inter": different & ~same, "intra - inter": different}
-    counts = _times_drawn(n_facts, seed)
+    counts = np.concatenate([np.ones((1, n_facts)), times_drawn(n_facts, seed)])  # all facts once, then resampled
     rows: list[dict[str, Any]] = []
     for kind in KINDS if n_random else METHODS:
         of_kind = [variant for variant in variants(n_random) if variant[0] == kind]
@@ -247,14 +245,6 @@ def _intersections(neurons_of_facts: Sequence[Sequence[Neuron]]) -> Float[np.nda
     for fact, neurons in enumerate(neurons_of_facts):
         member[fact, [columns[neuron] for neuron in neurons]] = 1.0
     return member @ member.T
-
-
-def _times_drawn(n_facts: int, seed: int) -> Float[np.ndarray, "draw fact"]:
-    """How often every fact is drawn: once in the first row, by the bootstrap in the others."""
-    drawn = np.random.default_rng(seed).integers(0, n_facts, (RESAMPLES, n_facts))
-    counts = np.zeros((RESAMPLES, n_facts))
-    np.add.at(counts, (np.arange(RESAMPLES)[:, None], drawn), 1.0)
-    return np.concatenate([np.ones((1, n_facts)), counts])
 
 
 def _pair_means(

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from kc_lib.errors import MethodError
 from kc_lib.models.model import Model
-from kc_lib.neurons.cloze import ClozeFact, batches_by_length
+from kc_lib.neurons.cloze import Cloze, ClozeFact, batches_by_length
 from kc_lib.neurons.effects import KINDS, OfFacts, by_relation, ends, figure, means_with_draws, relative_change
 from kc_lib.neurons.integrate import AnswerStates, answer_states, changed_logits
 from kc_lib.neurons.options import ChangeOptions
@@ -61,17 +61,6 @@ class NeuronChanges(OfFacts):
         return {f"{name}, {row['kind']}": figure(row, "ratio", "+.1%") for name, row in named}
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One token of an answer, to be predicted with the neurons of a fact changed."""
-
-    fact: int
-    prompt: int  # index of the fact and prompt among all that are run
-    tokens: tuple[int, ...]
-    position: int
-    target: int
-
-
 def change_neurons(
     model: Model, facts: Sequence[ClozeFact], sets: NeuronSets, *, progress: bool = False, **options: Any
 ) -> NeuronChanges:
@@ -98,21 +87,18 @@ def change_neurons(
         if neurons
         for prompt in _prompts_for(facts, fact, asked.n_other, asked.seed)
     ]
-    rows = [
-        _Row(fact, i, cloze.tokens, cloze.position, cloze.target)
-        for i, (fact, _, of_fact, number) in enumerate(prompts)
-        for cloze in facts[of_fact].prompts[number].clozes
-    ]
+    clozes_of = [facts[of_fact].prompts[number].clozes for _, _, of_fact, number in prompts]
+    rows = [(i, cloze) for i, clozes in enumerate(clozes_of) for cloze in clozes]
     # by prompt, of the model itself and of every variant and factor: the sum over the answer's tokens
     log_p_before = np.zeros(len(prompts))
     log_p: dict[tuple[Variant, float], Float[np.ndarray, " prompt"]] = defaultdict(lambda: np.zeros(len(prompts)))
     with tqdm(total=len(rows), desc="interventions", unit="prompt", disable=not progress) as bar:
-        for members, _, _ in batches_by_length(rows, asked.batch_size):
+        for members, _, _ in batches_by_length([cloze for _, cloze in rows], asked.batch_size):
             batch = [rows[i] for i in members]
             states = _states(residual, batch)
             _add(log_p_before, batch, states.logits)
             for variant in variants(asked.n_random):
-                neurons = [of_facts[row.fact].get(variant, ()) for row in batch]
+                neurons = [of_facts[prompts[i][0]].get(variant, ()) for i, _ in batch]
                 if any(neurons):
                     for factor in asked.factors:
                         _add(log_p[variant, factor], batch, _multiplied(residual, states, neurons, factor))
@@ -125,15 +111,7 @@ def change_neurons(
     ]
     frame = pd.DataFrame(table, columns=list(NeuronChanges.columns))
     frame[["p", "p_changed"]] = np.exp(frame[["p", "p_changed"]].astype(float))
-    provenance = {
-        "model": model.name,
-        "factors": list(asked.factors),
-        "n_other": asked.n_other,
-        "n_random": asked.n_random,
-        "seed": asked.seed,
-        "n_facts": len(facts),
-        "empty": n_empty(of_facts),
-    }
+    provenance = {"model": model.name, **asked.determining(), "n_facts": len(facts), "empty": n_empty(of_facts)}
     return NeuronChanges(frame, sets.facts.reset_index(drop=True), provenance)
 
 
@@ -145,9 +123,6 @@ def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
     """
     p = ["p", "p_changed"]
     levels = {"factor": sorted(changes.frame["factor"].unique()), "on": ("other", "own"), "kind": KINDS}
-    columns = ["relation", *levels, "n", *p, *ends("ratio", "more")]
-    if changes.frame.empty:
-        return pd.DataFrame(columns=columns)
     prompts = changes.frame.groupby(["factor", "on", "kind", "fact", "of_fact", "prompt"])[p].mean()
     by_fact = prompts.groupby(["factor", "on", "kind", "fact"]).mean()
     is_random = by_fact.index.get_level_values("kind") == "random"
@@ -163,7 +138,7 @@ def change_ratios(changes: NeuronChanges, seed: int = 0) -> pd.DataFrame:
         intervals = with_interval("ratio", ratio[0], ratio[1:]) | with_interval("more", more[0], more[1:])
         return {"p": means[0, 0], "p_changed": means[0, 1]} | intervals
 
-    return pd.DataFrame(by_relation(by_fact, changes.facts, levels, measure), columns=columns)
+    return by_relation(by_fact, changes.facts, levels, measure, [*p, *ends("ratio", "more")])
 
 
 def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int) -> list[tuple[str, int, int]]:
@@ -179,13 +154,14 @@ def _prompts_for(facts: Sequence[ClozeFact], fact: int, n_other: int, seed: int)
     return own + sorted(generator.sample(others, min(n_other, len(others))))
 
 
-def _states(residual: Residual, batch: Sequence[_Row]) -> AnswerStates:
+def _states(residual: Residual, batch: Sequence[tuple[int, Cloze]]) -> AnswerStates:
     """The clean run of every row; equal prompts are run once."""
-    distinct = {(row.tokens, row.position): i for i, row in enumerate(batch)}
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    tokens = torch.tensor([prompt for prompt, _ in distinct])
-    states = answer_states(residual, tokens, torch.tensor([position for _, position in distinct]))
-    return states.rows(torch.tensor([place[row.tokens, row.position] for row in batch]))
+    place: dict[tuple[tuple[int, ...], int], int] = {}
+    for _, cloze in batch:
+        place.setdefault((cloze.tokens, cloze.position), len(place))
+    tokens, positions = (torch.tensor(part) for part in zip(*place, strict=True))
+    states = answer_states(residual, tokens, positions)
+    return states.rows(torch.tensor([place[cloze.tokens, cloze.position] for _, cloze in batch]))
 
 
 def _multiplied(residual: Residual, states: AnswerStates, neurons: Sequence[Sequence[Neuron]], factor: float) -> Tensor:
@@ -206,7 +182,7 @@ def _multiplied(residual: Residual, states: AnswerStates, neurons: Sequence[Sequ
     return changed_logits(residual, states, change, min(of_layer))
 
 
-def _add(log_p: Float[np.ndarray, " prompt"], batch: Sequence[_Row], logits: Float[Tensor, "row vocab"]) -> None:
-    """Add each row's log probability of its target to that of its prompt."""
-    of_targets = logits.log_softmax(-1)[torch.arange(len(batch)), torch.tensor([row.target for row in batch])]
-    np.add.at(log_p, [row.prompt for row in batch], of_targets.cpu().double().numpy())
+def _add(log_p: Float[np.ndarray, " prompt"], batch: Sequence[tuple[int, Cloze]], logits: Tensor) -> None:
+    """Add each row's log probability of its target, from logits ``[row, vocab]``, to that of its prompt."""
+    of_targets = logits.log_softmax(-1)[torch.arange(len(batch)), torch.tensor([cloze.target for _, cloze in batch])]
+    np.add.at(log_p, [i for i, _ in batch], of_targets.cpu().double().numpy())

@@ -25,13 +25,19 @@ from kc_lib.models.model import Model
 from kc_lib.neurons.cloze import ClozeFact, check_fact
 from kc_lib.neurons.effects import KINDS, METHODS, PERPLEXITIES, OfFacts, by_relation, ends, figure, perplexities, rate
 from kc_lib.neurons.integrate import answer_states
-from kc_lib.neurons.options import EditOptions, UpdateOptions
+from kc_lib.neurons.options import UpdateOptions
 from kc_lib.neurons.sets import Neuron, NeuronSets, check_sets, neurons_per_layer, sets_of_facts
 from kc_lib.neurons.values import Answers, Values, edited_answers, edited_values, mean_activations, updated_values
 from kc_lib.residual.encoder import Residual
 
 RATES = ("changed", "success_1", "success_5")
-SIDE_COLUMNS = ("kind", "draw", "fact", "on", "n_prompts", "nll_before", "nll")
+ANSWER = (
+    "predicted",
+    "p",
+    "rank",
+    "p_gold",
+    "nll",
+)  # p and rank of the new answer, p of the old one, mean -log p
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,6 @@ class _Seen:
     number: int
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a model says to one prompt: the token of rank 1, p and rank of a new answer, p of the old one, mean -log p."""
-
-    predicted: int
-    p: float
-    rank: int
-    p_gold: float
-    nll: float
-
-
 def update_facts(
     model: Model, facts: Sequence[ClozeFact], sets: NeuronSets, *, progress: bool = False, **options: Any
 ) -> FactUpdates:
@@ -126,8 +121,7 @@ def update_facts(
     of_facts = sets_of_facts(sets, neurons_per_layer(residual), asked.n_random, asked.seed, common=False)
     targets, left_out = _targets(facts, asked.seed)
     before = _unedited(residual, facts, targets, asked.batch_size)
-    rows: list[dict[str, Any]] = []
-    sides: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     for fact, target in tqdm(targets.items(), desc="updates", unit="fact", disable=not progress):
         prompts, new = _seen_on(facts, fact, asked), facts[target].first_token
         clozes = [cloze for seen in prompts for cloze in facts[seen.fact].all_prompts[seen.number].clozes]
@@ -135,19 +129,13 @@ def update_facts(
         tokens = torch.tensor([[cloze.target, new] for cloze in clozes])
         edits = [_edit(residual, facts[fact], neurons, new, asked) for neurons in of_facts[fact].values()]
         of_edits = edited_answers(residual, clozes, tokens, edits, asked.batch_size)
-        unedited = [before[seen.fact, seen.number] for seen in prompts]
-        for ((kind, draw), neurons), answers in zip(of_facts[fact].items(), of_edits, strict=True):
-            named = {"kind": kind, "draw": draw, "fact": fact}
-            compared = list(zip(prompts, unedited, _by_prompt(answers, n_clozes), strict=True))
-            rows += [named | row | {"n_neurons": len(neurons)} for row in _own_rows(compared)]
-            sides += [named | row for row in _side_rows(compared)]
+        for (variant, neurons), answers in zip(of_facts[fact].items(), of_edits, strict=True):
+            for seen, after in zip(prompts, _by_prompt(answers, n_clozes), strict=True):
+                named = (*variant, fact, seen.on, seen.number, len(neurons))
+                rows.append((*named, *before[seen.fact, seen.number], *after))
     empty = {method: sum((method, 0) not in of_facts[fact] for fact in targets) for method in METHODS}
     provenance = {
-        "model": model.name,
-        **{name: asked[name] for name in EditOptions.declared()},
-        "n_other": asked.n_other,
-        "n_random": asked.n_random,
-        "seed": asked.seed,
+        **{"model": model.name, **asked.determining()},
         "n_facts": len(facts),
         "n_updated": len(targets),
         "left_out": left_out,
@@ -157,12 +145,8 @@ def update_facts(
         (fact, facts[fact].relation, facts[fact].subject, facts[fact].answer, facts[target].answer, facts[target].subject)
         for fact, target in targets.items()
     ]
-    return FactUpdates(
-        pd.DataFrame(rows, columns=list(FactUpdates.columns)),
-        pd.DataFrame(sides, columns=list(SIDE_COLUMNS)),
-        pd.DataFrame(updated, columns=["fact", "relation", "subject", "answer", "new_answer", "new_answer_of"]),
-        provenance,
-    )
+    new_answers = pd.DataFrame(updated, columns=["fact", "relation", "subject", "answer", "new_answer", "new_answer_of"])
+    return FactUpdates(*_own_and_others(rows), new_answers, provenance)
 
 
 def update_answers(
@@ -217,8 +201,7 @@ def update_rates(updates: FactUpdates) -> pd.DataFrame:
         return rates | means | {name: group[name].median() for name in ("rank_before", "rank")}
 
     levels = {"on": ("own", "held_out"), "kind": KINDS}
-    columns = ["relation", *levels, "n", *ends(*RATES), *numbers]
-    return pd.DataFrame(by_relation(by_fact, updates.facts, levels, measure), columns=columns)
+    return by_relation(by_fact, updates.facts, levels, measure, [*ends(*RATES), *numbers])
 
 
 def side_effects(updates: FactUpdates, seed: int = 0) -> pd.DataFrame:
@@ -229,8 +212,7 @@ def side_effects(updates: FactUpdates, seed: int = 0) -> pd.DataFrame:
     """
     by_fact = updates.others.groupby(["on", "kind", "fact"])[["nll_before", "nll"]].mean()
     levels = {"on": ("intra", "inter"), "kind": KINDS}
-    rows = by_relation(by_fact, updates.facts, levels, lambda group: perplexities(group, seed))
-    return pd.DataFrame(rows, columns=["relation", *levels, "n", *PERPLEXITIES])
+    return by_relation(by_fact, updates.facts, levels, lambda group: perplexities(group, seed), PERPLEXITIES)
 
 
 def _edit(residual: Residual, fact: ClozeFact, neurons: Sequence[Neuron], new: int, asked: UpdateOptions) -> Values:
@@ -292,7 +274,7 @@ def _seen_on(facts: Sequence[ClozeFact], fact: int, asked: UpdateOptions) -> lis
 
 def _unedited(
     residual: Residual, facts: Sequence[ClozeFact], targets: Mapping[int, int], batch_size: int
-) -> dict[tuple[int, int], _Answer]:
+) -> dict[tuple[int, int], tuple[Any, ...]]:
     """What the model itself answers to every prompt of every fact."""
     prompts = {(i, number): prompt for i, fact in enumerate(facts) for number, prompt in enumerate(fact.all_prompts)}
     clozes = [(i, cloze) for (i, _), prompt in prompts.items() for cloze in prompt.clozes]
@@ -303,42 +285,22 @@ def _unedited(
     return dict(zip(prompts, by_prompt, strict=True))
 
 
-def _by_prompt(answers: Answers, n_clozes: Sequence[int]) -> list[_Answer]:
-    """The answers to prompts that have so many clozes; tokens are the gold one and the fact's new one."""
-    by_prompt, start = [], 0
-    for n in n_clozes:
-        p_gold, p = answers.log_p[start].double().exp().tolist()
-        nll = -float(answers.log_p[start : start + n, 0].double().mean())
-        by_prompt.append(_Answer(int(answers.predicted[start]), p, int(answers.rank[start, 1]), p_gold, nll))
-        start += n
+def _by_prompt(answers: Answers, n_clozes: Sequence[int]) -> list[tuple[Any, ...]]:
+    """``ANSWER`` of prompts that have so many clozes; tokens are the gold one and the fact's new one."""
+    by_prompt = []
+    for predicted, log_p, rank in answers.split(n_clozes):
+        p_gold, p = log_p[0].double().exp().tolist()
+        by_prompt.append((int(predicted[0]), p, int(rank[0, 1]), p_gold, -float(log_p[:, 0].double().mean())))
     return by_prompt
 
 
-def _own_rows(compared: Sequence[tuple[_Seen, _Answer, _Answer]]) -> list[dict[str, Any]]:
-    """Rows of ``frame`` for one edit, without what names it."""
-    return [
-        {
-            "on": seen.on,
-            "prompt": seen.number,
-            "changed": before.predicted != after.predicted,
-            "rank_before": before.rank,
-            "rank": after.rank,
-            "p_before": before.p,
-            "p": after.p,
-            "p_gold_before": before.p_gold,
-            "p_gold": after.p_gold,
-        }
-        for seen, before, after in compared
-        if seen.on in ("own", "held_out")
-    ]
-
-
-def _side_rows(compared: Sequence[tuple[_Seen, _Answer, _Answer]]) -> list[dict[str, Any]]:
-    """Rows of ``others`` for one edit, without what names it."""
-    rows = []
-    for on in ("intra", "inter"):
-        nlls = pd.DataFrame([(before.nll, after.nll) for seen, before, after in compared if seen.on == on])
-        if len(nlls):
-            nll_before, nll = nlls.mean()
-            rows.append({"on": on, "n_prompts": len(nlls), "nll_before": nll_before, "nll": nll})
-    return rows
+def _own_and_others(rows: Sequence[tuple[Any, ...]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``frame`` and ``others`` from what was answered to every prompt, before and after every edit."""
+    columns = ["kind", "draw", "fact", "on", "prompt", "n_neurons", *(f"{name}_before" for name in ANSWER), *ANSWER]
+    answers = pd.DataFrame(rows, columns=columns)
+    answers.insert(0, "changed", answers["predicted_before"] != answers["predicted"])
+    is_own = answers["on"].isin(["own", "held_out"])
+    others = answers[~is_own].groupby(["kind", "draw", "fact", "on"], sort=False)
+    means = {"n_prompts": ("nll", "size"), "nll_before": ("nll_before", "mean"), "nll": ("nll", "mean")}
+    frame = answers.loc[is_own, list(FactUpdates.columns)].reset_index(drop=True)
+    return frame, others.agg(**means).reset_index()

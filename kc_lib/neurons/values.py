@@ -146,6 +146,11 @@ class Answers:
     log_p: Float[Tensor, "prompt token"]
     rank: Int[Tensor, "prompt token"]  # 1 for the most probable
 
+    def split(self, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """predicted, log_p and rank of the first so many prompts, of the next so many, ..."""
+        sizes = list(sizes)
+        return zip(self.predicted.split(sizes), self.log_p.split(sizes), self.rank.split(sizes), strict=True)
+
 
 @torch.no_grad()
 def edited_answers(

@@ -11,7 +11,7 @@ from typing import Any
 
 from kc_lib.errors import TaskError
 from kc_lib.reading import read_json_lines, read_text
-from kc_lib.tasks.relations import DATA
+from kc_lib.resources import DATA
 
 REQUIRED = ("clean", "corrupted", "answer")
 OPTIONAL = ("distractor", "subject", "relation")

@@ -15,8 +15,8 @@ from typing import Any
 
 from kc_lib.errors import TaskError
 from kc_lib.reading import read_json
+from kc_lib.resources import DATA
 
-DATA = Path(__file__).resolve().parents[2] / "data"
 SLOT = "{}"
 TEMPLATE_KEYS = ("prompt_templates", "prompt_templates_zs", "reverse_templates", "paraphrase_templates")
 KEYS = {"name", *TEMPLATE_KEYS, "properties", "samples"}
@@ -111,17 +111,10 @@ def parse_relation(document: Any, source: str) -> Relation:
     if not isinstance(document.get("properties", {}), dict):
         raise TaskError(f"{source}: properties is {document['properties']!r}; it must be an object such as {{}}")
     name = str(document.get("name") or Path(source).stem)
+    templates = {key: _templates(document, key, source) for key in TEMPLATE_KEYS}
     facts, dropped = _facts(document["samples"], source)
     relation = Relation(
-        name=name,
-        prompt_templates=_templates(document, "prompt_templates", source),
-        prompt_templates_zs=_templates(document, "prompt_templates_zs", source),
-        reverse_templates=_templates(document, "reverse_templates", source),
-        properties=document.get("properties", {}),
-        facts=facts,
-        path=source,
-        paraphrase_templates=_templates(document, "paraphrase_templates", source),
-        dropped=dropped,
+        name=name, properties=document.get("properties", {}), facts=facts, path=source, dropped=dropped, **templates
     )
     if not relation.prompt_templates:
         raise TaskError(f"{source}: prompt_templates is empty; give at least one sentence with one {SLOT}")

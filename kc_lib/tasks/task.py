@@ -83,102 +83,77 @@ def load_task(name_or_path: str, model: Model, **options: Any) -> Task:
         )
     tokenizer = tokenizer_of(model, asked.prepend_bos)
     path = Path(name_or_path)
-    splitting = _Splitting(asked.test_fraction, asked.validation_fraction, asked.seed, asked.max_facts)
-    known = _Known(model, asked.known_only, asked.known_rank, asked.batch_size)
     if name_or_path in relation_files() or path.suffix.lower() == ".json":
         relation = load_relation(name_or_path)
         relation = relation.reversed() if asked.reverse else relation
-        return _relation_task(relation, asked.template, tokenizer, splitting, known)
+        return _relation_task(relation, model, tokenizer, asked)
     if asked.reverse or asked.template:
         raise TaskError(f"task {name_or_path!r} is no relation: template and reverse do not apply to it")
     if name_or_path in GENERATED:
         pairs = generated_pairs(name_or_path, tokenizer, asked.max_facts or DEFAULT_GENERATED, asked.seed)
-        return _pair_task(name_or_path, pairs, tokenizer, splitting, known)
+        return _pair_task(name_or_path, pairs, model, tokenizer, asked)
     if is_pair_file(name_or_path):
-        return _pair_task(path.stem, read_pairs(path), tokenizer, splitting, known)
+        return _pair_task(path.stem, read_pairs(path), model, tokenizer, asked)
     raise TaskError(
         f"unknown task {name_or_path!r}: give one of {', '.join([*GENERATED, *relation_files()])}, a relation file "
         f"(.json) or a file of pairs ({', '.join(SUFFIXES)})"
     )
 
 
-@dataclass(frozen=True)
-class _Splitting:
-    test_fraction: float
-    validation_fraction: float
-    seed: int
-    max_facts: int | None
-
-    def __call__(self, items: Sequence[Item]) -> dict[str, list[Item]]:
-        items = list(items)
-        random.Random(self.seed).shuffle(items)
-        items = items[: self.max_facts]
-        n_test = round(len(items) * self.test_fraction)
-        n_validation = round(len(items) * self.validation_fraction)
-        parts = {
-            "test": items[:n_test],
-            "validation": items[n_test : n_test + n_validation],
-            "discovery": items[n_test + n_validation :],
-        }
-        for name, share in (("test", self.test_fraction), ("validation", self.validation_fraction), ("discovery", 1.0)):
-            if share and not parts[name]:
-                raise TaskError(f"{len(items)} facts are too few to split: none is left for {name}; lower the fractions")
-        return parts
+def _split(items: Sequence[Item], asked: TaskOptions) -> dict[str, list[Item]]:
+    """The items by split, drawn by seed, "test" and "validation" first."""
+    drawn = list(items)
+    random.Random(asked.seed).shuffle(drawn)
+    drawn = drawn[: asked.max_facts]
+    n_test, n_validation = round(len(drawn) * asked.test_fraction), round(len(drawn) * asked.validation_fraction)
+    ends = {"test": n_test, "validation": n_test + n_validation, "discovery": len(drawn)}
+    parts, start = {}, 0
+    for (name, end), share in zip(ends.items(), (asked.test_fraction, asked.validation_fraction, 1.0), strict=True):
+        parts[name], start = drawn[start:end], end
+        if share and not parts[name]:
+            raise TaskError(f"{len(drawn)} facts are too few to split: none is left for {name}; lower the fractions")
+    return parts
 
 
-@dataclass(frozen=True)
-class _Known:
-    model: Model
-    only: bool
-    rank: int
-    batch_size: int
-
-    def __call__(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[int]) -> list[bool]:
-        if not self.only:
-            return [True] * len(prompts)
-        return [rank <= self.rank for rank in answer_ranks(self.model, prompts, answers, self.batch_size)]
-
-    def of_pairs(self, pairs: Sequence[TokenPair]) -> list[bool]:
-        prompts = [pair.clean for pair in pairs]
-        if not self.only or not any(pair.right for pair in pairs):
-            return self(prompts, [pair.answer[0] for pair in pairs])
-        ranks = best_ranks(self.model, prompts, [pair.right or pair.answer[:1] for pair in pairs], self.batch_size)
-        return [rank <= self.rank for rank in ranks]
+def _no_known(name: str, n_facts: int, asked: TaskOptions, advice: str) -> TaskError:
+    return TaskError(
+        f"no known fact left: the model ranks none of the {n_facts} answers of {name!r} within the first "
+        f"{asked.known_rank}; use {advice} or known_only=False"
+    )
 
 
-def _relation_task(
-    relation: Relation, template_index: int, tokenizer: Tokenizer, splitting: _Splitting, known: _Known
-) -> Task:
-    if not 0 <= template_index < len(relation.templates):
+def _relation_task(relation: Relation, model: Model, tokenizer: Tokenizer, asked: TaskOptions) -> Task:
+    if asked.template >= len(relation.templates):
         raise TaskError(
-            f"relation {relation.name!r} has templates 0 to {len(relation.templates) - 1}; template={template_index} is none"
+            f"relation {relation.name!r} has templates 0 to {len(relation.templates) - 1}; template={asked.template} is none"
         )
-    template = relation.templates[template_index]
-    prompts = [tokenizer.encode(template.replace(SLOT, fact.subject)) for fact in relation.facts]
-    answers = [tokenizer.answer(template.replace(SLOT, fact.subject), fact.object) for fact in relation.facts]
-    is_known = known(prompts, [answer[0] for answer in answers])
-    facts = [fact for fact, yes in zip(relation.facts, is_known, strict=True) if yes]
+    template, facts = relation.templates[asked.template], relation.facts
+    if asked.known_only:
+        texts = [template.replace(SLOT, fact.subject) for fact in facts]
+        answers = [tokenizer.answer(text, fact.object)[0] for text, fact in zip(texts, facts, strict=True)]
+        ranks = answer_ranks(model, [tokenizer.encode(text) for text in texts], answers, asked.batch_size)
+        facts = tuple(fact for fact, rank in zip(facts, ranks, strict=True) if rank <= asked.known_rank)
     if not facts:
-        raise TaskError(
-            f"no known fact left: the model ranks none of the {len(is_known)} answers of {relation.name!r} within the "
-            f"first {known.rank}; use another template, known_rank or known_only=False"
-        )
-    by_split = {name: _pair_within(part, template, tokenizer, splitting.seed) for name, part in splitting(facts).items()}
-    paired = {name: pairs for name, pairs in by_split.items() if pairs}
-    if "discovery" not in paired or (splitting.test_fraction and "test" not in paired):
+        raise _no_known(relation.name, len(relation.facts), asked, "another template, known_rank")
+    pairs = {name: _pair_within(part, template, tokenizer, asked.seed) for name, part in _split(facts, asked).items()}
+    if not pairs["discovery"] or (asked.test_fraction and not pairs["test"]):
         raise TaskError(
             f"{relation.name!r}: no two of the {len(facts)} kept facts of a split have subjects of equal token length and "
             "different answers; use more facts, another template or known_only=False"
         )
-    report = {"facts": len(is_known), "known": len(facts), "used": sum(map(len, paired.values())), **relation.dropped}
-    return Task(
-        relation.name,
-        tuple(paired["discovery"]),
-        tuple(paired.get("validation", ())),
-        tuple(paired.get("test", ())),
-        report,
-        tokenizer.prepend_bos,
-    )
+    return _task(relation.name, pairs, {"facts": len(relation.facts), "known": len(facts)}, relation.dropped, tokenizer)
+
+
+def _task(
+    name: str,
+    pairs: Mapping[str, Sequence[TokenPair]],
+    counts: Mapping[str, int],
+    dropped: Mapping[str, int],
+    tokenizer: Tokenizer,
+) -> Task:
+    discovery, validation, test = (tuple(pairs[split]) for split in ("discovery", "validation", "test"))
+    report = {**counts, "used": sum(map(len, pairs.values())), **dropped}
+    return Task(name, discovery, validation, test, report, tokenizer.prepend_bos)
 
 
 def _pair_within(facts: Sequence[Fact], template: str, tokenizer: Tokenizer, seed: int) -> list[TokenPair]:
@@ -222,35 +197,25 @@ def _fact_pair(fact: Fact, other: Fact, template: str, tokenizer: Tokenizer) -> 
     )
 
 
-def _pair_task(name: str, pairs: Sequence[PairText], tokenizer: Tokenizer, splitting: _Splitting, known: _Known) -> Task:
-    tokens = [_token_pair(pair, tokenizer, known) for pair in pairs]
-    is_known = known.of_pairs(tokens)
-    kept = [pair for pair, yes in zip(tokens, is_known, strict=True) if yes]
-    if not kept:
-        raise TaskError(
-            f"no known fact left: the model ranks none of the {len(tokens)} answers of {name!r} within the first "
-            f"{known.rank}; use a higher known_rank or known_only=False"
-        )
-    parts = splitting(kept)
-    report = {"facts": len(tokens), "known": len(kept), "used": sum(map(len, parts.values()))}
-    return Task(
-        name,
-        tuple(parts["discovery"]),
-        tuple(parts["validation"]),
-        tuple(parts["test"]),
-        report,
-        tokenizer.prepend_bos,
-    )
+def _pair_task(name: str, texts: Sequence[PairText], model: Model, tokenizer: Tokenizer, asked: TaskOptions) -> Task:
+    pairs = [_token_pair(text, tokenizer, model) for text in texts]
+    if asked.known_only:
+        right = [pair.right or pair.answer[:1] for pair in pairs]
+        ranks = best_ranks(model, [pair.clean for pair in pairs], right, asked.batch_size)
+        pairs = [pair for pair, rank in zip(pairs, ranks, strict=True) if rank <= asked.known_rank]
+    if not pairs:
+        raise _no_known(name, len(texts), asked, "a higher known_rank")
+    return _task(name, _split(pairs, asked), {"facts": len(texts), "known": len(pairs)}, {}, tokenizer)
 
 
-def _token_pair(pair: PairText, tokenizer: Tokenizer, known: _Known) -> TokenPair:
+def _token_pair(pair: PairText, tokenizer: Tokenizer, model: Model) -> TokenPair:
     try:
         clean, corrupted = tokenizer.encode(pair.clean), tokenizer.encode(pair.corrupted)
         answer = tokenizer.answer(pair.clean, pair.answer, pair.between)
         if pair.distractor is not None:
             distractor = tokenizer.answer(pair.clean, pair.distractor, pair.between)[0]
         else:
-            logits = next(last_logits(known.model, [corrupted]))
+            logits = next(last_logits(model, [corrupted]))
             logits[answer[0]] = -float("inf")
             distractor = int(logits.argmax())
         if distractor == answer[0]:

@@ -221,14 +221,7 @@ def _traced(model: Model, fact: FactPrompt, runs: FactRuns, row: Mapping[str, An
 
 def _resumed(file: Path | None, identity: str) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:
     """What an earlier run left in its checkpoint: rows of frame and facts."""
-    if file is None or not file.exists():
+    done = TracingResult.resumed(file, identity)
+    if done is None:
         return [], []
-    try:
-        done = TracingResult.load(file)
-    except MethodError as error:
-        raise MethodError(f"{file}: cannot be read as a checkpoint of tracing ({error}); delete it") from error
-    if done.provenance.get("identity") != identity:
-        raise MethodError(
-            f"{file}: is a checkpoint of another model, task or set of parameters; delete it or name another file"
-        )
     return [done.frame], [{str(key): value for key, value in row.items()} for row in done.facts.to_dict("records")]

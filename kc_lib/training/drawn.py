@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from kc_lib.errors import TaskError
 from kc_lib.models.model import Model
 from kc_lib.options import names_in
+from kc_lib.results import hash_of
 from kc_lib.tasks.task import Task, load_task
 from kc_lib.training.options import METRICS_OF_SETS, DrawOptions
 
@@ -56,8 +55,7 @@ class DrawnTasks:
     @property
     def hash(self) -> str:
         """Hash of every pair, its split, task and seed."""
-        rows = [[draw.name, draw.seed, draw.task.hash] for draw in self.draws]
-        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+        return hash_of([[draw.name, draw.seed, draw.task.hash] for draw in self.draws])
 
 
 def draw_tasks(names: str | Sequence[str], model: Model, **options: Any) -> DrawnTasks:

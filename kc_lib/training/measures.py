@@ -14,8 +14,9 @@ held out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from kc_lib.circuits.evaluate import evaluate, metric_values
 from kc_lib.circuits.scores import FactScores
 from kc_lib.circuits.scoring.exact import patch_single_edges
 from kc_lib.circuits.smallest import smallest_faithful
+from kc_lib.components.attention import head_names, heads_of
 from kc_lib.graph import Circuit
 from kc_lib.heads.general import head_scores
 from kc_lib.models.model import Model
@@ -40,19 +42,10 @@ from kc_lib.training.ioi_algorithm import STEPS as ALGORITHM
 from kc_lib.training.ioi_algorithm import algorithm_shares
 from kc_lib.training.options import TRAINING_MEASURES, CircuitOptions, MeasureOptions
 from kc_lib.training.over_training import Measure
-from kc_lib.training.result import measured_row, measured_rows
+from kc_lib.training.result import CIRCUIT_FIGURES, measured_row, measured_rows
 
 Interval = tuple[float, float, float]  # a figure, and its ends
-UNDEFINED = (
-    "n_edges",
-    "share_of_edges",
-    "n_nodes",
-    "faithfulness",
-    "null_faithfulness",
-    "noising",
-    "kl",
-    "resampled_jaccard",
-)
+UNDEFINED = ("share_of_edges", *(name for name in CIRCUIT_FIGURES if name != "effect"))  # without a circuit
 SHARES_OF_STEPS = ("share_absolute", "share_signed")
 NO_EFFECT = "the prompts have next to no effect: {effect:.3g} [{low:.3g}, {high:.3g}], at least {least:g} is asked for"
 
@@ -81,14 +74,13 @@ def training_measures(measures: str | Sequence[str] = TRAINING_MEASURES, **optio
 
 def head_rows(model: Model, tasks: DrawnTasks, *, scores: Sequence[str] = ("all",)) -> pd.DataFrame:
     """Every head's general scores, by seed of the draws; a score that is not defined has one row, with the reason."""
-    rows = []
+    rows: list[Mapping[Any, Any]] = []
     for seed in tasks.seeds:
         found = head_scores(model, scores, seed=seed, keep_undefined=True)
-        of_seed = {"task": "", "seed": seed}
-        for row in found.to_frame().to_dict("records"):
-            part = f"a{row['layer']}.h{row['head']}"
-            measured = {"quantity": row["name"], "part": part, "value": row["score"], "passes": bool(row["passes"])}
-            rows.append(of_seed | measured)
+        of_seed: dict[str, Any] = {"task": "", "seed": seed}
+        frame = found.to_frame().rename(columns={"name": "quantity", "score": "value"})
+        parts = head_names(zip(frame["layer"], frame["head"], strict=True))
+        rows += frame.assign(part=parts, passes=frame["passes"].astype(bool), **of_seed).to_dict("records")
         rows += [of_seed | {"quantity": name, "note": why} for name, why in found.undefined.items()]
     return measured_rows(rows)
 
@@ -100,7 +92,7 @@ def direct_rows(model: Model, tasks: DrawnTasks, *, metric: str | None = None, b
     (Wang et al. 2023, arXiv:2211.00593, section 3.1), measured, not estimated.
     """
     graph = model.residual.graph()
-    heads = [f"a{layer}.h{head}" for layer in range(graph.n_layers) for head in range(graph.n_heads)]
+    heads = head_names(product(range(graph.n_layers), range(graph.n_heads)))
     rows = []
     for draw in tasks.draws:
         pairs, edges = [*draw.task.discovery, *draw.task.test], [f"{head}->logits" for head in heads]
@@ -140,10 +132,8 @@ def circuit_rows(model: Model, tasks: DrawnTasks, **options: Any) -> pd.DataFram
         rows += _evaluated(model, draw, circuit, metric, asked)
         rows.append(measured_row(draw, "resampled_jaccard", *_resampled(fact_scores, circuit, asked, draw.seed)))
         edges = circuit.to_frame()
-        rows += [
-            measured_row(draw, "edge", score, part=f"{writer}->{reader}")
-            for writer, reader, score in edges[["writer", "reader", "score"]].itertuples(index=False)
-        ]
+        names = edges["writer"] + "->" + edges["reader"]
+        rows += [measured_row(draw, "edge", score, part=name) for name, score in zip(names, edges["score"], strict=True)]
         rows += [measured_row(draw, "node", 1.0, part=node) for node in circuit.nodes]
     return measured_rows(rows)
 
@@ -157,12 +147,11 @@ def consistency_rows(model: Model, tasks: DrawnTasks, **options: Any) -> pd.Data
     ``CircuitOptions``.
     """
     asked, rows, metric = CircuitOptions.of(options), [], "logit_difference"
-    heads = [(layer, head) for layer in range(model.residual.n_layers) for head in range(model.residual.n_heads)]
     for draw in (draw for draw in tasks.draws if draw.name == "ioi"):
         why, candidates = _too_small(_effects(model, draw, metric), asked.minimal_effect), []
         if not why:
             circuit, _ = _smallest(model, draw, metric, asked)
-            candidates = [(layer, head) for layer, head in heads if f"a{layer}.h{head}" in circuit.nodes]
+            candidates = heads_of(node for node in circuit.nodes if ".h" in node)
             why = "" if candidates else "the circuit has no heads"
         if why:
             rows += [measured_row(draw, name, part=step, note=why) for step in ALGORITHM for name in SHARES_OF_STEPS]

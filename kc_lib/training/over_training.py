@@ -7,8 +7,6 @@ end, and loses days with one failed download.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -128,19 +126,12 @@ def _key(checkpoint: Checkpoint, measure: str) -> str:
     folder = Path(checkpoint.source)
     local = checkpoint.revision is None and folder.is_dir()
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())] if local else []
-    described = json.dumps([asdict(checkpoint), files, measure]).encode()
-    return hashlib.blake2b(described, digest_size=16).hexdigest()
+    return hash_of([asdict(checkpoint), files, measure])
 
 
 def _resumed(file: Path | None, identity: str) -> tuple[list[pd.DataFrame], list[str], str | None]:
     """The rows that an earlier run left in its file, what they are of, and the hash of their checkpoints' vocabulary."""
-    if file is None or not file.exists():
+    done = TrainingResult.resumed(file, identity)
+    if done is None:
         return [], [], None
-    try:
-        partial_result = TrainingResult.load(file)
-    except MethodError as error:
-        raise MethodError(f"{file}: cannot be read as what is done of a training ({error}); delete it") from error
-    if partial_result.provenance.get("identity") != identity:
-        raise MethodError(f"{file}: is of other tasks or measures; delete it or name another file")
-    kept = partial_result.provenance
-    return [partial_result.frame], list(kept["done"]), kept.get("vocabulary")
+    return [done.frame], list(done.provenance["done"]), done.provenance.get("vocabulary")

@@ -22,6 +22,7 @@ TYPES = {
     "tokens": "Int64",
     "passes": "boolean",
 }
+CIRCUIT_FIGURES = ("effect", "n_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl", "resampled_jaccard")
 SHARE = 0.33  # of its maximum, at which a thing has appeared (Tigges et al. 2024, section 3.3)
 FROM_ZERO = ("logit_difference", "probability_difference")  # behaviours that are 0 where the model knows nothing
 
@@ -79,7 +80,7 @@ def measured_row(
     return where | {"value": float(value), "low": float(low), "high": float(high)} | more
 
 
-def measured_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def measured_rows(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
     """A table with all columns of ``MEASURED``: no value or interval is NaN, no text is empty."""
     frame = pd.DataFrame(rows).reindex(columns=list(MEASURED))
     words = {name: frame[name].astype(object).fillna("") for name in ("of", "part", "note")}

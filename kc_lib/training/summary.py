@@ -9,18 +9,18 @@ checkpoint has no circuit there is no overlap, and the next one has none with it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kc_lib.errors import MethodError
-from kc_lib.training.result import FROM_ZERO, TrainingResult, emergence, over_draws, shown
+from kc_lib.training.result import CIRCUIT_FIGURES, FROM_ZERO, TrainingResult, emergence, over_draws, shown
 from kc_lib.training.swaps import strongest_swaps
 
 ALPHA = 0.5
 SIMILARITIES = ("edge_jaccard", "node_jaccard", "weighted_jaccard")
-CIRCUIT_FIGURES = ("effect", "n_edges", "n_nodes", "faithfulness", "null_faithfulness", "noising", "kl", "resampled_jaccard")
 NAMED = 4  # heads named in the headline
 
 
@@ -43,18 +43,15 @@ def similarities(result: TrainingResult, alpha: float = ALPHA) -> pd.DataFrame:
     steps = result.steps
     overlaps = []
     seeds = rows["seed"].unique().tolist()
-    for task in rows["task"].unique().tolist():
-        for seed in seeds:
-            for place, step in enumerate(steps):
-                here = circuits.get((task, seed, step))
-                others = {"previous": [circuits.get((task, seed, steps[place - 1]))] if place else []}
-                others["last"] = [circuits.get((task, seed, steps[-1]))] if step != steps[-1] else []
-                others["other draws"] = [circuits.get((task, other, step)) for other in seeds if other != seed]
-                for against, compared in others.items():
-                    row = {"task": task, "seed": seed, "step": step, "tokens": tokens[step], "against": against}
-                    with_each = [_overlaps(here, other) for other in compared]
-                    for name in SIMILARITIES:
-                        overlaps.append(row | {"quantity": name, "value": _mean([values[name] for values in with_each])})
+    for task, seed, (place, step) in product(rows["task"].unique().tolist(), seeds, enumerate(steps)):
+        here = circuits.get((task, seed, step))
+        others = {"previous": [circuits.get((task, seed, steps[place - 1]))] if place else []}
+        others["last"] = [circuits.get((task, seed, steps[-1]))] if step != steps[-1] else []
+        others["other draws"] = [circuits.get((task, other, step)) for other in seeds if other != seed]
+        for against, compared in others.items():
+            row = {"task": task, "seed": seed, "step": step, "tokens": tokens[step], "against": against}
+            means = pd.DataFrame([_overlaps(here, other) for other in compared], columns=SIMILARITIES, dtype=float).mean()
+            overlaps += [row | {"quantity": name, "value": mean} for name, mean in means.items()]
     frame = pd.DataFrame(overlaps)
     smoothed = frame.groupby(["task", "seed", "against", "quantity"], sort=False)["value"].transform(
         lambda values: values.ewm(alpha=alpha, adjust=False, ignore_na=True).mean().where(values.notna())
@@ -121,39 +118,24 @@ def _behaviours(appeared: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("quantity", key=lambda names: names.map(FROM_ZERO.index), kind="stable").drop_duplicates("task")
 
 
-def _circuits(rows: pd.DataFrame) -> dict[tuple[str, int, int], tuple[dict[str, float], set[str]]]:
-    """Edges with |score|, and nodes, by task, seed and step."""
-    parts = rows[rows["quantity"].isin(["edge", "node"])]
-    circuits: dict[tuple[str, int, int], tuple[dict[str, float], set[str]]] = {}
-    columns = ["task", "seed", "step", "quantity", "part", "value"]
-    for task, seed, step, quantity, part, value in parts[columns].itertuples(index=False):
-        edges, nodes = circuits.setdefault((task, seed, step), ({}, set()))
-        if quantity == "edge":
-            edges[part] = abs(value)
-        else:
-            nodes.add(part)
-    return circuits
-
-
-def _overlaps(
-    a: tuple[dict[str, float], set[str]] | None, b: tuple[dict[str, float], set[str]] | None
-) -> Mapping[str, float]:
-    if a is None or b is None:
-        return dict.fromkeys(SIMILARITIES, float("nan"))
-    (edges, nodes), (other_edges, other_nodes) = a, b
-    either = edges.keys() | other_edges.keys()
-    pairs = np.array([[edges.get(edge, 0.0), other_edges.get(edge, 0.0)] for edge in either])
-    larger = pairs.max(1).sum()
+def _circuits(rows: pd.DataFrame) -> dict[Any, dict[Any, pd.Series]]:
+    """|score| of the edges, and 1 for each node, by task, seed and step, and "edge" or "node"."""
+    parts = rows[rows["quantity"].isin(["edge", "node"])].assign(value=rows["value"].abs())
+    by_circuit = parts.groupby(["task", "seed", "step"])
     return {
-        "edge_jaccard": len(edges.keys() & other_edges.keys()) / len(either),
-        "node_jaccard": len(nodes & other_nodes) / len(nodes | other_nodes),
-        "weighted_jaccard": float(pairs.min(1).sum() / larger) if larger else float("nan"),
+        circuit: {quantity: own.set_index("part")["value"] for quantity, own in group.groupby("quantity")}
+        for circuit, group in by_circuit
     }
 
 
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
+def _overlaps(a: Mapping[Any, pd.Series] | None, b: Mapping[Any, pd.Series] | None) -> Mapping[str, float]:
+    if a is None or b is None:
+        return {}
+    edges, nodes = (pd.concat([a[part], b[part]], axis=1) for part in ("edge", "node"))  # NaN in the circuit without it
+    edge_jaccard, node_jaccard = (parts.notna().all(axis=1).mean() for parts in (edges, nodes))
+    larger, smaller = edges.max(axis=1).sum(), edges.fillna(0.0).min(axis=1).sum()
+    weighted = smaller / larger if larger else float("nan")
+    return dict(zip(SIMILARITIES, (edge_jaccard, node_jaccard, weighted), strict=True))
 
 
 def _step_text(row: Mapping[Any, Any]) -> str:

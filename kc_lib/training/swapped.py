@@ -52,21 +52,14 @@ def component_place(graph: Graph, component: str) -> tuple[int, int | None]:
 
 def check_exchangeable(host: Decoder, donor: Decoder) -> None:
     """Raise ModelError if two models are not of one shape, type and device, so that components of one fit into the other."""
-    ours, theirs = ({name: _described(p) for name, p in decoder.bridge.named_parameters()} for decoder in (host, donor))
+    ours, theirs = _described(host), _described(donor)
     for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
+        own, other = ours.get(name, "missing"), theirs.get(name, "missing")
+        if own != other:
             raise ModelError(
-                f"components cannot be exchanged: {name} is {ours.get(name, 'missing')} in one checkpoint and "
-                f"{theirs.get(name, 'missing')} in the other; give two checkpoints of one training, loaded alike"
+                f"components cannot be exchanged: {name} {own} in one checkpoint and {other} in the other; give two "
+                "checkpoints of one training, loaded alike"
             )
-    for layer, (block, other) in enumerate(zip(host.blocks, donor.blocks, strict=True)):
-        for name in SETTINGS:
-            setting, donor_setting = getattr(block.attention, name), getattr(other.attention, name)
-            if setting != donor_setting:
-                raise ModelError(
-                    f"components cannot be exchanged: attention of layer {layer} has {name} {setting} in one checkpoint and "
-                    f"{donor_setting} in the other; give two checkpoints of one training"
-                )
 
 
 def swapped(host: Decoder, donor: Decoder, component: str, source: str | None = None) -> Decoder:
@@ -119,5 +112,13 @@ def _with_head(attention: Attention, head: int, donor: Attention, from_head: int
     return replace(attention, **weights)
 
 
-def _described(parameter: Tensor) -> str:
-    return f"{list(parameter.shape)} of {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+def _described(decoder: Decoder) -> dict[str, str]:
+    """Shape, type and device of every parameter by its name, and the settings of every layer's attention."""
+    described = {
+        f"{name} is": f"{list(weights.shape)} of {str(weights.dtype).removeprefix('torch.')} on {weights.device}"
+        for name, weights in decoder.bridge.named_parameters()
+    }
+    for layer, block in enumerate(decoder.blocks):
+        of_attention = {f"attention of layer {layer} has {name}": str(getattr(block.attention, name)) for name in SETTINGS}
+        described |= of_attention
+    return described

@@ -143,22 +143,19 @@ def swap_rows(
         metric_name = metric_of(draw, metric)
         both_values = _values(host, donor_decoder, swaps, pairs, metric_name, batch_size)
         for of, values in zip((metric_name, ACCURACY), both_values, strict=True):
-            changes = values[:, 2:] - values[:, :1]
-            low, high = interval(resampled_means(np.concatenate([values[:, :2], changes], 1), draw.seed))
-            rows += [
-                measured_row(draw, whose, values[:, i].mean(), low[i], high[i], of=of)
-                for i, whose in enumerate(("host", "donor"))
-            ]
-            means = dict(zip(swaps, changes.mean(0), strict=True))
+            figures = np.concatenate([values[:, :2], values[:, 2:] - values[:, :1]], 1)
+            host_figures, donor_figures, *changes = zip(
+                figures.mean(0), *interval(resampled_means(figures, draw.seed)), strict=True
+            )
+            change_of = dict(zip(swaps, changes, strict=True))
+            rows += [measured_row(draw, "host", *host_figures, of=of), measured_row(draw, "donor", *donor_figures, of=of)]
             for component in components:
-                i, swap = 2 + swaps.index((component, component)), (component, component)
-                rows.append(measured_row(draw, "change", means[swap], low[i], high[i], component, of=of))
-                others = [means[component, source] for source in nulls[component]]
+                rows.append(measured_row(draw, "change", *change_of[component, component], component, of=of))
+                others = [change_of[component, source][0] for source in nulls[component]]
+                null: dict[str, Any] = {"note": NO_NULL}
                 if others:
-                    mean, least, most = float(np.mean(others)), min(others), max(others)
-                    rows.append(measured_row(draw, "null_change", mean, least, most, component, of=of))
-                else:
-                    rows.append(measured_row(draw, "null_change", part=component, of=of, note=NO_NULL))
+                    null = {"value": np.mean(others), "low": min(others), "high": max(others)}
+                rows.append(measured_row(draw, "null_change", part=component, of=of, **null))
     return measured_rows(rows)
 
 

@@ -97,7 +97,7 @@ def test_an_mlp_with_a_hook_runs_as_the_module(small_model: SmallModel) -> None:
     block = model.residual.blocks[0]
     plain = block.mlp(block.mlp_norm(x))
     with model.bridge.hooks([("blocks.0.mlp.hook_out", lambda value, hook: 2 * value)]), torch.no_grad():
-        hooked = packed_mlp(block)(x)
+        hooked = packed_mlp(model.residual.blocks[0])(x)
     torch.testing.assert_close(hooked, 2 * plain, rtol=1e-4, atol=1e-5)
 
 

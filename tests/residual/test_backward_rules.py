@@ -13,6 +13,7 @@ from oracles import eap, rules
 from torch import Tensor
 
 from kc_lib.circuits.scoring.edges import edge_scores
+from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import ModelError
 from kc_lib.metrics import METRICS
 from kc_lib.residual.activations import ablation
@@ -42,8 +43,8 @@ def kernel(model: object, pairs: list[TokenPair], using: BackwardRules, grouped:
     decoder, batch = model.residual, make_batch(pairs)
     context = shared_context(decoder, batch, "patching")
     ablated = ablation(decoder, "patching", batch, context=context)
-    metric = METRICS["logit_difference"]
-    scores = edge_scores(decoder, decoder.graph(grouped), batch, metric, ablated, [1.0], context=context, rules=using)
+    prepared = Prepared(batch, METRICS["logit_difference"], ablated, prefix=context)
+    (scores,) = edge_scores(decoder, decoder.graph(grouped), prepared, [1.0], rules=using)
     return scores / len(pairs)
 
 

@@ -414,6 +414,7 @@ def test_one_model_is_trained_and_the_other_stays(tmp_path: Path) -> None:
     assert (back["files"], back["steps"]) == (known["files"], known["steps"])
 
 
+@pytest.mark.slow
 def test_another_seed_does_not_replace_what_comes_with_the_project() -> None:
     command = [sys.executable, "-m", "tools.train_nano", "--only", CAUSAL, "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -430,7 +430,7 @@ def test_swaps_over_a_training_are_kept_by_donor(nano: Model, drawn: DrawnTasks,
     earlier = swap_measure(load_checkpoint(checkpoints[-2], device="cpu"), drawn, ("a3.h2",), n_null=1)
     others = (earlier, swap_measure(nano, drawn, ("a3.h1",), n_null=1), swap_measure(nano, drawn, ("a3.h2",), n_null=2))
     for other in others:
-        assert "other tasks or measures" in refused(MethodError, run, hosts, measures={"swap": other})
+        assert "another model, task or set" in refused(MethodError, run, hosts, measures={"swap": other})
 
 
 def swaps(values: Mapping[tuple[int, str, int], tuple[float, ...]], of: str = "logit_difference") -> TrainingResult:
