@@ -446,9 +446,9 @@ def test_no_pairs_are_refused(small_model: SmallModel) -> None:
 
 def test_chances_are_shares_of_past_effects() -> None:
     ratios = (-0.01, 0.0, 0.01)
-    for expected, stand in (((0.005, 1.0), 2), ((0.005, 0.2), 3), ((0.5, 1.0), 0), ((-0.5, 1.0), 3)):
-        assert chance_to_stand(expected, ratios, 0.01, False) == pytest.approx((stand + 0.5) / 4)
-    assert chance_to_stand((-0.5, 1.0), ratios, 0.01, True) == pytest.approx(0.5 / 4)
+    for size, stand in ((1.0, 2), (0.2, 3), (50.0, 2)):
+        assert chance_to_stand(size, ratios, 0.01, False) == pytest.approx((stand + 0.5) / 4)
+    assert chance_to_stand(50.0, ratios, 0.01, True) == pytest.approx(1.5 / 4)
 
 
 def test_as_many_tests_are_batched_as_pay() -> None:

@@ -54,11 +54,10 @@ class EdgeTests:
         The circuit is what stands afterwards.
         """
         sizes = self._sizes(edges)
-        expected = {edge: (0.0, sizes[edge]) for edge in edges}
         remaining = list(edges)
         while remaining:
             next_ones = remaining[: self.widest]
-            chances = [chance_to_stand(expected[edge], self._ratios(edge[1]), self.tau, self.absolute) for edge in next_ones]
+            chances = [chance_to_stand(sizes[edge], self._ratios(edge[1]), self.tau, self.absolute) for edge in next_ones]
             stands = [chance > 0.5 for chance in chances]
             together = next_ones[: how_many(chances)]
             accepted = None
@@ -72,7 +71,6 @@ class EdgeTests:
                     accepted, self.loss = place, loss
                 if self._stands(effect) != stands[place]:
                     break  # the later tests assumed the other outcome
-            self._expect_anew(together, place, stands, expected)
             if accepted is not None:
                 self.running.accept(accepted)
 
@@ -94,23 +92,6 @@ class EdgeTests:
     def _ratios(self, column: int) -> deque[float]:
         return self.ratios[self.running.graph.readers[column].kind]
 
-    def _expect_anew(
-        self,
-        together: Sequence[Edge],
-        last: int,
-        stands: Sequence[bool],
-        expected: dict[Edge, tuple[float, float]],
-    ) -> None:
-        """Better expectations for tests that were run under a wrong assumption: what they showed there."""
-        rises = self.running.estimated_rises()
-        before = 0.0
-        for place, edge in enumerate(together):
-            rise = rises[place] - before
-            if stands[place]:
-                before = rises[place]
-            if place > last:
-                expected[edge] = (rise, 0.0)
-
     def remove_untested(self, column: int) -> None:
         """Remove all edges into a reader that nothing reads; only a norm on the layer's output can feel it."""
         if not self.running.post_norm:
@@ -128,13 +109,9 @@ class EdgeTests:
         return loss
 
 
-def chance_to_stand(expected: tuple[float, float], ratios: Sequence[float], tau: float, absolute: bool) -> float:
-    """How likely a removal is to stand, if its effect is to its size as the last ones' were.
-
-    Expected is the rise that was told before, and the size on which the rest depends.
-    """
-    rise, size = expected
-    outcomes = rise + size * np.array(ratios)
+def chance_to_stand(size: float, ratios: Sequence[float], tau: float, absolute: bool) -> float:
+    """How likely a removal is to stand, if its effect is to its size as the last ones' were."""
+    outcomes = size * np.array(ratios)
     stand = (np.abs(outcomes) if absolute else outcomes) < tau
     return float(stand.sum() + 0.5) / (len(ratios) + 1)
 

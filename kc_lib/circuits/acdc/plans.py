@@ -15,9 +15,7 @@ Shapes: ``[row, trial, d_model]``, as in ``removals.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -227,9 +225,3 @@ def layer_projection(attention: Attention, graph: Graph, layer: int) -> Projecti
         biases.append(bias.repeat_interleave(n_readers // len(bias), 0))
     bias = torch.cat(biases)
     return Projection(attention.norm, torch.cat(weights), bias[:, None, None] if bias.any() else None)
-
-
-def slices(places: Sequence[int]) -> list[slice]:
-    """Ascending places as slices, as long as they can be."""
-    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
-    return [slice(places[i], places[j - 1] + 1) for i, j in pairwise([*starts, len(places)])]

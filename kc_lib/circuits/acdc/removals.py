@@ -19,12 +19,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kc_lib.circuits.acdc.losses import StreamLosses
-from kc_lib.circuits.acdc.plans import Heads, Needs, Plan, Projection, Run, Sums, layer_projection, rows_of, slices
+from kc_lib.circuits.acdc.plans import Heads, Needs, Plan, Projection, Run, Sums, layer_projection, rows_of
 from kc_lib.circuits.acdc.products import edge_sums, packed_mlp
 from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.graph import Graph
 from kc_lib.residual.activations import ablated_inputs
-from kc_lib.residual.decoder import Decoder, frozen
+from kc_lib.residual.decoder import Decoder
 
 
 class RunningCircuit:
@@ -82,7 +82,6 @@ class RunningCircuit:
                 self._run_mlp(layer, self._inputs([mlp], needs.mlp_rows)[0, :, None], run)
                 self._take(run, 0)
         self.final = self._inputs([self.last], self.n_answer_rows)[0]
-        self._slope = self._loss_slope()
 
     def full_loss(self) -> float:
         """The circuit's loss."""
@@ -107,12 +106,6 @@ class RunningCircuit:
         yield from map(float, self._losses(final))
 
     @torch.no_grad()
-    def estimated_rises(self) -> list[float]:
-        """How much the loss of each trial of the last call lies above the circuit's, the loss taken as linear."""
-        change = self._trial[2] - self.final[:, None]
-        return torch.einsum("nkd,nd->k", change, self._slope).tolist()
-
-    @torch.no_grad()
     def accept(self, trial: int) -> None:
         """Make a trial of the last call the circuit."""
         removed, run, final = self._trial
@@ -128,14 +121,6 @@ class RunningCircuit:
         carried = torch.linalg.vector_norm(self.differences, dim=-1)
         least = torch.finfo(seen.dtype).eps
         return (carried / seen.clamp(min=least)).mean(-1).clamp(min=least)
-
-    def _loss_slope(self) -> Float[Tensor, "answer_row d_model"]:
-        """Gradient of the circuit's loss at the logits' input."""
-        x = self.final[:, None].clone()
-        with frozen(self.decoder.bridge), torch.enable_grad():
-            x.requires_grad_()
-            (slope,) = torch.autograd.grad(next(self._losses(x)), x)
-        return slope[:, 0]
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
@@ -169,16 +154,8 @@ class RunningCircuit:
         start, n_rows = self.graph.head_writers(layer).start, needs.head_rows
         writers = [start + head for head in heads.heads]
         z = self._attend(layer, heads, heads.projected(x))
-        if self.post_norm:
-            raw = torch.bmm(z, attention.W_O[heads.heads]).view(len(writers), n_rows, run.n_trials, -1)
-            run.buffer[writers, :n_rows] = attention.contributions(raw)
-        else:
-            done = 0
-            for some in slices(heads.heads):
-                n = some.stop - some.start
-                room = run.buffer[start + some.start : start + some.stop, :n_rows].view(n, -1, run.buffer.shape[-1])
-                torch.bmm(z[done : done + n], attention.W_O[some], out=room)
-                done += n
+        written = torch.bmm(z, attention.W_O[heads.heads]).view(len(writers), n_rows, run.n_trials, -1)
+        run.buffer[writers, :n_rows] = attention.contributions(written)
         self._wrote(run, writers, n_rows)
 
     def _write_other_heads(self, layer: int, run: Run) -> None:
@@ -208,8 +185,7 @@ class RunningCircuit:
 
     def _take(self, run: Run, trial: int) -> None:
         """Keep what a run's writers wrote in one trial."""
-        for some in slices(run.writers):
-            torch.sub(run.buffer[some, :, trial], self.ablated[some], out=self.differences[some])
+        self.differences[run.writers] = run.buffer[run.writers, :, trial] - self.ablated[run.writers]
 
     def _attend(
         self, layer: int, heads: Heads, projected: Sequence[Float[Tensor, "head n_rows trial d_head"]]
