@@ -28,7 +28,7 @@ def read_bytes(path: str | Path, error: type[KnowledgeCircuitsError] = TaskError
     path = Path(path)
     try:
         if not path.exists():
-            raise error(f"no file {str(path)!r}: check the path")
+            raise error(f"{path} cannot be read: no such file; check the path")
         if not path.is_file():
             raise error(f"{path} cannot be read: it is a {'folder' if path.is_dir() else 'pipe or device'}, not a file")
         if path.stat().st_size > LARGEST:

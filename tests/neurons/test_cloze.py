@@ -309,7 +309,7 @@ def test_bad_pararel_files_are_one_line(facts: list[Any], parts: tuple[str, ...]
     ("content", "part"),
     [
         ("", "holds no patterns"),
-        ('{"pattern": "[X] is [Y]"}\n{', "row 2 is not JSON"),
+        ('{"pattern": "[X] is [Y]"}\n{', "row 2 cannot be read as JSON"),
         ('{"pattern": "[X] is"}', "row 1 has the pattern '[X] is'"),
         ('\n{"pattern": "is [Y]"}', "row 2 has the pattern 'is [Y]'"),
         ('{"lemma": "is"}', "row 1 has the pattern None"),
