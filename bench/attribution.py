@@ -30,9 +30,8 @@ from kc_lib.circuits.selection import select
 from kc_lib.graph import Circuit
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
-from kc_lib.residual.activations import ablation
+from kc_lib.residual.activations import ablation, shared_prefix
 from kc_lib.residual.logits import full_logits
-from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import make_batch
 from kc_lib.tasks.task import load_task
 
@@ -96,15 +95,15 @@ def main(
     table.add_row("ratio (run by run)", f"{statistics.median(ratios):.1f}x faster", f"{fewer:.1f}x fewer")
     console.print(table)
 
-    context = shared_context(decoder, batch, "patching")
-    ablated = ablation(decoder, "patching", batch, context=context)
+    prefix = shared_prefix(decoder, batch, "patching")
+    ablated = ablation(decoder, "patching", batch, prefix=prefix)
     scores = score_edges(model, chosen, steps=steps, batch_size=pairs)
     table = Table("edges", "seconds / plain forward", "GFLOP / plain forward", title="running a circuit")
     for share in (0.001, 0.005, 0.02, 0.1, 0.5, 1.0):
         circuit = select(scores, "absolute", share)
 
         def run(circuit: Circuit = circuit) -> torch.Tensor:
-            return run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated, context)
+            return run_circuit(decoder, circuit.graph, circuit.mask, batch, ablated, prefix)
 
         run()
         slower = statistics.median(timed(run)[1] / timed(plain)[1] for _ in range(repeats))

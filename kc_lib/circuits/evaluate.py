@@ -26,10 +26,9 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit
 from kc_lib.metrics import METRICS, Metric, answer_rank, get_metric
 from kc_lib.models.model import Model
-from kc_lib.residual.activations import Means, ablation
+from kc_lib.residual.activations import Means, ablation, shared_prefix
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits, reference_means
-from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.results import Result, load_table, save_table
 from kc_lib.stats import MINIMAL_EFFECT, resampled_means, with_interval
 from kc_lib.tasks.batches import Batch, TokenPair, batches
@@ -218,12 +217,12 @@ def _runs(
     masks |= {name: (one.circuit.graph, one.circuit.mask) for name, one in circuits.items()}
     with tqdm(total=len(pairs) * len(masks), desc="running circuits", unit="run", disable=not progress) as bar:
         for batch in batches(pairs, asked.batch_size, asked.full_answer, decoder.device):
-            context = shared_context(decoder, batch, asked.intervention)
-            ablated = ablation(decoder, asked.intervention, batch, means, context)
-            full = full_logits(decoder, batch, context)
+            prefix = shared_prefix(decoder, batch, asked.intervention)
+            ablated = ablation(decoder, asked.intervention, batch, means, prefix)
+            full = full_logits(decoder, batch, prefix)
             yield "full", full, full, batch
             for name, (graph, mask) in masks.items():
-                yield name, run_circuit(decoder, graph, mask, batch, ablated, context), full, batch
+                yield name, run_circuit(decoder, graph, mask, batch, ablated, prefix), full, batch
                 bar.update(len(batch))
 
 

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
-from kc_lib.residual.activations import Ablation
+from kc_lib.residual.activations import NO_PREFIX, Ablation, PrefixCache
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import at_answers
-from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
 
@@ -34,7 +33,7 @@ class _Circuit:
     graph: Graph
     mask: Bool[Tensor, "writer reader"]
     ablation: Ablation
-    prefix: Context
+    prefix: PrefixCache
 
 
 class _Stream:
@@ -78,22 +77,22 @@ def run_circuit(
     mask: Bool[Tensor, "writer reader"],
     batch: Batch,
     ablation: Ablation,
-    context: Context = EMPTY,
+    prefix: PrefixCache = NO_PREFIX,
 ) -> Float[Tensor, "batch answer vocab"]:
     """Logits at the answer positions of the clean prompts, run through the circuit alone.
 
     The full mask gives the model's own logits; the empty mask gives those of the ablated stream (with patching: the
-    corrupted prompts'). The mask need not be pruned. ``ablation`` covers the positions after the context's.
+    corrupted prompts'). The mask need not be pruned. ``ablation`` covers the positions after the prefix's.
     """
-    circuit = _Circuit(decoder, graph, mask, ablation, context)
+    circuit = _Circuit(decoder, graph, mask, ablation, prefix)
     active = _active_writers(circuit)
-    resid = decoder.embed(batch.clean)[:, context.start :]
+    resid = decoder.embed(batch.clean)[:, prefix.start :]
     stream = _Stream(int(active.sum()), ablation.outputs[0].expand_as(resid).clone())
     if active[0]:
         stream.add(0, resid - ablation.outputs[0])
     for layer in range(graph.n_layers):
         _run_layer(circuit, layer, active, stream)
-    at = partial(at_answers, batch=batch, context=context)
+    at = partial(at_answers, batch=batch, prefix=prefix)
     return decoder.unembed(stream.reader_inputs(mask[:, -1:], decoder.bias_before[-1], at)[0]).float()
 
 

@@ -27,10 +27,9 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.metrics import Metric, get_metric
 from kc_lib.models.model import Model
-from kc_lib.residual.activations import ablation
+from kc_lib.residual.activations import ablation, shared_prefix
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.patch import clean_run, patch_writers
-from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.results import Result
 from kc_lib.stats import interval, resampled_means
 from kc_lib.tasks.batches import TokenPair, batches
@@ -207,9 +206,9 @@ def ablated_values(
     values: dict[str, list[Tensor]] = {}
     with tqdm(total=len(pairs) * len(rows), desc="ablating nodes", unit="run", disable=not progress) as bar:
         for batch in batches(pairs, batch_size, device=decoder.device):
-            context = shared_context(decoder, batch, intervention)
-            ablated = ablation(decoder, intervention, batch, means, context)
-            run, full = clean_run(decoder, graph, batch, context), full_logits(decoder, batch, context)
+            prefix = shared_prefix(decoder, batch, intervention)
+            ablated = ablation(decoder, intervention, batch, means, prefix)
+            run, full = clean_run(decoder, graph, batch, prefix), full_logits(decoder, batch, prefix)
             values.setdefault("full", []).append(metric(full, batch, full).double().cpu())
             for name, writers in rows.items():
                 logits = patch_writers(decoder, graph, batch, run, ablated, writers)

@@ -1,4 +1,12 @@
-"""What every writer adds to the residual stream, and the values it is given where a circuit leaves it out."""
+"""What every writer adds to the residual stream, and the values it is given where a circuit leaves it out.
+
+The prefix cache is the part of a batch's prompts that no run can change, computed once.
+
+Under causal attention a position depends on nothing to its right. Where the ablated values are those of the corrupted
+prompts, every position left of the first token in which clean and corrupted prompt differ is the same in the clean, the
+corrupted and every interpolated or patched run: its differences are zero and add nothing to any score. What later
+positions need of it are its keys and values. In a prompt like "The capital city of France is" that is most of the work.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +21,77 @@ from torch import Tensor
 from kc_lib.errors import MethodError, checked
 from kc_lib.graph import Graph
 from kc_lib.residual.decoder import Decoder
-from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
 INTERVENTIONS = ("patching", "zero", "mean", "positional_mean")
 
 
+@dataclass(frozen=True)
+class PrefixCache:
+    """Keys and values, per layer, of the first ``start`` positions of each prompt; kernels run the positions after them."""
+
+    start: int = 0
+    past: tuple[tuple[Float[Tensor, "batch past kv d_head"], Float[Tensor, "batch past kv d_head"]], ...] = ()
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        return self.past[layer] if self.past else None
+
+    def of_heads(self, layer: int, kv_heads: Int[Tensor, " head"]) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of these key-value heads, one for each query head."""
+        return (self.past[layer][0][:, :, kv_heads], self.past[layer][1][:, :, kv_heads]) if self.past else None
+
+
+NO_PREFIX = PrefixCache()
+
+
+@torch.no_grad()
+def shared_prefix(decoder: Decoder, batch: Batch, intervention: str) -> PrefixCache:
+    """The prefix of a batch: what its clean and corrupted prompts share from the left, in every row.
+
+    Empty for interventions other than patching, which change every position.
+    """
+    if intervention != "patching":
+        return NO_PREFIX
+    differs = (batch.clean != batch.corrupted).any(0)
+    shared = int(differs.nonzero()[0]) if differs.any() else batch.clean.shape[1]
+    start = min(shared, int(batch.answer_positions.min()))  # the answer is always read from positions that are run
+    if start == 0:
+        return NO_PREFIX
+    prefixes, row_of = batch.clean[:, :start].unique(dim=0, return_inverse=True)
+    prefix = prefix_of(decoder, prefixes)
+    return PrefixCache(start, tuple((k[row_of], v[row_of]) for k, v in prefix.past))
+
+
+@torch.no_grad()
+def prefix_of(decoder: Decoder, tokens: Int[Tensor, "batch past"]) -> PrefixCache:
+    """The prefix that these tokens are to whatever follows them."""
+    if not tokens.shape[1]:
+        return NO_PREFIX
+    resid = decoder.embed(tokens)
+    past = []
+    for layer in range(decoder.n_layers):
+        past.append(decoder.keys_values(layer, resid))
+        resid = decoder.run_block(layer, resid)
+    return PrefixCache(tokens.shape[1], tuple(past))
+
+
 @torch.no_grad()
 @checked
 def writer_outputs(
-    decoder: Decoder, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"], prefix: PrefixCache = NO_PREFIX
 ) -> Float[Tensor, "writer batch new_pos d_model"]:
-    """Every writer's contribution to the stream in a plain run, at the positions after the context's.
+    """Every writer's contribution to the stream in a plain run, at the positions after the prefix's.
 
     The contributions below a reader, plus the attention biases below it, sum to the reader's input exactly; where the
     model normalises outputs (Gemma), a head's contribution is scaled as the norm scales it in this run.
     """
-    resid = decoder.embed(tokens)[:, context.start :]
+    resid = decoder.embed(tokens)[:, prefix.start :]
     outputs = resid.new_empty(decoder.n_writers, *resid.shape)
     outputs[0] = resid
     row = 1
     for layer, block in enumerate(decoder.blocks):
         attention = block.attention
-        z = attention.attend(*attention.projections(resid), context.of_layer(layer))
+        z = attention.attend(*attention.projections(resid), prefix.of_layer(layer))
         heads = attention.contributions(attention.head_outputs(z))
         after_attention = resid + heads.sum(0) + attention.b_O
         mlp = block.mlp_output(decoder.mlp_input(layer, resid, after_attention))
@@ -103,7 +159,7 @@ def ablation(
     kind: str,
     batch: Batch,
     means: Means | None = None,
-    context: Context = EMPTY,
+    prefix: PrefixCache = NO_PREFIX,
     outputs_of: Callable[..., Tensor] = writer_outputs,
 ) -> Ablation:
     """The ablated values for one batch: the corrupted prompts' outputs, zeros, or means of a reference set.
@@ -114,7 +170,7 @@ def ablation(
         MethodError: an unknown kind, or a mean without its reference or too short for this batch.
     """
     if kind == "patching":
-        return Ablation(kind, outputs_of(decoder, batch.corrupted, context))
+        return Ablation(kind, outputs_of(decoder, batch.corrupted, prefix))
     if kind == "zero":
         return Ablation(kind, decoder.W_U.new_zeros(decoder.n_writers, 1, 1, decoder.W_U.shape[0]))
     if kind not in INTERVENTIONS:

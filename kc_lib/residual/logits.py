@@ -9,33 +9,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kc_lib.errors import checked
-from kc_lib.residual.activations import Means, mean_outputs, writer_outputs
+from kc_lib.residual.activations import NO_PREFIX, Means, PrefixCache, mean_outputs, writer_outputs
 from kc_lib.residual.decoder import Decoder
-from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 
 
 @torch.no_grad()
 @checked
-def full_logits(decoder: Decoder, batch: Batch, context: Context = EMPTY) -> Float[Tensor, "batch answer vocab"]:
+def full_logits(decoder: Decoder, batch: Batch, prefix: PrefixCache = NO_PREFIX) -> Float[Tensor, "batch answer vocab"]:
     """The whole model's logits at the answer positions of the clean prompts, in float32."""
-    final = decoder.run(decoder.embed(batch.clean)[:, context.start :], past=context.past)
-    return logits_at_answers(decoder, final, batch, context)
+    final = decoder.run(decoder.embed(batch.clean)[:, prefix.start :], past=prefix.past)
+    return logits_at_answers(decoder, final, batch, prefix)
 
 
 def logits_at_answers(
-    decoder: Decoder, final: Float[Tensor, "*run batch pos d_model"], batch: Batch, context: Context = EMPTY
+    decoder: Decoder, final: Float[Tensor, "*run batch pos d_model"], batch: Batch, prefix: PrefixCache = NO_PREFIX
 ) -> Float[Tensor, "*run batch answer vocab"]:
-    """The logits at the answer positions, in float32, from the final residual stream after the context."""
-    return decoder.unembed(at_answers(final, batch, context)).float()
+    """The logits at the answer positions, in float32, from the final residual stream after the prefix."""
+    return decoder.unembed(at_answers(final, batch, prefix)).float()
 
 
 def at_answers(
-    x: Float[Tensor, "*n batch pos d"], batch: Batch, context: Context = EMPTY
+    x: Float[Tensor, "*n batch pos d"], batch: Batch, prefix: PrefixCache = NO_PREFIX
 ) -> Float[Tensor, "*n batch answer d"]:
-    """What stands at the positions that predict answers; ``x`` begins after the context."""
+    """What stands at the positions that predict answers; ``x`` begins after the prefix."""
     rows = torch.arange(len(batch), device=x.device)[:, None]
-    return x[..., rows, batch.answer_positions - context.start, :]
+    return x[..., rows, batch.answer_positions - prefix.start, :]
 
 
 def reference_means(

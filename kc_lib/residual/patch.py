@@ -12,10 +12,9 @@ from torch import Tensor
 
 from kc_lib.errors import checked
 from kc_lib.graph import Graph, Reader
-from kc_lib.residual.activations import Ablation, writer_outputs
+from kc_lib.residual.activations import NO_PREFIX, Ablation, PrefixCache, writer_outputs
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import logits_at_answers
-from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
 
@@ -26,17 +25,17 @@ class CleanRun:
     batch: Batch
     outputs: Float[Tensor, "writer batch pos d_model"]
     streams: Float[Tensor, "layer batch pos d_model"]
-    context: Context
+    prefix: PrefixCache
 
 
 @torch.no_grad()
-def clean_run(decoder: Decoder, graph: Graph, batch: Batch, context: Context = EMPTY) -> CleanRun:
-    """The clean prompts' writer outputs after the context, and the streams they sum to."""
-    outputs = writer_outputs(decoder, batch.clean, context)
+def clean_run(decoder: Decoder, graph: Graph, batch: Batch, prefix: PrefixCache = NO_PREFIX) -> CleanRun:
+    """The clean prompts' writer outputs after the prefix, and the streams they sum to."""
+    outputs = writer_outputs(decoder, batch.clean, prefix)
     streams = [
         outputs[: graph.writers_before(layer)].sum(0) + decoder.bias_before[layer] for layer in range(graph.n_layers + 1)
     ]
-    return CleanRun(batch, outputs, torch.stack(streams), context)
+    return CleanRun(batch, outputs, torch.stack(streams), prefix)
 
 
 @torch.no_grad()
@@ -73,10 +72,10 @@ def patch_edges(
         if reader.kind == "mlp":
             seen = mlp_input + flat(change)
         else:
-            after_attention = before + _attention_with(decoder, graph, reader, before, flat(change), run.context)
+            after_attention = before + _attention_with(decoder, graph, reader, before, flat(change), run.prefix)
             seen = before if block.parallel else after_attention
-        final = decoder.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.context.past)
-    return logits_at_answers(decoder, final.unflatten(0, (n_edges, -1)), run.batch, run.context)
+        final = decoder.run(after_attention + block.mlp_output(block.mlp_norm(seen)), layer + 1, run.prefix.past)
+    return logits_at_answers(decoder, final.unflatten(0, (n_edges, -1)), run.batch, run.prefix)
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def patch_writers(
     for layer in range(first, graph.n_layers):
         block, heads = decoder.blocks[layer], graph.head_writers(layer)
         attention = block.attention
-        z = attention.attend(*attention.projections(resid), run.context.of_layer(layer))
+        z = attention.attend(*attention.projections(resid), run.prefix.of_layer(layer))
         after_attention = resid + attention.output(z)
         own = [writer for writer in chosen if heads.start <= writer < heads.stop]
         if own:
@@ -106,16 +105,16 @@ def patch_writers(
             after_attention = after_attention - (written - change[own]).sum(0)
         out = block.mlp_output(decoder.mlp_input(layer, resid, after_attention))
         resid = after_attention + (change[heads.stop] if heads.stop in chosen else out)
-    return logits_at_answers(decoder, resid, batch, run.context)
+    return logits_at_answers(decoder, resid, batch, run.prefix)
 
 
 def _attention_with(
-    decoder: Decoder, graph: Graph, reader: Reader, stream: Tensor, change: Tensor, context: Context
+    decoder: Decoder, graph: Graph, reader: Reader, stream: Tensor, change: Tensor, prefix: PrefixCache
 ) -> Tensor:
     """The attention layer's write when one q, k or v reader sees ``stream + change`` and the others ``stream``."""
     attention = decoder.blocks[reader.layer].attention
     x, changed = attention.norm(stream), attention.norm(stream + change)
-    past = context.of_heads(reader.layer, torch.arange(graph.n_heads) // attention.group_size)
+    past = prefix.of_heads(reader.layer, torch.arange(graph.n_heads) // attention.group_size)
     projections = []
     for kind in "qkv":
         y = attention.project(kind, x)

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kc_lib.errors import checked
+from kc_lib.residual.activations import PrefixCache, prefix_of
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.parts import Attention
-from kc_lib.residual.prefix_cache import Context, context_of
 from kc_lib.tracing.options import WINDOWED
 
 LOGITS_AT_ONCE = 2**24  # 64 MB
@@ -45,7 +45,7 @@ class Kept:
 class FactRuns:
     """The runs of one fact that its cells are made of; ``clean`` has a single sample."""
 
-    prefix: Context
+    prefix: PrefixCache
     clean: Kept
     corrupted: Kept
     answer: int
@@ -90,12 +90,12 @@ def fact_runs(
     answer: int,
 ) -> FactRuns:
     """Clean and corrupted runs of a prompt, from position ``start`` on; ``corrupted`` is the stream before block 0."""
-    prefix = context_of(decoder, tokens[None, :start])
+    prefix = prefix_of(decoder, tokens[None, :start])
     clean = decoder.embed(tokens[None])[:, start:]
     return FactRuns(prefix, _kept(decoder, clean, prefix), _kept(decoder, corrupted, prefix), answer)
 
 
-def _kept(decoder: Decoder, resid: Float[Tensor, "sample pos d_model"], prefix: Context) -> Kept:
+def _kept(decoder: Decoder, resid: Float[Tensor, "sample pos d_model"], prefix: PrefixCache) -> Kept:
     streams, layers = [resid], []
     for layer, block in enumerate(decoder.blocks):
         attention = block.attention

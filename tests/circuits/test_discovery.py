@@ -20,9 +20,8 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Graph
 from kc_lib.metrics import METRICS
 from kc_lib.models.model import Model
-from kc_lib.residual.activations import Ablation, ablation, writer_outputs
+from kc_lib.residual.activations import NO_PREFIX, Ablation, ablation, shared_prefix, writer_outputs
 from kc_lib.residual.logits import reference_means
-from kc_lib.residual.prefix_cache import EMPTY, shared_context
 from kc_lib.tasks.batches import TokenPair, make_batch
 
 NEW = ("eap_ig_activations", "qk_fix", "flow_routes")
@@ -130,12 +129,12 @@ def test_scores_do_not_depend_on_the_batches(small_model: SmallModel, kind: str,
 def test_shared_positions_change_nothing(small_model: SmallModel, kind: str) -> None:
     decoder = small_model(kind).residual
     graph, metric, batch = decoder.graph(), METRICS["logit_difference"], make_batch(random_pairs())
-    context = shared_context(decoder, batch, "patching")
-    assert context.start == 2
+    prefix = shared_prefix(decoder, batch, "patching")
+    assert prefix.start == 2
     for fixed in (True, False):
         scores = []
-        for used in (EMPTY, context):
-            prepared = Prepared(batch, metric, ablation(decoder, "patching", batch, context=used), prefix=used)
+        for used in (NO_PREFIX, prefix):
+            prepared = Prepared(batch, metric, ablation(decoder, "patching", batch, prefix=used), prefix=used)
             if fixed:
                 scores.append(qk_fix_scores(decoder, graph, prepared))
             else:

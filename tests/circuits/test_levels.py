@@ -16,7 +16,7 @@ from kc_lib.circuits.scores import EdgeScores, NeuronScores, PositionScores
 from kc_lib.circuits.scoring.prepared import POSITION_GROUPS, by_position
 from kc_lib.errors import MethodError, ModelError
 from kc_lib.graph import Graph
-from kc_lib.residual.prefix_cache import shared_context
+from kc_lib.residual.activations import shared_prefix
 from kc_lib.tasks.batches import TokenPair, make_batch
 
 LENGTHS = (5, 9, 9, 7, 4)
@@ -117,7 +117,7 @@ def test_scores_of_a_group_are_the_oracles_at_its_positions(
 ) -> None:
     pairs = placed_pairs(seed=32)
     batch, hf = make_batch(pairs), hf_model(small_folder(kind))
-    assert shared_context(small_model(kind).residual, batch, "patching").start == 2
+    assert shared_prefix(small_model(kind).residual, batch, "patching").start == 2
     found = score_edges(small_model(kind), pairs, method, steps=2, grouped=grouped, per="position")
     decoder = None
     if method == "gim":

@@ -16,9 +16,8 @@ from kc_lib.circuits.scoring.edges import edge_scores
 from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import ModelError
 from kc_lib.metrics import METRICS
-from kc_lib.residual.activations import ablation
+from kc_lib.residual.activations import ablation, shared_prefix
 from kc_lib.residual.backward_rules import GIM, NATIVE, RELP, BackwardRules
-from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.tasks.batches import TokenPair, make_batch
 
 RULES = {"relp": RELP, "relp_ah": replace(RELP, freeze_pattern=True), "gim": GIM}
@@ -41,9 +40,9 @@ def oracle(folder: Path, pairs: list[TokenPair], method: str, grouped: bool) -> 
 
 def kernel(model: object, pairs: list[TokenPair], using: BackwardRules, grouped: bool = True) -> Tensor:
     decoder, batch = model.residual, make_batch(pairs)
-    context = shared_context(decoder, batch, "patching")
-    ablated = ablation(decoder, "patching", batch, context=context)
-    prepared = Prepared(batch, METRICS["logit_difference"], ablated, prefix=context)
+    prefix = shared_prefix(decoder, batch, "patching")
+    ablated = ablation(decoder, "patching", batch, prefix=prefix)
+    prepared = Prepared(batch, METRICS["logit_difference"], ablated, prefix=prefix)
     (scores,) = edge_scores(decoder, decoder.graph(grouped), prepared, [1.0], rules=using)
     return scores / len(pairs)
 

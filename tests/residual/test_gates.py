@@ -24,11 +24,10 @@ from kc_lib.circuits.run import run_circuit
 from kc_lib.errors import ModelError
 from kc_lib.models.load import load_model
 from kc_lib.models.smollm2 import cached_smollm2
-from kc_lib.residual.activations import INTERVENTIONS, ablation, writer_outputs
+from kc_lib.residual.activations import INTERVENTIONS, NO_PREFIX, ablation, shared_prefix, writer_outputs
 from kc_lib.residual.decoder import Decoder, frozen
 from kc_lib.residual.logits import full_logits, reference_means
 from kc_lib.residual.patch import clean_run, patch_edges
-from kc_lib.residual.prefix_cache import EMPTY, shared_context
 from kc_lib.tasks.batches import Batch, TokenPair, make_batch
 from kc_lib.tasks.task import load_task
 
@@ -46,10 +45,10 @@ def test_the_full_mask_is_the_model_and_the_empty_mask_the_corrupted_prompt(
     batch = make_batch(random_pairs(), full_answer)
     clean, corrupted = native_logits(model, batch.clean, batch), native_logits(model, batch.corrupted, batch)
     assert relative_gap(clean, corrupted) > 0.05  # or the test could not tell one from the other
-    context = shared_context(decoder, batch, "patching")
-    assert context.start == 2
-    for used in (EMPTY, context):
-        ablated = ablation(decoder, "patching", batch, context=used)
+    prefix = shared_prefix(decoder, batch, "patching")
+    assert prefix.start == 2
+    for used in (NO_PREFIX, prefix):
+        ablated = ablation(decoder, "patching", batch, prefix=used)
         assert relative_gap(run_circuit(decoder, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
         assert (
             relative_gap(run_circuit(decoder, graph, torch.zeros_like(graph.edges), batch, ablated, used), corrupted) <= 1e-5
@@ -66,8 +65,8 @@ def test_the_full_mask_is_the_model_under_every_intervention(
     decoder = model.residual
     graph = decoder.graph(grouped)
     batch = make_batch(pairs)
-    context = shared_context(decoder, batch, intervention)
-    assert context is EMPTY
+    prefix = shared_prefix(decoder, batch, intervention)
+    assert prefix is NO_PREFIX
     ablated = ablation(decoder, intervention, batch, reference_means(decoder, intervention, pairs, 3))
     clean = native_logits(model, batch.clean, batch)
     assert relative_gap(run_circuit(decoder, graph, graph.edges, batch, ablated), clean) <= 1e-5
@@ -83,11 +82,11 @@ def test_the_context_ends_where_prompts_differ_or_the_answer_is_read(small_model
     at_bos = TokenPair((4, 5, 6, 7), (1, 5, 6, 7), (8,), 10, {}, {})
     for pairs, start in (([first, late], 1), ([late], 3), ([same], 3), ([late, same], 3), ([at_bos, late], 0)):
         batch = make_batch(pairs)
-        context = shared_context(decoder, batch, "patching")
-        assert context.start == start
-        ablated = ablation(decoder, "patching", batch, context=context)
+        prefix = shared_prefix(decoder, batch, "patching")
+        assert prefix.start == start
+        ablated = ablation(decoder, "patching", batch, prefix=prefix)
         for mask, tokens in ((graph.edges, batch.clean), (torch.zeros_like(graph.edges), batch.corrupted)):
-            logits = run_circuit(decoder, graph, mask, batch, ablated, context)
+            logits = run_circuit(decoder, graph, mask, batch, ablated, prefix)
             assert relative_gap(logits, native_logits(small_model(kind), tokens, batch)) <= 1e-5
 
 
@@ -109,9 +108,9 @@ def check_single_edges(
     graph = decoder.graph(grouped)
     clean = full_logits(decoder, batch)
     last = batch.answer_positions[:, 0]
-    contexts = [EMPTY, shared_context(decoder, batch, "patching")]
-    ablations = [ablation(decoder, "patching", batch, context=context) for context in contexts]
-    runs = [clean_run(decoder, graph, batch, context) for context in contexts]
+    contexts = [NO_PREFIX, shared_prefix(decoder, batch, "patching")]
+    ablations = [ablation(decoder, "patching", batch, prefix=prefix) for prefix in contexts]
+    runs = [clean_run(decoder, graph, batch, prefix) for prefix in contexts]
     largest_change = 0.0
     for row, column in edges:
         reader = graph.readers[column]
@@ -122,8 +121,8 @@ def check_single_edges(
         tolerance = max(1e-4 * change, 1e-5 * clean.abs().max().item())
         mask = graph.edges.clone()
         mask[row, column] = False
-        for context, ablated, run in zip(contexts, ablations, runs, strict=True):
-            removed = run_circuit(decoder, graph, mask, batch, ablated, context)[:, 0]
+        for prefix, ablated, run in zip(contexts, ablations, runs, strict=True):
+            removed = run_circuit(decoder, graph, mask, batch, ablated, prefix)[:, 0]
             restarted = patch_edges(decoder, graph, run, ablated, reader, [row])[0, :, 0]
             assert (removed - expected).abs().max() <= tolerance, names
             assert (restarted - expected).abs().max() <= tolerance, names
@@ -168,7 +167,7 @@ def test_random_circuits_are_what_the_sums_written_out_give(
     clean = full_logits(decoder, batch)
     generator = torch.Generator().manual_seed(2)
     mask = graph.edges & (torch.rand(graph.edges.shape, generator=generator) < share)
-    context = shared_context(decoder, batch, intervention)
+    prefix = shared_prefix(decoder, batch, intervention)
     means = reference_means(decoder, intervention, pairs, 3)
     values: str | Tensor = intervention
     if means is not None:
@@ -177,7 +176,7 @@ def test_random_circuits_are_what_the_sums_written_out_give(
     last = batch.answer_positions[:, 0]
     expected = patching.oracle_circuit_logits(hf, batch.clean, batch.corrupted, last, mask, not grouped, values)
     assert relative_gap(expected, clean[:, 0]) > 0.01
-    for used in {EMPTY.start: EMPTY, context.start: context}.values():
+    for used in {NO_PREFIX.start: NO_PREFIX, prefix.start: prefix}.values():
         ablated = ablation(decoder, intervention, batch, means, used)
         actual = run_circuit(decoder, graph, mask, batch, ablated, used)[:, 0]
         assert relative_gap(actual, expected) <= 1e-5
@@ -276,12 +275,12 @@ def test_smollm2_passes_the_gates(smollm2: TransformerBridge) -> None:
     decoder, hf = smollm2.residual, hf_model(cached_smollm2())
     batch = make_batch(load_task("country_capital", smollm2, max_facts=6).discovery[:3])
     clean, corrupted = native_logits(smollm2, batch.clean, batch), native_logits(smollm2, batch.corrupted, batch)
-    context = shared_context(decoder, batch, "patching")
-    assert context.start > 0
+    prefix = shared_prefix(decoder, batch, "patching")
+    assert prefix.start > 0
     for grouped in (True, False):
         graph = decoder.graph(grouped)
-        for used in (EMPTY, context):
-            ablated = ablation(decoder, "patching", batch, context=used)
+        for used in (NO_PREFIX, prefix):
+            ablated = ablation(decoder, "patching", batch, prefix=used)
             assert relative_gap(run_circuit(decoder, graph, graph.edges, batch, ablated, used), clean) <= 1e-5
             empty = run_circuit(decoder, graph, torch.zeros_like(graph.edges), batch, ablated, used)
             assert relative_gap(empty, corrupted) <= 1e-5

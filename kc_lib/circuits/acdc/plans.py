@@ -24,8 +24,8 @@ from torch import Tensor
 
 from kc_lib.circuits.acdc.products import EdgeSums
 from kc_lib.graph import Graph
+from kc_lib.residual.activations import NO_PREFIX, PrefixCache
 from kc_lib.residual.parts import Attention, Norm
-from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
 
@@ -33,7 +33,7 @@ from kc_lib.tasks.batches import Batch
 class Rows:
     """Rows of a batch: those that predict answers first, the rest from the right end of the prompts to the left.
 
-    ``row_of`` gives the row of every position after the context (pads: any row), ``first`` one flat position (example times
+    ``row_of`` gives the row of every position after the prefix (pads: any row), ``first`` one flat position (example times
     positions plus position) of every row, ``sees`` the rows that each row may attend to, ``answers`` the answers' rows.
     """
 
@@ -50,10 +50,10 @@ class Rows:
         return x.expand(x.shape[0], *self.row_of.shape, x.shape[-1]).flatten(1, 2)[:, self.first]
 
 
-def rows_of(batch: Batch, intervention: str, context: Context = EMPTY) -> Rows:
+def rows_of(batch: Batch, intervention: str, prefix: PrefixCache = NO_PREFIX) -> Rows:
     """The rows of a batch's clean prompts; under patching, positions are one row only if corrupted prompts agree too."""
     clean, corrupted = batch.clean.tolist(), batch.corrupted.tolist()
-    lengths, start = batch.lengths.tolist(), context.start
+    lengths, start = batch.lengths.tolist(), prefix.start
     answers = {(i, p) for i, positions in enumerate(batch.answer_positions.tolist()) for p in positions}
     places = [(i, p) for i, length in enumerate(lengths) for p in range(start, length)]
     key_of = {

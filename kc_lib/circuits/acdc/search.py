@@ -45,9 +45,8 @@ from kc_lib.errors import MethodError
 from kc_lib.graph import Circuit, Graph
 from kc_lib.metrics import get_metric
 from kc_lib.models.model import Model
-from kc_lib.residual.activations import ablation
+from kc_lib.residual.activations import ablation, shared_prefix
 from kc_lib.residual.logits import full_logits, reference_means
-from kc_lib.residual.prefix_cache import shared_context
 from kc_lib.results import hash_of
 from kc_lib.tasks.batches import TokenPair, make_batch
 
@@ -162,7 +161,7 @@ def _prepared(model: Model, pairs: Sequence[TokenPair], asked: AcdcOptions) -> t
     """All pairs as one batch, and what turns an example's mean over answer tokens into its part of the loss."""
     decoder, intervention = model.residual, asked.intervention
     batch = make_batch(pairs, asked.full_answer, decoder.device)
-    prefix = shared_context(decoder, batch, intervention)
+    prefix = shared_prefix(decoder, batch, intervention)
     means = reference_means(decoder, intervention, pairs, len(pairs), asked.full_answer)
     ablated = ablation(decoder, intervention, batch, means, prefix)
     n_answers = batch.answer_mask.sum(-1).float()

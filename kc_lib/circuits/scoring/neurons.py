@@ -16,19 +16,18 @@ from torch import Tensor
 from kc_lib.circuits.scoring.edges import interpolated, recorded_run
 from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import ModelError, checked
-from kc_lib.residual.activations import Means, ablation
+from kc_lib.residual.activations import NO_PREFIX, Means, PrefixCache, ablation
 from kc_lib.residual.backward_rules import NATIVE, BackwardRules
 from kc_lib.residual.decoder import Decoder
-from kc_lib.residual.prefix_cache import EMPTY, Context
 from kc_lib.tasks.batches import Batch
 
 
 @torch.no_grad()
 @checked
 def neuron_outputs(
-    decoder: Decoder, tokens: Int[Tensor, "batch pos"], context: Context = EMPTY
+    decoder: Decoder, tokens: Int[Tensor, "batch pos"], prefix: PrefixCache = NO_PREFIX
 ) -> Float[Tensor, "layer batch new_pos d_mlp"]:
-    """Every MLP neuron's value in a plain run, at the positions after the context's.
+    """Every MLP neuron's value in a plain run, at the positions after the prefix's.
 
     Raises:
         ModelError: MLPs that are no sum over neurons, or of different widths.
@@ -36,10 +35,10 @@ def neuron_outputs(
     widths = sorted({block.mlp_parts.W_out.shape[0] for block in decoder.blocks})
     if len(widths) > 1:
         raise ModelError(f"the model's MLPs have different widths ({widths}): its neurons do not fit one table")
-    resid = decoder.embed(tokens)[:, context.start :]
+    resid = decoder.embed(tokens)[:, prefix.start :]
     outputs = resid.new_empty(decoder.n_layers, *resid.shape[:2], widths[0])
     for layer, block in enumerate(decoder.blocks):
-        after_attention = decoder.run_attention(layer, resid, context.of_layer(layer))
+        after_attention = decoder.run_attention(layer, resid, prefix.of_layer(layer))
         normed = block.mlp_norm(resid if block.parallel else after_attention)
         outputs[layer] = block.mlp_parts.neurons(normed)
         resid = after_attention + block.mlp_contribution(block.mlp_parts.write(outputs[layer]))
@@ -47,7 +46,7 @@ def neuron_outputs(
 
 
 def neuron_ablation(
-    decoder: Decoder, kind: str, batch: Batch, means: Means | None = None, context: Context = EMPTY
+    decoder: Decoder, kind: str, batch: Batch, means: Means | None = None, prefix: PrefixCache = NO_PREFIX
 ) -> Float[Tensor, "layer #batch #pos #d_mlp"]:
     """The ablated values of all neurons: those of the corrupted prompts, zeros, or the means of a reference set.
 
@@ -56,7 +55,7 @@ def neuron_ablation(
     """
     if kind == "zero":
         return decoder.W_U.new_zeros(decoder.n_layers, 1, 1, 1)
-    return ablation(decoder, kind, batch, means, context, neuron_outputs).outputs
+    return ablation(decoder, kind, batch, means, prefix, neuron_outputs).outputs
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kc_lib.metrics import Metric
-from kc_lib.residual.activations import Ablation, ablation
+from kc_lib.residual.activations import NO_PREFIX, Ablation, PrefixCache, ablation, shared_prefix
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.logits import full_logits, reference_means
-from kc_lib.residual.prefix_cache import EMPTY, Context, shared_context
 from kc_lib.tasks.batches import Batch, TokenPair, batches
 
 POSITION_GROUPS = ("subject", "relation", "last", "other")
@@ -37,7 +36,7 @@ class Prepared:
     metric: Metric
     ablation: Ablation
     reference: Float[Tensor, "batch answer vocab"] | None = None
-    prefix: Context = EMPTY
+    prefix: PrefixCache = NO_PREFIX
 
     def loss(self, logits: Float[Tensor, "batch answer vocab"]) -> Float[Tensor, ""]:
         """The metric's loss, summed over the examples."""
@@ -55,7 +54,7 @@ def prepared_batches(
     """The pairs in their order, ``batch_size`` at a time; a mean intervention takes its mean over all of them."""
     means = reference_means(decoder, intervention, pairs, batch_size, full_answer)
     for batch in batches(pairs, batch_size, full_answer, decoder.device):
-        prefix = shared_context(decoder, batch, intervention)
+        prefix = shared_prefix(decoder, batch, intervention)
         reference = full_logits(decoder, batch, prefix) if metric.needs_reference else None
         yield Prepared(batch, metric, ablation(decoder, intervention, batch, means, prefix), reference, prefix)
 

@@ -28,9 +28,9 @@ from kc_lib.circuits.scoring.edges import RecordedBlock, edge_scores, recorded_r
 from kc_lib.circuits.scoring.prepared import Prepared
 from kc_lib.errors import checked
 from kc_lib.graph import Graph
+from kc_lib.residual.activations import PrefixCache
 from kc_lib.residual.decoder import Decoder
 from kc_lib.residual.patch import clean_run
-from kc_lib.residual.prefix_cache import Context
 
 WRITERS_AT_ONCE = 32  # writers whose patterns are computed as one batch
 
@@ -65,7 +65,7 @@ def _pattern_effects(
     gradient: Float[Tensor, "batch pos head d_head"],
     kind: str,
     seen: Float[Tensor, "writer batch pos d_model"],
-    prefix: Context,
+    prefix: PrefixCache,
 ) -> Float[Tensor, "writer head"]:
     """Each head's ``(z_ablated - z_clean) . gradient`` when its query or key projection sees another stream."""
     attention, n_writers = decoder.blocks[clean.layer].attention, seen.shape[0]
