@@ -213,7 +213,7 @@ def test_known_facts_are_those_found_one_by_one(
         ({"max_facts": 0}, ("max_facts is 0",)),
         ({"known_rank": 0.5}, ("known_rank is 0.5",)),
         ({"relation": "P36"}, ("letters.json", "one relation", "'P36'")),
-        ({"patterns": "absent.jsonl"}, ("absent.jsonl", "cannot be read")),
+        ({"patterns": "absent.jsonl"}, ("absent.jsonl", "check the path")),
     ],
     ids=str,
 )
@@ -309,7 +309,7 @@ def test_bad_pararel_files_are_one_line(facts: list[Any], parts: tuple[str, ...]
     ("content", "part"),
     [
         ("", "holds no patterns"),
-        ('{"pattern": "[X] is [Y]"}\n{', "row 2 is not JSON"),
+        ('{"pattern": "[X] is [Y]"}\n{', "row 2 cannot be read as JSON"),
         ('{"pattern": "[X] is"}', "row 1 has the pattern '[X] is'"),
         ('\n{"pattern": "is [Y]"}', "row 2 has the pattern 'is [Y]'"),
         ('{"lemma": "is"}', "row 1 has the pattern None"),
