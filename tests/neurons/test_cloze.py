@@ -213,7 +213,7 @@ def test_known_facts_are_those_found_one_by_one(
         ({"max_facts": 0}, ("max_facts is 0",)),
         ({"known_rank": 0.5}, ("known_rank is 0.5",)),
         ({"relation": "P36"}, ("letters.json", "one relation", "'P36'")),
-        ({"patterns": "absent.jsonl"}, ("absent.jsonl", "cannot be read")),
+        ({"patterns": "absent.jsonl"}, ("absent.jsonl", "check the path")),
     ],
     ids=str,
 )
