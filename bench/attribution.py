@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from kc_lib.circuits.attribution import score_edges
-from kc_lib.circuits.options import path_points
+from kc_lib.circuits.attribution import path_points, score_edges
 from kc_lib.circuits.run import run_circuit
 from kc_lib.circuits.selection import select
 from kc_lib.graph import Circuit
