@@ -106,7 +106,7 @@ def compare(
     own = f"{own_operations / 1e9:,.0f}", f"{own_operations / n_tests / 1e9:.3f} GFLOP"
     table.add_row("kc_lib", f"{n_tests:,}", f"{own_seconds:.1f}", *own)
     if not get_metric(metric).answers_only:  # else a few columns of the unembedding do
-        at_answers = flops(lambda: model.unembed(torch.zeros(1, len(pairs), model.cfg.d_model)))
+        at_answers = flops(lambda: model.bridge.unembed(torch.zeros(1, len(pairs), model.cfg.d_model)))
         table.add_row(
             "  of which logits, at least", "", "", f"{n_tests * at_answers / 1e9:,.0f}", f"{at_answers / 1e9:.3f} GFLOP"
         )
