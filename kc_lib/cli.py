@@ -257,8 +257,8 @@ def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
         RunError: a name the notebook does not have.
         KnowledgeCircuitsError: a value of another type or out of range.
     """
-    notebook = runs.notebook_of(source.stem) if source.parent == runs.NOTEBOOKS else None
-    if notebook is None:
+    notebook = runs.notebook_of(source.stem)
+    if notebook is None or set(_first_cell(source)) != {*notebook.cell.declared(), "options"}:
         return _of_foreign(source, given)
     cell, options = notebook.cell.declared(), notebook.option_names()
     unknown = [key for key in given if key not in cell and key not in options]
@@ -272,12 +272,17 @@ def parse_parameters(source: Path, given: dict[str, str]) -> dict[str, Any]:
     return plain | ({"options": behind} if behind else {})
 
 
-def _of_foreign(source: Path, given: dict[str, str]) -> dict[str, Any]:
-    """Values for a notebook of the user's own, whose defaults alone say what they may be."""
+def _first_cell(source: Path) -> dict[str, Any]:
+    """What the cell tagged ``parameters`` assigns, as papermill reads it."""
     with tempfile.TemporaryDirectory(prefix="kc-") as scratch:
         asked = Path(scratch) / "asked.ipynb"
         nbformat.write(read_notebook(source), asked)
-        known = papermill.inspect_notebook(str(asked))
+        return papermill.inspect_notebook(str(asked))
+
+
+def _of_foreign(source: Path, given: dict[str, str]) -> dict[str, Any]:
+    """Values for a notebook of the user's own, whose defaults alone say what they may be."""
+    known = _first_cell(source)
     values: dict[str, Any] = {}
     for key, text in given.items():
         if key not in known:

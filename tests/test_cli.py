@@ -569,3 +569,17 @@ def test_what_is_no_notebook_is_one_line(content: str, tmp_path: Path) -> None:
         cli.run_notebook(str(path), {}, tmp_path / "out")
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_copy_of_a_notebook_takes_its_options_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "circuit_discovery.ipynb"
+    copy.write_bytes((runs.NOTEBOOKS / copy.name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for path in (copy, Path(copy.name)):
+        assert cli.parse_parameters(path, {"size": "0.1", "acdc.tau": "0.5"}) == {"size": 0.1, "options": {"acdc.tau": 0.5}}
+        with pytest.raises(RunError, match=r"acdc\.tua"):
+            cli.parse_parameters(path, {"acdc.tua": "0.5"})
+    changed = nbformat.read(copy, as_version=4)
+    next(cell for cell in changed.cells if "parameters" in cell.metadata.get("tags", [])).source = "mine = 1"
+    nbformat.write(changed, copy)
+    assert cli.parse_parameters(copy, {"mine": "2"}) == {"mine": 2}  # by the same name, but another notebook

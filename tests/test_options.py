@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
+from kc_lib import metrics
+from kc_lib.circuits import options as circuit_options
 from kc_lib.errors import MethodError, TaskError
+from kc_lib.models import load
+from kc_lib.models import options as model_options
 from kc_lib.options import Options, names_in, option, read_value, shown
+from kc_lib.residual import activations
 
 
 @dataclass(frozen=True)
@@ -130,3 +135,10 @@ def test_texts_are_read_by_the_options_type(name: str, text: str, value: object)
 def test_help_says_what_an_option_may_be() -> None:
     assert shown(Every.declared()["rule"]) == "left, right"
     assert shown(Every.declared()["count"]) == "a whole number, at least 1"
+
+
+def test_what_options_list_without_torch_is_what_there_is() -> None:
+    """Options are read before torch is imported, so these names stand twice; they must not drift apart."""
+    assert tuple(metrics.METRICS) == circuit_options.METRICS
+    assert circuit_options.INTERVENTIONS == activations.INTERVENTIONS
+    assert tuple(load.DTYPES) == model_options.DTYPES
