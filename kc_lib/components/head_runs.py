@@ -32,8 +32,7 @@ def run_layers(decoder: Decoder, tokens: Int[Tensor, "batch pos"]) -> Iterator[L
     resid = decoder.embed(tokens)
     for layer, block in enumerate(decoder.blocks):
         attention = block.attention
-        x = attention.norm(resid)
-        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        q, k, v = attention.projections(resid)
         pattern = attention.pattern(q, k)
         z = attention.mix(pattern, v)
         yield LayerRun(layer, resid, pattern, v, z)

@@ -152,8 +152,7 @@ def _free_run(
     for layer in range(first, decoder.n_layers):
         block = decoder.blocks[layer]
         attention = block.attention
-        x = attention.norm(resid)
-        q, k, v = (attention.project(kind, x) for kind in "qkv")
+        q, k, v = attention.projections(resid)
         here = [(i, head) for i, (at, head) in enumerate(receivers) if at == layer]
         for i, head in here:
             q[:, :, head] = rearrange(queries[i], "s b p e -> (s b) p e")

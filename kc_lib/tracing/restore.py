@@ -99,8 +99,7 @@ def _kept(decoder: Decoder, resid: Float[Tensor, "sample pos d_model"], prefix: 
     streams, layers = [resid], []
     for layer, block in enumerate(decoder.blocks):
         attention = block.attention
-        normed = attention.norm(resid)
-        q, k, v = (attention.project(kind, normed) for kind in "qkv")
+        q, k, v = attention.projections(resid)
         write = attention.output(attention.attend(q, k, v, prefix.of_layer(layer)))
         mlp = block.mlp_output(block.mlp_norm(resid if block.parallel else resid + write))
         resid = resid + write + mlp
